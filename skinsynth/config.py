@@ -1,0 +1,366 @@
+"""Every knob of a run, in one place: typed dataclasses <- YAML <- ``key=value``.
+
+``load`` reads a YAML file and overrides into a ``Config``; ``dump`` writes the resolved form, which is what the
+nodes read. Unknown keys, wrong types and impossible values are ``UserError``s that name the key. No torch here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from skinsynth.errors import UserError
+
+CLUSTERS = Path(__file__).resolve().parent.parent / "configs" / "cluster"
+
+
+def one_of(default: str, *others: str) -> Any:
+    """A string field that takes one of the given values."""
+    return field(default=default, metadata={"choices": (default, *others)})
+
+
+def at_least(default: Any, low: float, high: float = math.inf) -> Any:
+    """A numeric field with its range, both ends included."""
+    return field(default=default, metadata={"range": (low, high)})
+
+
+@dataclass
+class Data:
+    """Where the real images come from and where datasets are kept.
+
+    Either ``metadata`` (CSV in the SIIM-ISIC columns) with ``images`` (the folder of JPEGs), or the DreamBooth
+    form: ``instance_data_dir`` (becomes target 1) with ``class_data_dir`` (becomes target 0).
+    """
+
+    name: str = "isic"  # datasets are called <shards>/<name>-{train,val,test}
+    metadata: str | None = None
+    images: str | None = None
+    duplicates: str | None = None  # CSV of known near-duplicate pairs: the first two columns that hold ids
+    instance_data_dir: str | None = None
+    class_data_dir: str | None = None
+    shards: str = "shards"
+
+
+@dataclass
+class Split:
+    """Shares of the groups' images; they are scaled to sum to one."""
+
+    train: float = at_least(0.7, 0.01)
+    val: float = at_least(0.1, 0.01)
+    test: float = at_least(0.2, 0.01)
+
+
+@dataclass
+class Prepare:
+    size: int = at_least(512, 16, 2048)  # pixels, the side of the square result
+    split: Split = field(default_factory=Split)
+    crop: str = one_of("lesion", "centre", "none")
+    hair_removal: bool = True
+    shard_size: int = at_least(1000, 1)  # images per shard
+    quality: int = at_least(95, 50, 100)  # JPEG quality
+    max_bad: float = at_least(0.05, 0, 1)  # share of images that may be set aside before the stage stops
+
+
+@dataclass
+class Model:
+    base: str = "builtin"  # "builtin", a diffusers folder or a hub id
+    attention: str = one_of("auto", "sdpa", "xformers")
+
+
+@dataclass
+class Encode:
+    batch: int = at_least(16, 1)
+    flip: bool = True  # also encode the mirrored image, so that training may draw either
+
+
+@dataclass
+class Images:
+    """Which images of the training split: ``where`` compares columns (a value, or a list of values); count None takes all."""
+
+    where: dict[str, Any] = field(default_factory=dict)
+    count: int | None = at_least(None, 1)
+
+
+@dataclass
+class Concept:
+    """One DreamBooth concept; ``class_`` is spelt ``class`` in YAML."""
+
+    instance_prompt: str = ""
+    class_prompt: str = ""
+    instance: Images = field(default_factory=Images)
+    class_: Images = field(default_factory=Images)
+
+
+@dataclass
+class Training:
+    """What both trainings (fine-tuning, classification) share."""
+
+    steps: int = at_least(1000, 1)  # optimizer steps
+    global_batch: int = at_least(8, 1)
+    micro_batch: int = at_least(0, 0)  # per rank and pass; 0: global batch / ranks, that is, no accumulation
+    lr: float = at_least(2e-6, 0)
+    weight_decay: float = at_least(0.01, 0)
+    warmup_steps: int = at_least(0, 0)
+    schedule: str = one_of("constant", "linear", "cosine")
+    max_grad_norm: float = at_least(1.0, 0)
+    zero: int = at_least(2, 0, 3)  # DeepSpeed ZeRO stage; 0: plain data parallel
+    precision: str = one_of("fp32", "bf16", "fp16")
+    checkpoint_every: int = at_least(200, 1)
+    keep: int = at_least(2, 1)  # complete checkpoints kept
+    log_every: int = at_least(10, 1)
+
+
+@dataclass
+class Finetune(Training):
+    """DreamBooth (Ruiz et al. 2023) with prior preservation, several concepts at once."""
+
+    concepts: dict[str, Concept] = field(default_factory=dict)
+    prior_weight: float = at_least(1.0, 0)
+    snr_gamma: float | None = at_least(None, 0)  # min-SNR weighting (Hang et al. 2023); None: plain MSE
+    caption_dropout: float = at_least(0.0, 0, 1)  # share of samples trained on the empty prompt
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class GeneratedClass:
+    """One class of the synthetic set; its prompts are used in turn."""
+
+    target: int = at_least(0, 0)
+    prompts: list[str] = field(default_factory=list)
+    count: int = at_least(100, 0)
+
+
+@dataclass
+class Generate:
+    classes: dict[str, GeneratedClass] = field(default_factory=dict)
+    negative_prompt: str = ""
+    steps: int = at_least(50, 1)
+    guidance: float = at_least(7.5, 1)
+    scheduler: str = one_of("dpmsolver++", "ddim", "euler")
+    batch: int = at_least(8, 1)
+    shard_size: int = at_least(1000, 1)  # images per unit, that is, per output shard
+    quality: int = at_least(95, 50, 100)
+    precision: str = one_of("fp32", "bf16", "fp16")
+
+
+@dataclass
+class Screen:
+    blank_std: float = at_least(6.0, 0)  # grey levels (0-255): a picture with less spread is blank
+    copy_quantile: float = at_least(0.995, 0.5, 1)  # of the similarity that held-out real images have to training images
+    kid_subsets: int = at_least(50, 1)
+    kid_subset_size: int = at_least(100, 2)
+    batch: int = at_least(64, 1)
+    min_accepted: float = at_least(0.2, 0, 1)  # with a smaller share accepted, the chain stops
+
+
+@dataclass
+class Arm:
+    """A training mix: the weights of the sources ``real`` and ``synthetic`` in each batch."""
+
+    sources: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Classify(Training):
+    """ViT training; the defaults are the study's (AdamW, 2e-5, batch 32, weight decay 0.01, linear with warm-up)."""
+
+    global_batch: int = at_least(32, 1)
+    lr: float = at_least(2e-5, 0)
+    schedule: str = one_of("linear", "constant", "cosine")
+    zero: int = at_least(0, 0, 3)
+    model: str = "google/vit-base-patch16-224-in21k"  # a folder, a hub id, or "small": a ViT from the keys below
+    hidden_size: int = at_least(96, 8)
+    layers: int = at_least(4, 1)
+    heads: int = at_least(4, 1)
+    patch: int = at_least(8, 1)
+    image_size: int | None = at_least(None, 16)  # pixels; None: that of the shards (small) or of the pretrained model
+    evaluate_every: int = at_least(100, 1)  # steps; one "epoch" of the tables
+    arms: dict[str, Arm] = field(default_factory=dict)
+
+
+@dataclass
+class Resources:
+    """What one stage gets. Unit stages use ``array`` independent tasks, step stages one gang of nodes x ranks."""
+
+    array: int = at_least(1, 1)
+    nodes: int = at_least(1, 1)
+    tasks_per_node: int = at_least(1, 1)
+    gpus_per_node: int = at_least(0, 0)
+    threads: int = at_least(0, 0)  # CPU threads a task; 0: the cores shared out among the tasks that run at once
+    minutes: int = at_least(60, 1)  # time limit
+
+
+@dataclass
+class Cluster:
+    kind: str = one_of("local", "debug")
+    cores: int = at_least(0, 0)  # local: tasks that may run at once; 0: the cores of this machine
+    stages: dict[str, Resources] = field(default_factory=dict)
+
+    def of(self, stage: str) -> Resources:
+        """The resources of a stage; those of ``default`` where it has none of its own."""
+        return self.stages.get(stage) or self.stages.get("default") or Resources()
+
+
+@dataclass
+class Config:
+    run: str = "runs/default"
+    seed: int = at_least(0, 0, 2**31 - 1)
+    data: Data = field(default_factory=Data)
+    prepare: Prepare = field(default_factory=Prepare)
+    model: Model = field(default_factory=Model)
+    encode: Encode = field(default_factory=Encode)
+    finetune: Finetune = field(default_factory=Finetune)
+    generate: Generate = field(default_factory=Generate)
+    screen: Screen = field(default_factory=Screen)
+    classify: Classify = field(default_factory=Classify)
+    cluster: Cluster = field(default_factory=Cluster)
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Reads a YAML file, applies ``key=value`` overrides and checks every value.
+
+    Raises:
+        UserError: no such file, not YAML, unknown key (with the nearest known one), wrong type, value out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"configuration {path} does not exist (the shipped ones are in configs/)")
+    try:
+        raw = OmegaConf.to_container(OmegaConf.load(path))
+        dots = OmegaConf.to_container(OmegaConf.from_dotlist([_dot(item) for item in overrides or []]))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"{path}: {_first_line(error)}") from None
+    except Exception as error:  # yaml's own errors have no common base that omegaconf exports
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected 'key: value' pairs at the top, found {type(raw).__name__}")
+    base: Any = OmegaConf.structured(Config)
+    for layer, where in ((raw, str(path)), (dots, "command line")):
+        base = _merge(base, _cluster(_rename(layer, "class", "class_"), where), where)
+    config: Config = OmegaConf.to_object(base)  # type: ignore[assignment]
+    check(config)
+    return config
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML, in the spelling that ``load`` reads."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(_rename(plain, "class_", "class")))
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """``{"finetune.steps": 100, ...}``: for comparing and for hashing."""
+    plain = _rename(OmegaConf.to_container(OmegaConf.structured(config)), "class_", "class")
+    found: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), inner)
+        else:
+            found[prefix] = value
+
+    walk("", plain)
+    return found
+
+
+def difference(mine: Config, theirs: Config, ignore: tuple[str, ...] = ("cluster.", "run")) -> list[str]:
+    """Lines ``key: theirs -> mine`` for every key that differs; keys that change no result are left out."""
+    new, old = flat(mine), flat(theirs)
+    keys = [k for k in sorted(new.keys() | old.keys()) if new.get(k) != old.get(k)]
+    return [f"{k}: {old.get(k, '(not set)')} -> {new.get(k, '(not set)')}" for k in keys if not k.startswith(ignore)]
+
+
+def check(config: Config) -> None:
+    """Ranges, choices and what must fit together. Raises ``UserError`` with every problem found."""
+    problems = list(_check_fields("", config))
+    for name, concept in config.finetune.concepts.items():
+        if not concept.instance_prompt:
+            problems.append(f"finetune.concepts.{name}.instance_prompt is empty")
+    for name, generated in config.generate.classes.items():
+        if generated.count and not generated.prompts:
+            problems.append(f"generate.classes.{name}.prompts is empty: give at least one prompt")
+    for name, arm in config.classify.arms.items():
+        unknown = set(arm.sources) - {"real", "synthetic"}
+        if unknown or not arm.sources or min(arm.sources.values()) < 0 or sum(arm.sources.values()) <= 0:
+            problems.append(f"classify.arms.{name}.sources is {arm.sources}: give 'real' and 'synthetic' positive weights")
+    for section, training in (("finetune", config.finetune), ("classify", config.classify)):
+        if training.micro_batch and training.global_batch % training.micro_batch:
+            problems.append(f"{section}.global_batch={training.global_batch} is no multiple of micro_batch={training.micro_batch}")
+    if config.classify.hidden_size % config.classify.heads:
+        problems.append(f"classify.hidden_size={config.classify.hidden_size} is no multiple of heads={config.classify.heads}")
+    if problems:
+        raise UserError("the configuration cannot be used:\n  " + "\n  ".join(problems))
+
+
+def _check_fields(prefix: str, node: Any) -> Any:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _check_fields(f"{prefix}.{key}", value)
+    if not is_dataclass(node):
+        return
+    for f in fields(node):
+        name, value = f"{prefix}.{f.name}".lstrip("."), getattr(node, f.name)
+        choices, span = f.metadata.get("choices"), f.metadata.get("range")
+        if choices and value not in choices:
+            near = difflib.get_close_matches(str(value), choices, 1)
+            yield f"{name} is '{value}', expected one of {', '.join(choices)}" + (f" (did you mean {near[0]}?)" if near else "")
+        if span and value is not None and not span[0] <= value <= span[1]:
+            yield f"{name} is {value}, expected {span[0]} to {span[1]}" if span[1] < math.inf else f"{name} is {value}, expected {span[0]} or more"
+        yield from _check_fields(name, value)
+
+
+def _merge(base: Any, layer: dict[str, Any], where: str) -> Any:
+    try:
+        return OmegaConf.merge(base, layer)
+    except OmegaConfBaseException as error:
+        key = (error.full_key or "").replace("class_", "class")
+        if type(error).__name__ == "ConfigKeyError":
+            raise UserError(f"{where}: unknown key '{key}'{_suggest(key)}") from None
+        raise UserError(f"{where}: {key}: {_first_line(error)}") from None
+
+
+def _suggest(key: str) -> str:
+    """The nearest known key, looked for at the same place first and then everywhere."""
+    known = [k for k in flat(Config(finetune=Finetune(concepts={"NAME": Concept()}), classify=Classify(arms={"NAME": Arm()}),
+                                    generate=Generate(classes={"NAME": GeneratedClass()}), cluster=Cluster(stages={"NAME": Resources()})))]
+    parents = {k[:i] for k in known for i, letter in enumerate(k) if letter == "."}
+    near = difflib.get_close_matches(key, sorted({*known, *parents}), 1, 0.6)
+    if not near:
+        near = [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
+    return f"; did you mean '{near[0]}'?" if near else "; 'skinsynth config CONFIG' lists all keys"
+
+
+def _dot(item: str) -> str:
+    if "=" not in item:
+        raise UserError(f"'{item}' is not of the form key=value (for example finetune.steps=200)")
+    return item
+
+
+def _cluster(layer: Any, where: str) -> Any:
+    """``cluster: local`` stands for the content of configs/cluster/local.yaml."""
+    name = layer.get("cluster") if isinstance(layer, dict) else None
+    if not isinstance(name, str):
+        return layer
+    path = Path(name) if name.endswith((".yaml", ".yml")) else CLUSTERS / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in CLUSTERS.glob("*.yaml"))
+        raise UserError(f"{where}: cluster={name}: no such cluster; there are {', '.join(known)}, or give the path of a YAML file")
+    return {**layer, "cluster": OmegaConf.to_container(OmegaConf.load(path))}
+
+
+def _rename(node: Any, old: str, new: str) -> Any:
+    """``class`` is the field's word but a Python keyword, so the dataclass spells it ``class_``."""
+    if isinstance(node, dict):
+        return {(new if key == old else key): _rename(value, old, new) for key, value in node.items()}
+    return [_rename(value, old, new) for value in node] if isinstance(node, list) else node
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

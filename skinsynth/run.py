@@ -1,0 +1,256 @@
+"""The run folder: every path in it, atomic writes, done markers, progress, provenance. No torch here.
+
+::
+
+    runs/isic/            config.yaml  provenance.json  launch.lock  report/
+      prepare/            submit/ (logs)  progress/0.json  done.json
+      finetune/           ... metrics.jsonl  checkpoints/  weights/
+      classify/hybrid/    the same, one folder per arm
+
+A *node* is a stage, or a stage and its part: ``finetune``, ``classify/hybrid``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import skinsynth
+from skinsynth import config as configs
+from skinsynth.errors import UserError
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "deepspeed", "submitit", "webdataset", "xformers", "numpy", "opencv-python-headless")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    def node(self, node: str) -> Path:
+        return self.path / node
+
+    def done_path(self, node: str) -> Path:
+        return self.node(node) / "done.json"
+
+    def failed_path(self, node: str) -> Path:
+        return self.node(node) / "failed.json"
+
+    @property
+    def weights(self) -> Path:
+        return self.node("finetune") / "weights"
+
+    def dataset(self, cfg: configs.Config, kind: str) -> Path:
+        """``train``, ``val``, ``test`` belong to the data; ``latents``, ``synthetic`` to this run."""
+        owner = cfg.data.name if kind in ("train", "val", "test") else self.name
+        return Path(cfg.data.shards) / f"{owner}-{kind}"
+
+    def config(self) -> configs.Config:
+        if not self.config_path.is_file():
+            raise UserError(f"{self.path} is no run folder: config.yaml is missing (make one with 'skinsynth launch CONFIG run={self.path}')")
+        return configs.load(self.config_path)
+
+    def create(self, cfg: configs.Config) -> None:
+        """Writes the resolved configuration; refuses a folder that was made with another one.
+
+        Cluster keys may change between launches: they change where the work is done, not what comes out.
+
+        Raises:
+            UserError: the folder holds another configuration (the differing keys are listed), or cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self.config_path.exists():
+                found = configs.difference(cfg, self.config())
+                if found:
+                    raise UserError(f"{self.path} was made with another configuration:\n  " + "\n  ".join(found) +
+                                    "\ntake another folder (run=...), or delete this one")
+            write_text(self.config_path, configs.dump(cfg))
+            if not (self.path / "provenance.json").exists():
+                write_json(self.path / "provenance.json", provenance())
+        except OSError as error:
+            raise UserError(f"the run folder {self.path} cannot be written: {error.strerror}") from None
+
+    def is_done(self, node: str) -> bool:
+        """True when the node finished and what it made is still there."""
+        done = read_json(self.done_path(node))
+        return done is not None and all(Path(output).exists() for output in done["outputs"])
+
+    def finish(self, node: str, metrics: dict[str, Any], outputs: list[Path]) -> None:
+        """The last write of a node: from now on it is skipped."""
+        write_json(self.done_path(node), {"node": node, "metrics": metrics, "outputs": [str(p) for p in outputs]})
+        self.failed_path(node).unlink(missing_ok=True)
+
+    def metrics(self, node: str) -> dict[str, Any]:
+        done = read_json(self.done_path(node))
+        return done["metrics"] if done else {}
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """One launch at a time. A lock whose owner is dead is taken over.
+
+        Raises:
+            UserError: another launch of this run is alive; the message names it.
+        """
+        path = self.path / "launch.lock"
+        mine = {"pid": os.getpid(), "born": birth(os.getpid()), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        while True:
+            try:
+                with open(path, "x") as f:
+                    json.dump(mine, f)
+                break
+            except FileExistsError:
+                owner = read_json(path) or {}
+                if owner.get("host") == mine["host"] and birth(owner.get("pid", 0)) != owner.get("born"):
+                    path.unlink(missing_ok=True)
+                    continue
+                raise UserError(f"{self.path} is being launched already by process {owner.get('pid')} on {owner.get('host')} since "
+                                f"{owner.get('since')}: wait for it or stop it (if it is surely dead, delete {path})") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def birth(pid: int) -> float | None:
+    """When a process was started (seconds since 1970), None if it is dead: tells a process from a later one with its pid."""
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except (psutil.NoSuchProcess, ValueError):
+        return None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One of ``count`` independent tasks of a unit stage. Units are dealt by their own number, so that tasks that scan
+    the folder at different moments still never take the same one."""
+
+    index: int = 0
+    count: int = 1
+
+    def mine(self, units: list[int]) -> list[int]:
+        return [u for u in units if u % self.count == self.index]
+
+
+class Progress:
+    """What one task tells the watcher: ``<node>/progress/<task>.json``, written at most twice a second."""
+
+    def __init__(self, run: RunDir, node: str, task: int, total: int, unit: str, done: int = 0):
+        self.path = run.node(node) / "progress" / f"{task}.json"
+        self.state = {"done": done, "total": total, "unit": unit, "begun_at": done, "start": time.time(), "now": time.time()}
+        self.written = 0.0
+        self._write()
+
+    def set(self, done: int) -> None:
+        self.state |= {"done": done, "now": time.time()}
+        if time.time() - self.written > 0.5 or done >= self.state["total"]:
+            self._write()
+
+    def advance(self, by: int = 1) -> None:
+        self.set(int(self.state["done"]) + by)
+
+    def _write(self) -> None:
+        self.written = time.time()
+        write_text(self.path, json.dumps(self.state), durable=False)
+
+
+def write_bytes(path: Path, data: bytes, durable: bool = True) -> None:
+    """Writes so that a reader sees the old file or the whole new one: temp file, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temp, "wb") as f:
+            f.write(data)
+            f.flush()
+            if durable:
+                os.fsync(f.fileno())
+        os.replace(temp, path)
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str, durable: bool = True) -> None:
+    write_bytes(path, text.encode(), durable)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content, or None where there is no such file."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def sync_folder(path: Path) -> None:
+    """Makes a rename in the folder survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sha256_folder(path: Path, pattern: str = "**/*") -> str:
+    """One hash over the relative names and contents of the files of a folder."""
+    total = hashlib.sha256()
+    for file in sorted(p for p in path.glob(pattern) if p.is_file()):
+        total.update(f"{file.relative_to(path)} {sha256_file(file)}\n".encode())
+    return total.hexdigest()
+
+
+def code_version() -> str:
+    """The release, with the commit where the code lies in a git checkout."""
+    here = Path(__file__).resolve().parent.parent
+    if (here / ".git").exists():
+        got = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+        if got.returncode == 0:
+            return f"{skinsynth.__version__}+{got.stdout.strip()}"
+    return skinsynth.__version__
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that matter, without importing them."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def provenance() -> dict[str, Any]:
+    return {"skinsynth": code_version(), "versions": versions(), "command": sys.argv, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")}

@@ -1,0 +1,115 @@
+"""The ranks of one gang: who am I, wait for all, agree on a flag.
+
+``World`` finds its place from torchrun's variables, from Slurm's or submitit's, or is alone. torch is imported only
+where there is more than one rank, or when a device is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Stopped(Exception):
+    """A stop signal was agreed upon and the state is saved: leave, to go on another time."""
+
+
+@dataclass
+class World:
+    """``rank`` of ``size`` processes, ``local_rank`` on this node. ``stop`` is set by a signal and read at step boundaries."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    stop: bool = field(default=False, init=False)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> Any:
+        """``cuda:<local rank>`` where there is a GPU, else the CPU."""
+        import torch
+
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+    def any(self, flag: bool) -> bool:
+        """True on all ranks when it is True on one. A collective: every rank must come here."""
+        return any(self.gather(flag))
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in rank order, on every rank. A collective."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def catch_stop(self) -> None:
+        """From now on SIGTERM, SIGUSR1 and SIGUSR2 only set ``stop``: no collective may run inside a handler."""
+
+        def note(signum: int, frame: Any) -> None:
+            self.stop = True
+
+        for number in STOP_SIGNALS:
+            signal.signal(number, note)
+
+
+def place() -> tuple[World, dict[str, str]]:
+    """This process's place and the ``torch.distributed`` variables that go with it."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:  # torchrun, or a site that exports them itself
+        return World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))), {}
+    if "SUBMITIT_LOCAL_GLOBALID" in env:
+        world = World(int(env["SUBMITIT_LOCAL_GLOBALID"]), int(env["SUBMITIT_LOCAL_NTASKS"]), int(env["SUBMITIT_LOCAL_LOCALID"]))
+        return world, _variables(world, "127.0.0.1", env["SUBMITIT_LOCAL_JOB_ID"])
+    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
+        world = World(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"]))
+        hosts = subprocess.run(["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True)
+        return world, _variables(world, hosts.stdout.split()[0], env["SLURM_JOB_ID"])
+    return World(), {}
+
+
+def _variables(world: World, host: str, job: str) -> dict[str, str]:
+    port = random.Random(job).randint(20000, 60000)  # all ranks must find the same one without talking
+    return {"RANK": str(world.rank), "WORLD_SIZE": str(world.size), "LOCAL_RANK": str(world.local_rank),
+            "MASTER_ADDR": host, "MASTER_PORT": os.environ.get("MASTER_PORT", str(port))}
+
+
+@contextmanager
+def join() -> Iterator[World]:
+    """Enters the gang: exports the variables, starts the process group, leaves it in the end."""
+    world, variables = place()
+    os.environ.update(variables)
+    if world.size == 1:
+        yield world
+        return
+    import torch
+    import torch.distributed as dist
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when it is imported
+    # gloo carries the flags and the Python objects also where NCCL carries the gradients
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
