@@ -328,8 +328,9 @@ def _merge(base: Any, layer: dict[str, Any], where: str) -> Any:
 
 def _suggest(key: str) -> str:
     """The nearest known key, looked for at the same place first and then everywhere."""
-    known = [k for k in flat(Config(finetune=Finetune(concepts={"NAME": Concept()}), classify=Classify(arms={"NAME": Arm()}),
-                                    generate=Generate(classes={"NAME": GeneratedClass()}), cluster=Cluster(stages={"NAME": Resources()})))]
+    example = Config(finetune=Finetune(concepts={"NAME": Concept()}), classify=Classify(arms={"NAME": Arm()}),
+                     generate=Generate(classes={"NAME": GeneratedClass()}), cluster=Cluster(stages={"NAME": Resources()}))
+    known = list(flat(example))
     parents = {k[:i] for k in known for i, letter in enumerate(k) if letter == "."}
     near = difflib.get_close_matches(key, sorted({*known, *parents}), 1, 0.6)
     if not near:

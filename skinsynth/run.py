@@ -158,7 +158,7 @@ class Progress:
 
     def __init__(self, run: RunDir, node: str, task: int, total: int, unit: str, done: int = 0):
         self.path = run.node(node) / "progress" / f"{task}.json"
-        self.state = {"done": done, "total": total, "unit": unit, "begun_at": done, "start": time.time(), "now": time.time()}
+        self.state: dict[str, Any] = {"done": done, "total": total, "unit": unit, "begun_at": done, "start": time.time(), "now": time.time()}
         self.written = 0.0
         self._write()
 
@@ -168,7 +168,7 @@ class Progress:
             self._write()
 
     def advance(self, by: int = 1) -> None:
-        self.set(int(self.state["done"]) + by)
+        self.set(self.state["done"] + by)
 
     def _write(self) -> None:
         self.written = time.time()

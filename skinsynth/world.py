@@ -10,7 +10,7 @@ import os
 import random
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,6 +21,22 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 class Stopped(Exception):
     """A stop signal was agreed upon and the state is saved: leave, to go on another time."""
+
+
+def leave(signum: int, frame: Any) -> None:
+    """The handler of a unit stage: what is committed stays, the unit in hand is made again."""
+    raise Stopped("stopped; the same command goes on from the last finished unit")
+
+
+@contextmanager
+def on_stop(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """SIGTERM, SIGUSR1 and SIGUSR2 go to the handler inside the block."""
+    before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 @dataclass
@@ -51,7 +67,14 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """True on all ranks when it is True on one. A collective: every rank must come here."""
-        return any(self.gather(flag))
+        if self.size == 1:
+            return flag
+        import torch
+        import torch.distributed as dist
+
+        told = torch.tensor(int(flag), dtype=torch.int32)  # on the CPU: gloo carries it, the GPU is not waited for
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+        return bool(told.item())
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every rank, in rank order, on every rank. A collective."""
@@ -63,14 +86,9 @@ class World:
         dist.all_gather_object(found, value)
         return found
 
-    def catch_stop(self) -> None:
-        """From now on SIGTERM, SIGUSR1 and SIGUSR2 only set ``stop``: no collective may run inside a handler."""
-
-        def note(signum: int, frame: Any) -> None:
-            self.stop = True
-
-        for number in STOP_SIGNALS:
-            signal.signal(number, note)
+    def note_stop(self, signum: int, frame: Any) -> None:
+        """The handler of a gang: only sets ``stop``, since no collective may run inside a handler."""
+        self.stop = True
 
 
 def place() -> tuple[World, dict[str, str]]:

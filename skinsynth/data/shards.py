@@ -80,12 +80,10 @@ class ShardWriter:
                 self.tar.close()
                 self.file.flush()
                 os.fsync(self.file.fileno())
+                self._commit()
         finally:
+            self.temp.unlink(missing_ok=True)  # gone already where all went well; closing a file on a full disk may fail again
             self.file.close()
-            if kind is not None:
-                self.temp.unlink(missing_ok=True)
-        if kind is None:
-            self._commit()
 
     def _commit(self) -> None:
         part = {"shard": f"{self.name}.tar", "count": len(self.keys), "bytes": self.temp.stat().st_size,

@@ -1,0 +1,1 @@
+"""What a node runs: one file per stage."""

@@ -1,0 +1,352 @@
+"""ISIC metadata and images as they come: rows, groups of images that must stay together, splits, captions.
+
+The metadata is a CSV in the columns of SIIM-ISIC 2020 (Rotemberg et al. 2021, "A patient-centric dataset"), or in those
+that ``isic-cli`` writes. What cannot be used is not guessed: it is set aside, with the reason.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from skinsynth.data.shards import KEY
+from skinsynth.errors import UserError
+
+COLUMNS = {  # ours -> theirs; the first that is filled counts
+    "image_name": ("image_name", "isic_id"),
+    "patient_id": ("patient_id",),
+    "lesion_id": ("lesion_id",),
+    "sex": ("sex",),
+    "age": ("age_approx",),
+    "site": ("anatom_site_general_challenge", "anatom_site_general"),
+    "diagnosis": ("diagnosis", "diagnosis_3", "diagnosis_2"),
+    "target": ("target",),
+    "malignancy": ("benign_malignant", "diagnosis_1"),
+}
+EMPTY = {"", "na", "n/a", "nan", "none", "null"}
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+MIN_SIDE, MAX_PIXELS = 16, 150_000_000  # the largest ISIC images have about 30 million pixels
+SITES = {"head/neck": "on the head or neck", "palms/soles": "on the palm or sole", "oral/genital": "in the oral or genital area"}
+
+Aside = dict[str, str]  # {"key": image name, "reason": why it is left out}, as in the manifests
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image. ``None`` is unknown; age in years; target 1 is malignant; ``file`` only where no folder is searched."""
+
+    image_name: str
+    target: int
+    patient_id: str | None = None
+    lesion_id: str | None = None
+    sex: str | None = None
+    age: int | None = None
+    site: str | None = None
+    diagnosis: str | None = None
+    file: str | None = None
+
+
+class BadImage(Exception):
+    """A file that is set aside; the message is the reason."""
+
+
+def read_metadata(path: Path) -> tuple[list[Row], list[Aside]]:
+    """The usable rows of a metadata CSV, in its order, and those set aside.
+
+    Raises:
+        UserError: no such file, not a UTF-8 CSV, a needed column is missing, or no row at all.
+    """
+    records = _read_csv(path, "metadata")
+    if not records:
+        raise UserError(f"data.metadata: {path} holds no rows: expected a header line and one line per image")
+    for needed in (COLUMNS["image_name"], COLUMNS["target"] + COLUMNS["malignancy"]):
+        if not records[0].keys() & set(needed):
+            raise UserError(f"data.metadata: {path} has no column '{needed[0]}' (nor {', '.join(needed[1:])}); it has: {', '.join(sorted(records[0]))}")
+    rows: list[Row] = []
+    aside: list[Aside] = []
+    for line, record in enumerate(records, 2):
+        try:
+            rows.append(_row(record))
+        except ValueError as error:
+            aside.append({"key": _stem(_value(record, "image_name")) or f"row {line}", "reason": str(error)})
+    return _unique(rows, aside)
+
+
+def _read_csv(path: Path, what: str) -> list[dict[str, str]]:
+    """Rows as stripped strings under lower-case column names; a byte order mark and CRLF are fine."""
+    if not path.is_file():
+        raise UserError(f"data.{what}: {path} does not exist or is not a file: give the path of the CSV")
+    try:
+        lines = list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"data.{what}: {path} is not a CSV in UTF-8 ({error}): export it as one") from None
+    header = [name.strip().lower() for name in lines[0]] if lines else []
+    return [dict.fromkeys(header, "") | dict(zip(header, (v.strip() for v in line))) for line in lines[1:] if line]
+
+
+def _row(record: Mapping[str, str]) -> Row:
+    """Raises ``ValueError`` with the reason where the row cannot be used."""
+    name = _stem(_value(record, "image_name"))
+    if not name:
+        raise ValueError("no image name")
+    if not KEY.fullmatch(name):
+        raise ValueError("the image name may hold letters, digits, '_' and '-' only")
+    sex, diagnosis = _value(record, "sex"), _value(record, "diagnosis")
+    return Row(name, _target(record), _value(record, "patient_id"), _value(record, "lesion_id"), sex and sex.lower(), _age(_value(record, "age")),
+               _value(record, "site"), diagnosis and re.sub(r",? NOS$", "", diagnosis).lower())
+
+
+def _value(record: Mapping[str, str], ours: str) -> str | None:
+    return next((record[c] for c in COLUMNS[ours] if record.get(c, "").lower() not in EMPTY), None)
+
+
+def _stem(name: str | None) -> str:
+    return re.sub(r"\.(jpe?g|png)$", "", name or "", flags=re.IGNORECASE)
+
+
+def _age(value: str | None) -> int | None:
+    return round(float(value)) if value and re.fullmatch(r"\d{1,2}(\.\d*)?|1[01]\d(\.\d*)?", value) else None
+
+
+def _target(record: Mapping[str, str]) -> int:
+    """0 or 1 from ``target`` and ``benign_malignant``. Raises ``ValueError``: neither says so, or they contradict."""
+    told, word = _value(record, "target"), _value(record, "malignancy")
+    by_number = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}.get(told or "")
+    by_word = {"benign": 0, "malignant": 1}.get((word or "").lower())
+    if told is not None and by_number is None:
+        raise ValueError(f"unknown target '{told}' (expected 0 or 1)")
+    if by_number is None and by_word is None:
+        raise ValueError(f"unknown target ('{word or ''}' is neither benign nor malignant)")
+    if by_number is not None and by_word is not None and by_number != by_word:
+        raise ValueError(f"target {told} contradicts '{word}'")
+    return by_word if by_number is None else by_number  # type: ignore[return-value]
+
+
+def _unique(rows: list[Row], aside: list[Aside]) -> tuple[list[Row], list[Aside]]:
+    """One row per image name: rows that agree are kept once, rows that differ not at all."""
+    same: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        same[row.image_name].append(row)
+    kept = []
+    for name, found in same.items():
+        if all(row == found[0] for row in found):
+            kept.append(found[0])
+            aside += [{"key": name, "reason": "duplicated id (the same row again; kept once)"}] * (len(found) - 1)
+        else:
+            aside += [{"key": name, "reason": "duplicated id with rows that differ"}] * len(found)
+    return kept, aside
+
+
+def read_dreambooth(instance_dir: Path, class_dir: Path) -> tuple[list[Row], list[Aside]]:
+    """Two folders of images: the instances get target 1, the class images target 0; the folder's name is the diagnosis.
+
+    Raises:
+        UserError: a folder is missing or holds no image.
+    """
+    label = {1: instance_dir.resolve().name, 0: class_dir.resolve().name}
+    if label[0] == label[1]:
+        label = {1: "instance", 0: "class"}
+    rows = []
+    for target, folder, key in ((1, instance_dir, "instance_data_dir"), (0, class_dir, "class_data_dir")):
+        files = sorted(p for p in folder.iterdir() if p.suffix in EXTENSIONS) if folder.is_dir() else []
+        if not files:
+            raise UserError(f"data.{key}: {folder} {'holds no .jpg or .png image' if folder.is_dir() else 'is not a folder'}: give a folder of images")
+        for file in files:
+            name = re.sub(r"[^A-Za-z0-9_-]", "_", f"{label[target]}_{file.stem}")[:120]
+            rows.append(Row(name, target, diagnosis=label[target], file=str(file)))
+    same: dict[str, int] = defaultdict(int)
+    for i, row in enumerate(rows):  # "a.jpg" beside "a.png": two images, so two names
+        same[row.image_name] += 1
+        if same[row.image_name] > 1:
+            rows[i] = replace(row, image_name=f"{row.image_name[:112]}-{same[row.image_name]}")
+    return _unique(rows, [])
+
+
+def read_pairs(path: Path, names: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs of image names from the first two columns that hold ids (of these images, or ISIC ids).
+
+    Raises:
+        UserError: no such file, or not two columns of ids.
+    """
+    records, known = _read_csv(path, "duplicates"), set(names)
+    columns = [c for c in (records[0] if records else []) if any(_stem(r[c]) in known or re.fullmatch(r"ISIC_\d+", _stem(r[c])) for r in records)]
+    if records and len(columns) < 2:
+        raise UserError(f"data.duplicates: {path} needs two columns of image names; it has: {', '.join(records[0])}")
+    return [(_stem(r[columns[0]]), _stem(r[columns[1]])) for r in records if r[columns[0]] and r[columns[1]]]
+
+
+def find_image(folder: Path, name: str) -> Path:
+    """Raises ``BadImage`` where there is none."""
+    for extension in EXTENSIONS:
+        path = folder / f"{name}{extension}"
+        if path.is_file():
+            return path
+    raise BadImage("image file is missing")
+
+
+def read_image(path: Path) -> np.ndarray:
+    """uint8 (height, width, 3), RGB, upright. CMYK, grey, palette and alpha are converted (alpha is dropped).
+
+    Raises:
+        BadImage: missing, empty, truncated, not an image, too small, or too large to be one.
+        OSError: the file system failed; this says nothing about the image.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise BadImage("image file is missing") from None
+    if not data:
+        raise BadImage("empty file")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            _check_size(image)
+            image = ImageOps.exif_transpose(image)
+            return np.asarray(image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB"))
+    except BadImage:
+        raise
+    except Image.DecompressionBombError:
+        raise BadImage("more pixels than any dermoscopy image (a decompression bomb?)") from None
+    except Image.UnidentifiedImageError:
+        raise BadImage("not an image") from None
+    except Exception as error:  # decoders raise what they like for damaged data: OSError, SyntaxError, struct.error ...
+        text = str(error)
+        raise BadImage("truncated image" if "truncated" in text or "unexpected end" in text else f"damaged image ({text or type(error).__name__})") from None
+
+
+def _check_size(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage("more pixels than any dermoscopy image (a decompression bomb?)")
+    if min(image.size) < MIN_SIDE:
+        raise BadImage(f"only {image.width} x {image.height} pixels")
+    if image.mode[0] in "IF":
+        raise BadImage(f"pixel format {image.mode} (expected 8 bits a channel)")
+
+
+def mislabelled(path: Path) -> str | None:
+    """The real format of an image file whose ending names another one. It is used all the same; the user may want to know."""
+    with Image.open(path) as image:
+        real = image.format
+    told = "PNG" if path.suffix.lower() == ".png" else "JPEG"
+    return None if real in (told, "MPO") else f"{path.name} is a {real} file"
+
+
+def groups(rows: list[Row], hashes: Mapping[str, str], pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Image name -> id of the group that must not be torn apart: same patient, lesion, file content or published pair.
+
+    The id is the smallest patient id of the group, else its smallest lesion id, else ``sha-`` and the smallest hash.
+    Found by union-find over images, patients, lesions and hashes.
+    """
+    parent: dict[str, str] = {}
+
+    def find(node: str) -> str:
+        root = node
+        while parent.setdefault(root, root) != root:
+            root = parent[root]
+        while parent[node] != root:
+            parent[node], node = root, parent[node]
+        return root
+
+    for row in rows:
+        for kind, value in (("patient", row.patient_id), ("lesion", row.lesion_id), ("sha", hashes.get(row.image_name))):
+            if value:
+                parent[find(f"{kind} {value}")] = find(f"image {row.image_name}")
+    for one, other in pairs:
+        parent[find(f"image {one}")] = find(f"image {other}")
+    members: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        members[find(f"image {row.image_name}")].append(row)
+    patients = {row.patient_id for row in rows}
+    return {row.image_name: name for found in members.values() for name in [_group_id(found, hashes, patients)] for row in found}
+
+
+def _group_id(found: list[Row], hashes: Mapping[str, str], patients: set[str | None]) -> str:
+    if named := [row.patient_id for row in found if row.patient_id]:
+        return min(named)
+    if lesions := [row.lesion_id for row in found if row.lesion_id]:
+        return min(lesions) if min(lesions) not in patients else f"lesion-{min(lesions)}"  # "1" may be a patient and a lesion
+    return min(f"sha-{hashes[row.image_name][:16]}" if row.image_name in hashes else row.image_name for row in found)
+
+
+def random_key(seed: int, *words: str) -> str:
+    """A reproducible random sort key: the same on every machine and for every order of the rows."""
+    return hashlib.sha256("\0".join((str(seed), *words)).encode()).hexdigest()
+
+
+def split_groups(group_of: Mapping[str, str], targets: Mapping[str, int], shares: Mapping[str, float], seed: int) -> dict[str, str]:
+    """Image name -> split; whole groups, every class in its share, whatever the order of the rows.
+
+    Groups with the rare class come first, larger before smaller, random within a power of two. Each goes where it
+    lowers the chi-square distance between the images of each class that a split has and those it should have.
+
+    Raises:
+        UserError: a class has too few groups for every split to hold it.
+    """
+    counts: dict[str, np.ndarray] = {}
+    classes = sorted({0, 1} | set(targets.values()))
+    for name, group in group_of.items():
+        counts.setdefault(group, np.zeros(len(classes), int))[classes.index(targets[name])] += 1
+    total = np.sum(list(counts.values()), axis=0) if counts else np.zeros(len(classes), int)
+    _check_classes(counts, classes, list(shares))
+    rare = int(np.argmin(total))
+    order = sorted(counts, key=lambda g: (-int(counts[g][rare]).bit_length(), -int(counts[g].sum()).bit_length(), random_key(seed, "split", g)))
+    want = np.outer(np.array(list(shares.values())) / sum(shares.values()), total)  # (splits, classes)
+    have = np.zeros_like(want)
+    place: dict[str, int] = {}
+    for group in order:
+        v = counts[group]
+        place[group] = int(np.argmin((v * (2 * (have - want) + v) / (want * total)).sum(axis=1)))
+        have[place[group]] += v
+    _fill(place, order, counts, len(shares))
+    names = list(shares)
+    return {name: names[place[group]] for name, group in group_of.items()}
+
+
+def _check_classes(counts: Mapping[str, np.ndarray], classes: list[int], splits: list[str]) -> None:
+    for i, label in enumerate(classes):
+        found = sum(int(c[i] > 0) for c in counts.values())
+        if found < len(splits):
+            raise UserError(f"class {label} ({'malignant' if label else 'benign'}) has {found} groups of images (patients, lesions or copies), but the "
+                            f"{len(splits)} splits ({', '.join(splits)}) need one each: add images of this class, or correct the ids that join its groups")
+
+
+def _fill(place: dict[str, int], order: list[str], counts: Mapping[str, np.ndarray], splits: int) -> None:
+    """Gives a split that lacks a class the smallest group with it, from a split that keeps every class it has."""
+    for _ in range(splits * len(counts[order[0]]) + 1):
+        held = np.zeros((splits, len(counts[order[0]])), int)
+        for group, at in place.items():
+            held[at] += counts[group] > 0
+        if held.all():
+            return
+        to, label = np.argwhere(held == 0)[0]
+        spare = [g for g in reversed(order) if counts[g][label] and (held[place[g]][counts[g] > 0] > 1).all()]
+        if not spare:
+            break
+        place[spare[0]] = int(to)
+    raise UserError("the groups (patients, lesions, copies) are too few or too large for every split to hold every class: "
+                    "add images, or correct the ids that join the groups")
+
+
+def caption(row: Row) -> str:
+    """One sentence of what is known, for text-conditioned training."""
+    known = row.diagnosis if row.diagnosis and row.diagnosis != "unknown" else f"{'malignant' if row.target else 'benign'} skin lesion"
+    text = f"a dermoscopy image of {_article(known.replace('_', ' '))}"
+    if row.site:
+        text += " " + SITES.get(row.site, f"on the {row.site}")
+    if row.age is None and row.sex not in ("male", "female"):
+        return text
+    young = row.age is not None and row.age < 18
+    person = {"male": "boy" if young else "man", "female": "girl" if young else "woman"}.get(row.sex or "", "child" if young else "person")
+    return f"{text} of {_article(person if row.age is None else f'{row.age} year old {person}')}"
+
+
+def _article(noun: str) -> str:
+    return f"an {noun}" if re.match(r"[aeiouAEIOU]|8|11 |18 ", noun) else f"a {noun}"

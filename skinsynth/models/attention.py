@@ -1,0 +1,58 @@
+"""Which attention kernel is taken: xformers where it works on this device, else torch's own (SDPA)."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from skinsynth.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def choose(wanted: str, device: torch.device) -> str:
+    """``sdpa`` or ``xformers``. ``auto`` tests xformers forward and backward on the device and falls back with a line that says so.
+
+    Raises:
+        UserError: ``xformers`` was asked for by name and does not work here.
+    """
+    if wanted == "sdpa" or (wanted == "auto" and device.type != "cuda"):
+        return "sdpa"
+    problem = xformers_problem(device)
+    if problem is None:
+        return "xformers"
+    if wanted == "xformers":
+        raise UserError(f"model.attention=xformers cannot be used on {device}: {problem}; take model.attention=auto or sdpa")
+    log.warning("attention: xformers does not work here (%s), taking sdpa", problem)
+    return "sdpa"
+
+
+def xformers_problem(device: torch.device) -> str | None:
+    """None when xformers' attention and its gradient agree with SDPA on this device, else what is wrong."""
+    if device.type != "cuda":  # its import warns and its call raises there
+        return "it needs a CUDA device"
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        torch.manual_seed(0)
+        ours = [torch.randn(2, 64, 4, 32, device=device, dtype=torch.float16, requires_grad=True) for _ in range(3)]
+        theirs = [t.detach().clone().requires_grad_() for t in ours]
+        got = memory_efficient_attention(*ours)
+        want = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in theirs)).transpose(1, 2)
+        got.float().square().sum().backward()
+        want.float().square().sum().backward()
+        pairs = [(got, want)] + [(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True)]
+        if not all(a is not None and b is not None and torch.allclose(a, b, atol=2e-2, rtol=2e-2) for a, b in pairs):
+            return "its results differ from SDPA's"
+    except Exception as error:  # any failure of a foreign binary means: do not use it
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return None
+
+
+def apply(module: Any, kind: str) -> None:
+    """Sets the kernel on a diffusers module; SDPA is diffusers' own default."""
+    if kind == "xformers":
+        module.enable_xformers_memory_efficient_attention()

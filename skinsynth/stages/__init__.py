@@ -1,0 +1,101 @@
+"""The stages, and how one is run: by a job, by submitit, or in-process. torch is imported only once a stage is called.
+
+Unit stages (``UNITS``) run as independent tasks; step stages (``GANGS``) as one gang of ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import importlib
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from skinsynth.config import Config
+from skinsynth.errors import UserError
+from skinsynth.run import RunDir, Task, write_json
+from skinsynth.world import Stopped, join, leave, on_stop
+
+UNITS = ("prepare", "encode", "generate", "screen", "report")
+GANGS = ("finetune", "classify")
+OK, FAILED, STOPPED = 0, 1, 75  # 75: EX_TEMPFAIL, try again
+WHOLE = Task()
+
+
+def run_node(node: str, path: str, task: Task = WHOLE) -> int:
+    """Runs a stage, or a stage and its part (``classify/hybrid``), on a run folder. Returns the exit status.
+
+    A failure is told in one message on stderr and in ``<node>/failed.json``; only what is no ``UserError`` shows a traceback.
+    """
+    run = RunDir(Path(path))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    try:
+        cfg = run.config()
+        if run.is_done(node):
+            print(f"{node} of {path} is done already")
+            return OK
+        _limit_threads(cfg, node)
+        _call(node, cfg, run, task)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return STOPPED
+    except Exception as error:
+        message = explain(error)
+        print(f"\n{node} failed: {message}", file=sys.stderr)
+        if not isinstance(error, UserError | OSError):
+            traceback.print_exc()
+        with contextlib.suppress(OSError):  # the disk is full, or the folder is not ours: stderr has it
+            write_json(run.failed_path(node), {"node": node, "message": message})
+        return FAILED
+    return OK
+
+
+def _call(node: str, cfg: Config, run: RunDir, task: Task) -> None:
+    stage, _, part = node.partition("/")
+    if stage in UNITS:
+        with on_stop(leave):
+            getattr(importlib.import_module(f"skinsynth.stages.{stage}"), stage)(cfg, run, task)
+        return
+    with join() as world, on_stop(world.note_stop):
+        function = getattr(importlib.import_module(f"skinsynth.stages.{stage}"), stage)
+        function(cfg, run, world, part) if part else function(cfg, run, world)
+
+
+def explain(error: BaseException) -> str:
+    """The message for a person: what, where, what to do."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"no space left, or the quota is reached{where}: free some and start the same command again; nothing finished is lost"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}"
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def _limit_threads(cfg: Config, node: str) -> None:
+    """CPU threads, before torch is imported; in-process runs (debug) keep what they have."""
+    if cfg.cluster.kind == "debug" or "torch" in sys.modules:
+        return
+    wanted = cfg.cluster.of(node.split("/")[0])
+    cores = cfg.cluster.cores or os.cpu_count() or 1
+    threads = wanted.threads or max(1, cores // (wanted.array * wanted.tasks_per_node))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def main(stage: str) -> None:
+    """The body of ``python -m jobs.<stage>``."""
+    parser = argparse.ArgumentParser(prog=f"python -m jobs.{stage}", description=f"Runs {stage} on a run folder; the same command again resumes.")
+    parser.add_argument("run", help="run folder, for example runs/isic")
+    if stage == "classify":
+        parser.add_argument("--arm", required=True, help="one of classify.arms")
+    if stage in UNITS:
+        parser.add_argument("--task", default="0/1", help="this task and how many there are, for example 0/4")
+    args = parser.parse_args()
+    index, _, count = getattr(args, "task", "0/1").partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        parser.error(f"--task {args.task}: expected INDEX/COUNT, for example 0/4")
+    sys.exit(run_node(f"{stage}/{args.arm}" if stage == "classify" else stage, args.run, Task(int(index), int(count))))

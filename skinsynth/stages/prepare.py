@@ -1,0 +1,338 @@
+"""Real images -> ``<shards>/<name>-{train,val,test}``: split by group, lesion-centred, hair removed, resized, JPEG.
+
+The *plan* (which image goes to which shard) is made once, by whichever task comes first, and kept as ``plan.json`` in the
+train folder. It depends on the metadata, the images' bytes and the configuration, never on the number of tasks. A *unit*
+is one output shard of one split. The task that sees all shards present writes the manifests, after the last checks.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+from rich.console import Console
+from rich.table import Table
+
+from skinsynth.config import Config
+from skinsynth.data import isic
+from skinsynth.data.isic import Aside, BadImage, Row
+from skinsynth.data.lesion import square
+from skinsynth.data.shards import ShardWriter, claim, encode_jpeg, missing_parts, part_path, write_manifest
+from skinsynth.errors import UserError
+from skinsynth.run import Progress, RunDir, Task, read_json, sha256_file, write_text
+
+SPLITS = ("train", "val", "test")
+KNOWN = ("sex", "age", "site", "diagnosis")
+
+
+@dataclass
+class Plan:
+    """What goes where; ``request`` is everything that determines the shards' bytes, a hash of the images included."""
+
+    request: dict[str, Any]
+    rows: int  # of the metadata, those set aside included
+    set_aside: list[Aside]
+    samples: dict[str, dict[str, Any]]  # image name -> the fields of its Row, and its group
+    splits: dict[str, list[str]]  # split -> image names in the order of the shards
+
+    def units(self) -> list[tuple[str, int]]:
+        """(split, shard) of every unit, in a fixed order."""
+        return [(split, i) for split in SPLITS for i in range(self.shards(split))]
+
+    def shards(self, split: str) -> int:
+        return -(-len(self.splits[split]) // self.request["prepare"]["shard_size"])
+
+    def names(self, split: str, shard: int) -> list[str]:
+        size = self.request["prepare"]["shard_size"]
+        return self.splits[split][shard * size : (shard + 1) * size]
+
+
+def prepare(cfg: Config, run: RunDir, task: Task) -> None:
+    """Makes the shards that are this task's and still missing; the last task writes the manifests.
+
+    Raises:
+        UserError: unusable metadata or configuration, too many bad images, a full disk, a folder of another request.
+    """
+    with _disk_errors(cfg):
+        _check_paths(cfg)
+        folders = {split: run.dataset(cfg, split) for split in SPLITS}
+        plan = _shared_plan(cfg, folders)
+        _make_units(cfg, run, task, plan, folders)
+        if not any(missing_parts(folders[split], plan.shards(split)) for split in SPLITS):
+            _finish(cfg, run, plan, folders)
+
+
+@contextmanager
+def _disk_errors(cfg: Config) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(cfg.data.shards if Path(cfg.data.shards).is_dir() else ".").free
+            raise UserError(f"prepare: {cfg.data.shards} cannot be written: {error.strerror}{where}; {free / 1e9:.2f} GB are free. Make room or set "
+                            "data.shards to another disk, then give the same command: finished shards are kept") from None
+        raise UserError(f"prepare: the file system failed: {error.strerror or error}{where}. Mend it, then give the same command") from None
+
+
+def _check_paths(cfg: Config) -> None:
+    data = cfg.data
+    if data.metadata and data.instance_data_dir:
+        raise UserError("data: give either metadata with images, or instance_data_dir with class_data_dir, not both")
+    pair = ("metadata", "images") if data.metadata or data.images else ("instance_data_dir", "class_data_dir")
+    for key in pair:
+        if not getattr(data, key):
+            raise UserError(f"data.{key} is not set: give metadata with images, or instance_data_dir with class_data_dir")
+    if data.images and not Path(data.images).is_dir():
+        raise UserError(f"data.images: {data.images} is not a folder: give the folder of JPEGs")
+
+
+def _shared_plan(cfg: Config, folders: dict[str, Path]) -> Plan:
+    """The plan on disk, or a new one: one task makes it while the others wait. Only a plan that holds claims the folders."""
+    path = folders["train"] / "plan.json"
+    Path(cfg.data.shards).mkdir(parents=True, exist_ok=True)
+    with open(Path(cfg.data.shards) / f".{cfg.data.name}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks: every task makes the same plan
+        request = _request(cfg)
+        found = read_json(path)
+        plan = Plan(**found) if found is not None else make_plan(cfg, request)
+        for folder in folders.values():
+            claim(folder, {**request, "content": plan.request["content"]})
+        if found is None:
+            write_text(path, json.dumps(asdict(plan), sort_keys=True))
+    return plan
+
+
+def _request(cfg: Config) -> dict[str, Any]:
+    """All that determines the shards, but for the bytes of the images, which the plan adds as ``content``.
+
+    ``max_bad`` is left out: it decides whether to go on, not what comes out.
+    """
+    data = cfg.data
+    knobs = {k: v for k, v in asdict(cfg.prepare).items() if k != "max_bad"}
+    hashes = {f"{key}_sha256": _sha256(key, getattr(data, key)) for key in ("metadata", "duplicates")}
+    paths = {key: getattr(data, key) for key in ("images", "instance_data_dir", "class_data_dir")}
+    return {"stage": "prepare", "prepare": knobs, "seed": cfg.seed, **hashes, **paths}
+
+
+def _sha256(key: str, path: str | None) -> str | None:
+    if path and not Path(path).is_file():
+        raise UserError(f"data.{key}: {path} does not exist or is not a file: give the path of the CSV")
+    return sha256_file(Path(path)) if path else None
+
+
+def make_plan(cfg: Config, request: dict[str, Any]) -> Plan:
+    """Reads the metadata, hashes the images, groups, splits and orders. Writes nothing but the list of a refusal."""
+    data = cfg.data
+    if data.metadata:
+        rows, aside = isic.read_metadata(Path(data.metadata))
+    else:
+        rows, aside = isic.read_dreambooth(Path(data.instance_data_dir or ""), Path(data.class_data_dir or ""))
+    count = len(rows) + len(aside)
+    rows, hashes = _hash_images(rows, data.images, aside)
+    rows = _contradictions(rows, hashes, aside)
+    _check_bad(cfg, count, [{"split": "", **a} for a in aside])
+    group_of = isic.groups(rows, hashes, isic.read_pairs(Path(data.duplicates), hashes) if data.duplicates else [])
+    split_of = isic.split_groups(group_of, {r.image_name: r.target for r in rows}, asdict(cfg.prepare.split), cfg.seed)
+    order = sorted(group_of, key=lambda name: isic.random_key(cfg.seed, "order", name))
+    content = hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
+    return Plan({**request, "content": content}, count, aside, {r.image_name: {**asdict(r), "group": group_of[r.image_name]} for r in rows},
+                {split: [name for name in order if split_of[name] == split] for split in SPLITS})
+
+
+def _hash_images(rows: list[Row], images: str | None, aside: list[Aside]) -> tuple[list[Row], dict[str, str]]:
+    """The rows whose image is there, with its path, and the sha256 of each; the others are added to ``aside``."""
+
+    def look(row: Row) -> tuple[str, str]:
+        path = Path(row.file) if row.file else isic.find_image(Path(images or ""), row.image_name)
+        if path.stat().st_size == 0:
+            raise BadImage("empty file")
+        return str(path), sha256_file(path)
+
+    kept, hashes = [], {}
+    for row, found in zip(rows, _in_threads(look, rows)):
+        if isinstance(found, BadImage):
+            aside.append({"key": row.image_name, "reason": str(found)})
+        else:
+            kept.append(Row(**{**asdict(row), "file": found[0]}))
+            hashes[row.image_name] = found[1]
+    return kept, hashes
+
+
+def _contradictions(rows: list[Row], hashes: dict[str, str], aside: list[Aside]) -> list[Row]:
+    """Drops images whose very bytes are listed under both targets: at least one label is wrong, and none says which."""
+    targets: dict[str, set[int]] = {}
+    for row in rows:
+        targets.setdefault(hashes[row.image_name], set()).add(row.target)
+    bad = {row.image_name for row in rows if len(targets[hashes[row.image_name]]) > 1}
+    aside += [{"key": name, "reason": "the same file is listed with both targets"} for name in sorted(bad)]
+    for name in bad:
+        del hashes[name]
+    return [row for row in rows if row.image_name not in bad]
+
+
+def _in_threads(work: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
+    """Results in the order of the items; a ``BadImage`` is a result too. Threads: OMP_NUM_THREADS, else the cores allowed."""
+
+    def guarded(item: Any) -> Any:
+        try:
+            return work(item)
+        except BadImage as error:
+            return error
+
+    cv2.setNumThreads(1)  # the images run side by side already
+    with ThreadPoolExecutor(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))) as pool:
+        try:
+            yield from pool.map(guarded, items)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _make_units(cfg: Config, run: RunDir, task: Task, plan: Plan, folders: dict[str, Path]) -> None:
+    units = plan.units()
+    mine = task.mine(list(range(len(units))))
+    missing = {(split, i) for split in SPLITS for i in missing_parts(folders[split], plan.shards(split))}
+    total = sum(len(plan.names(*units[u])) for u in mine)
+    todo = [units[u] for u in mine if units[u] in missing]
+    progress = Progress(run, "prepare", task.index, total, "images", total - sum(len(plan.names(*unit)) for unit in todo))
+    for split, shard in todo:
+        _make_unit(cfg, plan, split, shard, folders[split], progress)
+
+
+def _make_unit(cfg: Config, plan: Plan, split: str, shard: int, folder: Path, progress: Progress) -> None:
+    def work(name: str) -> tuple[bytes, str | None]:
+        path = Path(plan.samples[name]["file"])
+        image = square(isic.read_image(path), cfg.prepare.size, cfg.prepare.crop, cfg.prepare.hair_removal)
+        return encode_jpeg(image, cfg.prepare.quality), isic.mislabelled(path)
+
+    names, notes = plan.names(split, shard), []
+    with ShardWriter(folder, shard) as writer:
+        for name, made in zip(names, _in_threads(work, names)):
+            progress.advance()
+            if isinstance(made, BadImage):
+                writer.skip(name, str(made))
+                continue
+            sample = _sample(plan, name, split)
+            columns = {k: sample[k] for k in ("target", "group", *KNOWN)}
+            writer.add(name, {"jpg": made[0], "json": json.dumps(sample, sort_keys=True).encode()}, **columns)
+            notes += [{"key": name, "note": made[1]}] if made[1] else []
+        writer.extra["notes"] = notes
+
+
+def _sample(plan: Plan, name: str, split: str) -> dict[str, Any]:
+    """The sample's ``json`` file."""
+    fields = dict(plan.samples[name])
+    group = fields.pop("group")
+    return {"isic_id": name, "group": group, "split": split, "target": fields["target"], **{k: fields[k] for k in KNOWN},
+            "caption": isic.caption(Row(**fields)), "origin": "real"}
+
+
+def _finish(cfg: Config, run: RunDir, plan: Plan, folders: dict[str, Path]) -> None:
+    """Checks what all tasks made, writes the manifests and says what is there."""
+    parts = {s: [json.loads(part_path(folders[s], i).read_text()) for i in range(plan.shards(s))] for s in SPLITS}
+    kept = {s: [key for part in parts[s] for key in part["keys"]] for s in SPLITS}
+    aside = [{"split": "", **a} for a in plan.set_aside]
+    aside += [{"split": s, **a} for s in SPLITS for part in parts[s] for a in part["set_aside"]]
+    _check_bad(cfg, plan.rows, aside)
+    facts = {s: _facts(cfg, plan, s, kept[s], [n for part in parts[s] for n in part["notes"]]) for s in SPLITS}
+    facts["train"]["set_aside"] = [a for a in aside if a["split"] in ("", "train")]  # what never reached a split stands here
+    check_disjoint(list(facts.values()))
+    _check_classes(facts)
+    write_aside(run.dataset(cfg, "train"), aside)
+    manifests = [write_manifest(folders[s], plan.shards(s), **facts[s]) for s in SPLITS]
+    check_disjoint(manifests)
+    metrics = {s: {"images": m["count"], "classes": m["classes"], "groups": m["groups"], "patients": m["patients"],
+                   "set_aside": sum(a["split"] == s for a in aside)} for s, m in zip(SPLITS, manifests)}
+    reasons = dict(Counter(a["reason"] for a in aside).most_common())
+    run.finish("prepare", {**metrics, "rows": plan.rows, "set_aside": {"total": len(aside), "reasons": reasons}},
+               [folders[s] / "manifest.json" for s in SPLITS])
+    _print(cfg, metrics, len(aside), reasons)
+
+
+def _facts(cfg: Config, plan: Plan, split: str, names: list[str], notes: list[dict[str, str]]) -> dict[str, Any]:
+    samples = [plan.samples[name] for name in names]
+    ids = sorted({s["group"] for s in samples})
+    return {"name": f"{cfg.data.name}-{split}", "split": split, "kind": "real", "size": cfg.prepare.size, "seed": cfg.seed, "groups": len(ids),
+            "group_ids": ids, "patients": len({s["patient_id"] for s in samples} - {None}), "notes": notes, "request": plan.request,
+            "statistics": {str(t): _statistics([s for s in samples if s["target"] == t]) for t in sorted({s["target"] for s in samples})}}
+
+
+def _statistics(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts of one class; ages in years; what is unknown is counted under ``unknown``."""
+    ages = [s["age"] for s in samples if s["age"] is not None]
+    counts = {k: dict(sorted(Counter(str(s[k] or "unknown") for s in samples).items())) for k in ("sex", "site", "diagnosis")}
+    age = {"known": len(ages), "mean": round(sum(ages) / len(ages), 2) if ages else None, "min": min(ages, default=None), "max": max(ages, default=None)}
+    return {"images": len(samples), "groups": len({s["group"] for s in samples}), "patients": len({s["patient_id"] for s in samples} - {None}),
+            "age": age, **counts}
+
+
+def _check_bad(cfg: Config, rows: int, aside: list[dict[str, str]]) -> None:
+    """Stops where more of the rows are unusable than the user allows."""
+    if len(aside) <= cfg.prepare.max_bad * rows:
+        return
+    path = write_aside(Path(cfg.data.shards) / f"{cfg.data.name}-train", aside)
+    reasons = "; ".join(f"{n} x {reason}" for reason, n in Counter(a["reason"] for a in aside).most_common(6))
+    first = ", ".join(a["key"] for a in aside[:5])
+    raise UserError(f"{len(aside)} of {rows} images cannot be used, more than prepare.max_bad={cfg.prepare.max_bad:g} allows: {reasons}. The first: {first}. "
+                    f"All are listed in {path}. Mend them, delete {cfg.data.shards}/{cfg.data.name}-* and prepare again, or raise prepare.max_bad")
+
+
+def write_aside(folder: Path, aside: list[dict[str, str]]) -> Path:
+    """``set_aside.csv``: split (empty: it never reached one), key, reason. No file where there is nothing to list."""
+    path = folder / "set_aside.csv"
+    if aside:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, ("split", "key", "reason"), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(aside)
+        write_text(path, text.getvalue())
+    return path
+
+
+def check_disjoint(manifests: list[dict[str, Any]]) -> None:
+    """Raises ``UserError`` naming the groups that stand in two of the manifests (their ``group_ids``): leakage."""
+    for i, one in enumerate(manifests):
+        for other in manifests[i + 1 :]:
+            both = sorted(set(one["group_ids"]) & set(other["group_ids"]))
+            if both:
+                raise UserError(f"{len(both)} groups (patients, lesions or copies) are in both {one['name']} and {other['name']}: {', '.join(both[:5])}"
+                                f"{' ...' if len(both) > 5 else ''}. Results on them would be too good: delete both folders and prepare again")
+
+
+def _check_classes(facts: dict[str, dict[str, Any]]) -> None:
+    """The plan gave each split every class; bad images may have taken the last of one."""
+    for split, fact in facts.items():
+        for label in ("0", "1"):
+            if label not in fact["statistics"]:
+                raise UserError(f"the {split} split has no usable image of class {label} left: mend the images in set_aside.csv, or change the seed "
+                                "or prepare.split, delete the folders and prepare again")
+
+
+def _print(cfg: Config, metrics: dict[str, dict[str, Any]], aside: int, reasons: dict[str, int]) -> None:
+    table = Table(title=f"{cfg.data.name}: {cfg.prepare.size} px, seed {cfg.seed}")
+    for column in ("split", "benign", "malignant", "groups", "patients", "set aside"):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for split, m in metrics.items():
+        row = (m["classes"].get("0", 0), m["classes"].get("1", 0), m["groups"], m["patients"], m["set_aside"])
+        table.add_row(split, *(f"{value:,}" for value in row))
+    console = Console()
+    console.print(table)
+    if aside:
+        console.print(f"{aside:,} rows set aside: " + "; ".join(f"{n} x {reason}" for reason, n in reasons.items()), highlight=False)

@@ -1,0 +1,61 @@
+"""Shared fixtures: drawn images, the real ones where they are, and one small chain that many tests look at."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL = ROOT.parent / "shared" / "isic"
+
+SMALL = {  # the demo, cut to seconds
+    "finetune.steps": 8, "finetune.checkpoint_every": 4, "finetune.global_batch": 8, "finetune.warmup_steps": 2,
+    "generate.classes.benign.count": 13, "generate.classes.malignant.count": 14, "generate.shard_size": 9, "generate.steps": 4, "generate.batch": 4,
+    "screen.min_accepted": 0.0, "classify.steps": 12, "classify.evaluate_every": 4, "classify.checkpoint_every": 4, "classify.warmup_steps": 2,
+    "prepare.shard_size": 30, "prepare.max_bad": 0.2,
+}
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 120 drawn images with metadata.csv and duplicates.csv."""
+    from skinsynth.data.phantom import write_dataset
+
+    folder = tmp_path_factory.mktemp("drawn")
+    write_dataset(folder, images=120, malignant=0.35, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """The folder of real images; skips where there is none."""
+    if not (REAL / "isic2017" / "metadata.csv").is_file():
+        pytest.skip(f"no real images at {REAL}: they are not part of the repository (see shards/README.md)")
+    return REAL
+
+
+def overrides(images: Path, folder: Path, run: str = "run", **more: object) -> list[str]:
+    """``key=value`` items for a small run of the demo that keeps all it makes in ``folder``."""
+    values = {"run": folder / run, "data.shards": folder / "shards", "data.name": "small", "data.metadata": images / "metadata.csv",
+              "data.images": images / "images", "data.duplicates": images / "duplicates.csv", **SMALL, **more}
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def skinsynth(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """The command as a user runs it."""
+    return subprocess.run([sys.executable, "-m", "skinsynth", *arguments], cwd=ROOT, text=True, capture_output=True, timeout=400,
+                          env={**os.environ, "COLUMNS": "160"}, check=False, **options)  # type: ignore[call-overload]
+
+
+@pytest.fixture(scope="session")
+def chain(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished small run (``run``) and its datasets (``shards``), made as a user makes it: by the command line, through
+    submitit's local executor, two ranks and two tasks where the demo has them."""
+    folder = tmp_path_factory.mktemp("chain")
+    done = skinsynth("launch", "configs/demo.yaml", *overrides(drawn, folder))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder

@@ -1,0 +1,183 @@
+"""The whole chain by the command line, as a user runs it: finished, disturbed, repeated, and told what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, overrides, skinsynth
+
+from skinsynth.launch import chain as nodes
+from skinsynth.run import read_json
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """The command in a process group of its own, as a shell would start it."""
+    return subprocess.Popen([sys.executable, "-m", "skinsynth", *arguments], cwd=ROOT, text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_for(process: subprocess.Popen[str], path: Path, pattern: str, seconds: float = 150) -> None:
+    """Until a file of that pattern is there."""
+    end = time.time() + seconds
+    while not list(path.glob(pattern)):
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert time.time() < end, f"{path}/{pattern} did not come in {seconds} s"
+        time.sleep(0.02)
+
+
+def jobs_alive(folder: Path) -> list[int]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(folder) in part for part in process.info["cmdline"] or []) and process.status() != psutil.STATUS_ZOMBIE:
+            found.append(process.pid)
+    return found
+
+
+@pytest.mark.timeout(420)
+def test_killed_three_times_it_finishes_with_the_same_report(chain: Path, drawn: Path, tmp_path: Path) -> None:
+    arguments, run = ["launch", "configs/demo.yaml", *overrides(drawn, tmp_path)], tmp_path / "run"
+
+    launch = start(*arguments)  # everything at once, as when the power goes
+    wait_for(launch, run, "finetune/checkpoints/step-*/complete.json")
+    os.killpg(launch.pid, signal.SIGKILL)
+    launch.wait()
+
+    launch = start(*arguments)  # the launch alone: its jobs live on, and must not meet their successors
+    wait_for(launch, tmp_path / "shards/run-synthetic", "*.tar*")
+    launch.kill()
+    launch.wait()
+    assert jobs_alive(tmp_path), "no job was left running: the test killed too late"
+
+    launch = start(*arguments)  # politely, as Ctrl-C does
+    wait_for(launch, run, "classify/*/epochs.jsonl")
+    launch.send_signal(signal.SIGINT)
+    output = launch.communicate(timeout=60)[0]
+    assert launch.returncode == 130, output
+    assert "the same command goes on" in output
+    assert "stopping what an earlier launch left running" in output
+    assert jobs_alive(tmp_path) == []
+
+    last = skinsynth(*arguments)
+    assert last.returncode == 0, last.stdout + last.stderr
+    assert (run / "report/report.json").read_bytes() == (chain / "run/report/report.json").read_bytes()
+    assert (run / "screen/accepted.json").read_bytes().count(b"syn-") == (chain / "run/screen/accepted.json").read_bytes().count(b"syn-")
+
+
+def test_a_finished_run_says_so_at_once(chain: Path, drawn: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in chain.rglob("*") if p.is_file() and p.name != "config.yaml"}
+    began = time.time()
+    again = skinsynth("launch", "configs/demo.yaml", *overrides(drawn, chain))
+    took = time.time() - began
+    assert again.returncode == 0
+    assert "all 8 stages" in again.stdout
+    assert str(chain / "run/report/index.html") in again.stdout
+    assert took < 10, "it did more than look"
+    assert {p: p.stat().st_mtime_ns for p in chain.rglob("*") if p.is_file() and p.name != "config.yaml"} == before
+
+
+def test_the_report_has_the_promised_form(chain: Path) -> None:
+    report = read_json(chain / "run/report/report.json")
+    for arm in ("baseline", "hybrid"):
+        assert 0 <= report["arms"][arm]["accuracy"] <= 1
+        assert 0 <= report["arms"][arm]["auroc"] <= 1
+    assert report["synthetic"]["generated"] == 27
+    assert 0 <= report["synthetic"]["accepted"] <= 27
+    assert isinstance(report["synthetic"]["kid"], float)
+    page = (chain / "run/report/index.html").read_text()
+    assert "data:image/" in page
+    assert 'src="http' not in page
+
+
+def test_another_configuration_in_the_same_folder_is_refused(chain: Path, drawn: Path) -> None:
+    done = skinsynth("launch", "configs/demo.yaml", *overrides(drawn, chain), "finetune.lr=1")
+    assert done.returncode == 1
+    assert "finetune.lr: 0.0002 -> 1.0" in done.stderr
+    assert "take another folder" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_failed_stage_names_its_message_and_log_and_is_gone_on_from(drawn: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(drawn, images)
+    (images / "metadata.csv").rename(images / "away.csv")
+    arguments = ["launch", "configs/demo.yaml", *overrides(images, tmp_path)]
+    done = skinsynth(*arguments)
+    assert done.returncode == 1
+    assert "prepare failed" in done.stderr
+    assert "metadata.csv" in done.stderr
+    assert "log: " in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    log = Path(done.stderr.split("log: ")[1].splitlines()[0])
+    assert "metadata.csv" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    (images / "away.csv").rename(images / "metadata.csv")
+    launch = start(*arguments)
+    wait_for(launch, tmp_path / "run", "prepare/done.json", 60)
+    launch.terminate()
+    assert launch.wait(60) == 130
+
+
+def test_debug_runs_in_one_process_and_tells_what_a_concept_lacks(drawn: Path, tmp_path: Path) -> None:
+    done = skinsynth("launch", "configs/demo.yaml", *overrides(drawn, tmp_path), "cluster=debug",
+                     "finetune.concepts.nevus.instance.where={diagnosis: melonoma}")
+    assert done.returncode == 1
+    assert (tmp_path / "run/prepare/done.json").exists()
+    assert not (tmp_path / "run/prepare/submit").exists()
+    assert "finetune.concepts.nevus.instance: no training image matches {'diagnosis': 'melonoma'}" in done.stderr
+    assert "nevus" in done.stderr.split("hold")[1]
+
+
+def test_arms_wait_for_what_they_need() -> None:
+    from skinsynth import config
+
+    needs = {n.name: n.needs for n in nodes(config.load("configs/demo.yaml"))}
+    assert needs["classify/baseline"] == ("prepare",)
+    assert needs["classify/hybrid"] == ("screen",)
+    assert set(needs["report"]) == {"screen", "classify/baseline", "classify/hybrid"}
+
+
+def test_a_second_launch_is_refused(chain: Path, drawn: Path, tmp_path: Path) -> None:
+    launch = start("launch", "configs/demo.yaml", *overrides(drawn, tmp_path))
+    try:
+        wait_for(launch, tmp_path / "run", "launch.lock", 30)
+        second = skinsynth("launch", "configs/demo.yaml", *overrides(drawn, tmp_path))
+        assert second.returncode == 1
+        assert f"by process {launch.pid} on" in second.stderr
+    finally:
+        launch.terminate()
+        launch.wait(60)
+
+
+def test_help_and_config_are_for_people() -> None:
+    assert "finetune.steps=20" in skinsynth("launch", "--help").stdout
+    shown = skinsynth("config", "configs/demo.yaml", "seed=5").stdout
+    assert "seed: 5" in shown
+    assert "class_" not in shown
+    wrong = skinsynth("launch", "configs/dmo.yaml")
+    assert (wrong.returncode, "configs/dmo.yaml does not exist" in wrong.stderr) == (1, True)
+
+
+@pytest.mark.real
+@pytest.mark.timeout(400)
+def test_a_slice_of_real_images_goes_all_the_way(real: Path, tmp_path: Path) -> None:
+    """60 images of ISIC 2017, a few steps of everything."""
+    rows = (real / "isic2017/metadata.csv").read_text().splitlines()
+    benign = [r for r in rows[1:] if r.split(",")[8] == "0"][:36]
+    malignant = [r for r in rows[1:] if r.split(",")[8] == "1"][:24]
+    (tmp_path / "metadata.csv").write_text("\n".join([rows[0], *benign, *malignant]) + "\n")
+    values = {k: v for k, v in (item.split("=", 1) for item in overrides(tmp_path, tmp_path)) if k != "data.duplicates"}
+    values |= {"data.images": str(real / "isic2017/images"), "finetune.steps": "4", "classify.steps": "4"}
+    done = skinsynth("launch", "configs/isic2017.yaml", *(f"{k}={v}" for k, v in values.items()), "cluster=debug")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    report = json.loads((tmp_path / "run/report/report.json").read_text())
+    assert report["synthetic"]["generated"] == 27
+    assert set(report["arms"]) == {"baseline", "hybrid"}

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from skinsynth import config
+from skinsynth.config import Config
+from skinsynth.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configurations_load_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
+    loaded = config.load(path)
+    (tmp_path / "again.yaml").write_text(config.dump(loaded))
+    assert config.load(tmp_path / "again.yaml") == loaded
+
+
+def test_production_configuration_has_the_studys_settings() -> None:
+    cfg = config.load("configs/isic2020-sd15.yaml")
+    assert (cfg.model.base, cfg.prepare.size) == ("runwayml/stable-diffusion-v1-5", 512)
+    assert {(c.instance.count, c.class_.count) for c in cfg.finetune.concepts.values()} == {(25, 250)}
+    classify = cfg.classify
+    assert (classify.model, classify.lr, classify.global_batch, classify.weight_decay) == ("google/vit-base-patch16-224-in21k", 2e-5, 32, 0.01)
+    assert (classify.schedule, classify.warmup_steps > 0) == ("linear", True)
+
+
+def test_override_reaches_the_key_and_class_is_spelt_class() -> None:
+    cfg = config.load("configs/demo.yaml", ["finetune.steps=7", "finetune.concepts.nevus.class.count=3", "run=runs/mine"])
+    assert (cfg.finetune.steps, cfg.finetune.concepts["nevus"].class_.count, cfg.run) == (7, 3, "runs/mine")
+    assert config.flat(cfg)["finetune.concepts.nevus.class.count"] == 3
+
+
+@pytest.mark.parametrize(("override", "words"), [
+    ("finetune.stepps=3", ["unknown key 'finetune.stepps'", "did you mean 'finetune.steps'"]),
+    ("generte.steps=3", ["unknown key 'generte'", "'generate'"]),
+    ("finetune.steps=many", ["finetune.steps", "'many'", "Integer"]),
+    ("prepare.crop=lesoin", ["prepare.crop is 'lesoin'", "did you mean lesion"]),
+    ("prepare.size=4", ["prepare.size is 4", "16 to 2048"]),
+    ("finetune.lr=-1", ["finetune.lr is -1", "0 or more"]),
+    ("classify.arms.hybrid.sources.sythetic=1", ["classify.arms.hybrid.sources", "sythetic"]),
+    ("finetune.concepts.melanoma.class.cuont=3", ["finetune.concepts.melanoma.class.cuont"]),
+    ("cluster=slrum", ["cluster=slrum", "local"]),
+    ("finetune.steps", ["not of the form key=value"]),
+    ("finetune.micro_batch=5", ["finetune.global_batch=16", "micro_batch=5"]),
+])
+def test_bad_values_name_the_key_and_the_remedy(override: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        config.load("configs/demo.yaml", [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere.yaml does not exist"):
+        config.load(tmp_path / "nowhere.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1, 2\nb: }")
+    with pytest.raises(UserError, match=r"bad.yaml is not valid YAML"):
+        config.load(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
+    with pytest.raises(UserError, match="expected 'key: value'"):
+        config.load(tmp_path / "list.yaml")
+
+
+def test_difference_leaves_out_what_changes_no_result() -> None:
+    one, other = Config(), Config(run="elsewhere")
+    other.cluster.cores = 5
+    assert config.difference(one, other) == []
+    other.finetune.steps = 17
+    assert config.difference(one, other) == ["finetune.steps: 17 -> 1000"]

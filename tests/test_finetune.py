@@ -1,0 +1,179 @@
+"""Fine-tuning on real ranks: checkpoints, resume, the same losses on one and two ranks, an export that diffusers loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, overrides
+
+from skinsynth import config
+from skinsynth.data.shards import Dataset
+from skinsynth.errors import UserError
+from skinsynth.models import diffusion
+from skinsynth.run import RunDir, read_json
+from skinsynth.train.engine import micro_batch
+from skinsynth.train.loop import learning_rate, read_lines
+from skinsynth.world import World
+
+
+def begin(chain: Path, drawn: Path, folder: Path, **more: object) -> RunDir:
+    """A run folder where everything before fine-tuning is done, by hard links to the shared chain."""
+    folder.mkdir()
+    run = RunDir(folder / "run")
+    shutil.copytree(chain / "shards", folder / "shards", copy_function=os.link)
+    cfg = config.load("configs/demo.yaml", overrides(drawn, folder, **more))
+    run.create(cfg)
+    shutil.copytree(chain / "run" / "encode", run.node("encode"), copy_function=os.link)
+    return run
+
+
+def start(run: RunDir, ranks: int, port: int) -> list[subprocess.Popen[bytes]]:
+    """``python -m jobs.finetune`` as torchrun would start it."""
+    env = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    log = open(run.path / "finetune.log", "ab")
+    return [subprocess.Popen([sys.executable, "-m", "jobs.finetune", str(run.path)], cwd=ROOT, stdout=log, stderr=log,
+                             env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)]
+
+
+def finish(run: RunDir, ranks: int, port: int) -> None:
+    codes = [p.wait(150) for p in start(run, ranks, port)]
+    assert codes == [0] * ranks, (run.path / "finetune.log").read_text()[-3000:]
+
+
+def losses(run: RunDir | Path) -> list[float]:
+    path = run.node("finetune") if isinstance(run, RunDir) else run / "finetune"
+    return [row["loss"] for row in read_lines(path / "metrics.jsonl")]
+
+
+def wait_for(condition: object, what: str, seconds: float = 120) -> None:
+    end = time.time() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.time() < end, f"{what} did not come in {seconds} s"
+        time.sleep(0.05)
+
+
+def test_killed_and_stopped_gangs_go_on_with_the_same_losses(chain: Path, drawn: Path, tmp_path: Path) -> None:
+    run = begin(chain, drawn, tmp_path / "a")
+    gang = start(run, 2, 29611)
+    wait_for(lambda: (run.node("finetune") / "checkpoints/step-00000004/complete.json").exists(), "the first checkpoint")
+    gang[1].kill()  # one rank dies without a word: the other must not hang
+    assert gang[0].wait(60) != 0
+    torn = run.node("finetune") / "checkpoints/step-00000006"
+    torn.mkdir()
+    (torn / "model.pt").write_bytes(b"half")  # as a writer that died between its files would leave it, were it not for the rename
+    gang = start(run, 2, 29612)
+    wait_for(lambda: len(losses(run)) >= 4 and b"is passed over" in (run.path / "finetune.log").read_bytes(), "the resume")
+    gang[1].send_signal(signal.SIGTERM)  # to any rank: both save at one step and leave
+    assert {p.wait(60) for p in gang} <= {75, 0}
+    finish(run, 2, 29613)
+    assert "complete.json is missing" in (run.path / "finetune.log").read_text()
+    assert losses(run) == losses(chain / "run")
+    assert diffusion.weights_sha256(run.weights) == diffusion.weights_sha256(chain / "run/finetune/weights")
+
+
+def test_one_rank_has_the_losses_of_two(chain: Path, drawn: Path, tmp_path: Path) -> None:
+    run = begin(chain, drawn, tmp_path / "a")
+    finish(run, 1, 29614)
+    assert losses(run) == pytest.approx(losses(chain / "run"), abs=1e-4)
+
+
+def test_export_loads_with_plain_diffusers_and_was_trained(chain: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    weights = chain / "run/finetune/weights"
+    tuned = StableDiffusionPipeline.from_pretrained(weights)
+    base = StableDiffusionPipeline.from_pretrained(diffusion.resolve_base("builtin"))
+    assert tuned("a dermoscopy image", num_inference_steps=2, height=64, width=64).images[0].size == (64, 64)
+    moved = [not torch.equal(a, b.float()) for a, b in zip(tuned.unet.state_dict().values(), base.unet.state_dict().values(), strict=True)]
+    assert sum(moved) > 0.9 * len(moved)
+    assert all(torch.equal(a, b.float()) for a, b in zip(tuned.vae.state_dict().values(), base.vae.state_dict().values(), strict=True))
+
+
+def test_lineage_names_the_groups_that_were_trained_on(chain: Path) -> None:
+    lineage = read_json(chain / "run/finetune/weights/lineage.json")
+    train = Dataset.open(chain / "shards/small-train")
+    assert set(lineage["group_ids"]) <= set(train.columns["group"])
+    assert len(lineage["group_ids"]) > 5
+    assert lineage["weights_sha256"] == diffusion.weights_sha256(chain / "run/finetune/weights")
+
+
+def test_latent_cache_holds_what_the_vae_gives(chain: Path) -> None:
+    from skinsynth.stages.finetune import _read_npy
+
+    latents, train = Dataset.open(chain / "shards/run-latents"), Dataset.open(chain / "shards/small-train")
+    vae = diffusion.load_pipeline(diffusion.resolve_base("builtin")).vae
+    image = train.image(train.keys.index(latents.keys[3]))
+    cached = _read_npy(latents.read(3, "moments.npy"))
+    for variant, pixels in ((0, image), (1, image[:, ::-1].copy())):
+        assert cached[variant] == pytest.approx(diffusion.encode_images(vae, pixels[None])[0], abs=1e-4)
+
+
+def test_a_checkpoint_of_another_topology_is_refused(chain: Path, drawn: Path, tmp_path: Path) -> None:
+    run = begin(chain, drawn, tmp_path / "a")
+    shutil.copytree(chain / "run/finetune/checkpoints", run.node("finetune") / "checkpoints", copy_function=os.link)
+    done = subprocess.run([sys.executable, "-m", "jobs.finetune", str(run.path)], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 1
+    assert "'ranks': 2, 'zero': 2" in done.stderr
+    assert "same number of ranks" in done.stderr
+    assert json.loads(run.failed_path("finetune").read_text())["message"] in done.stderr
+
+
+@pytest.mark.parametrize(("missing", "said"), [("unet/diffusion_pytorch_model.safetensors", "unet/*.safetensors"), ("vae/config.json", "vae/config.json"),
+                                               ("model_index.json", "model_index.json"), ("tokenizer/tokenizer_config.json", "tokenizer")])
+def test_a_base_model_with_a_file_missing(tmp_path: Path, missing: str, said: str) -> None:
+    shutil.copytree(diffusion.resolve_base("builtin"), tmp_path / "base")
+    (tmp_path / "base" / missing).unlink()
+    with pytest.raises(UserError) as caught:
+        diffusion.resolve_base(str(tmp_path / "base"))
+    assert "not complete" in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_a_base_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        diffusion.resolve_base(str(tmp_path / "none"))
+    with pytest.raises(UserError, match="hf download nobody/nothing"):
+        diffusion.resolve_base("nobody/nothing")
+
+
+def test_an_image_size_that_the_base_cannot_take() -> None:
+    with pytest.raises(UserError, match="multiple of 16"):
+        diffusion.latent_shape(diffusion.load_pipeline(diffusion.resolve_base("builtin")), 72)
+
+
+def test_ranks_that_do_not_divide_the_global_batch() -> None:
+    with pytest.raises(UserError, match=r"3 ranks; \[1, 2, 4, 8\] ranks can"):
+        micro_batch(config.Finetune(global_batch=8), World(0, 3), "finetune")
+
+
+def test_learning_rate_schedules() -> None:
+    cfg = config.Finetune(steps=110, warmup_steps=10, lr=1.0, schedule="linear")
+    assert [learning_rate(cfg, s) for s in (0, 9, 10, 60)] == pytest.approx([0.1, 1.0, 1.0, 0.5])
+    cfg.schedule = "cosine"
+    assert [learning_rate(cfg, s) for s in (10, 60, 109)] == pytest.approx([1.0, 0.5, 0.000247], abs=1e-5)
+    cfg.schedule = "constant"
+    assert learning_rate(cfg, 109) == 1.0
+
+
+def test_min_snr_weights_follow_the_paper() -> None:
+    from diffusers import DDPMScheduler
+
+    class Zero(torch.nn.Module):
+        def forward(self, x: torch.Tensor, t: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
+            return (torch.zeros_like(x),)
+
+    scheduler, t = DDPMScheduler(), torch.tensor([10, 900])
+    batch = {"latents": torch.randn(2, 4, 4, 4), "noise": torch.ones(2, 4, 4, 4), "timestep": t, "text": torch.zeros(2, 1, 1), "weight": torch.ones(2)}
+    snr = scheduler.alphas_cumprod[t] / (1 - scheduler.alphas_cumprod[t])
+    expected = (snr.clamp(max=5) / snr).mean().item()  # the error itself is one everywhere
+    assert diffusion.diffusion_loss(Zero(), scheduler, batch, 5.0).item() == pytest.approx(expected, rel=1e-5)
+    assert diffusion.diffusion_loss(Zero(), scheduler, batch, None).item() == pytest.approx(1.0)

@@ -1,0 +1,214 @@
+"""Metadata, images, groups, splits and captions."""
+
+import io
+import random
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from skinsynth.data import isic
+from skinsynth.data.isic import BadImage, Row
+from skinsynth.errors import UserError
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "isic"
+SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}
+HEADER = "image_name,patient_id,lesion_id,sex,age_approx,anatom_site_general_challenge,diagnosis,benign_malignant,target"
+
+
+def csv(tmp_path: Path, *lines: str, header: str = HEADER) -> Path:
+    path = tmp_path / "metadata.csv"
+    path.write_text("\n".join((header, *lines)) + "\n")
+    return path
+
+
+def row(name: str, target: int = 0, patient: str | None = None, lesion: str | None = None) -> Row:
+    return Row(name, target, patient, lesion)
+
+
+def jpeg(path: Path, mode: str = "RGB", size: tuple[int, int] = (40, 30), **options: object) -> Path:
+    Image.new(mode, size, 90 if mode == "L" else None).save(path, **options)  # type: ignore[arg-type]
+    return path
+
+
+def test_reads_the_columns_and_leaves_the_unknown_empty(tmp_path: Path) -> None:
+    rows, aside = isic.read_metadata(csv(tmp_path, "ISIC_1.jpg,IP_1,IL_1,Female,60.0,upper extremity,melanoma,malignant,1", "ISIC_2,,NA,,,,unknown,benign,"))
+    assert rows == [Row("ISIC_1", 1, "IP_1", "IL_1", "female", 60, "upper extremity", "melanoma"), Row("ISIC_2", 0, diagnosis="unknown")]
+    assert aside == []
+
+
+def test_tolerates_bom_crlf_and_the_columns_of_isic_cli(tmp_path: Path) -> None:
+    path = tmp_path / "cli.csv"
+    path.write_bytes(b"\xef\xbb\xbfisic_id,anatom_site_general,age_approx,diagnosis_1,diagnosis_2,diagnosis_3\r\n"
+                     b'ISIC_1,"head/neck",45,Malignant,Malignant melanocytic,"Melanoma, NOS"\r\nISIC_2,,,Indeterminate,,\r\n')
+    rows, aside = isic.read_metadata(path)
+    assert rows == [Row("ISIC_1", 1, age=45, site="head/neck", diagnosis="melanoma")]
+    assert [a["key"] for a in aside] == ["ISIC_2"] and "unknown target" in aside[0]["reason"]
+
+
+@pytest.mark.parametrize(("header", "missing"), [("image_name,sex", "'target'"), ("name,target", "'image_name'")])
+def test_a_missing_column_is_named_with_the_file_and_what_there_is(tmp_path: Path, header: str, missing: str) -> None:
+    with pytest.raises(UserError) as caught:
+        isic.read_metadata(csv(tmp_path, "a,b", header=header))
+    assert missing in str(caught.value) and "metadata.csv" in str(caught.value) and header.split(",")[1] in str(caught.value)
+
+
+def test_wrong_metadata_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere.csv does not exist"):
+        isic.read_metadata(tmp_path / "nowhere.csv")
+    with pytest.raises(UserError, match="no rows"):
+        isic.read_metadata(csv(tmp_path))
+    (tmp_path / "table.xlsx").write_bytes(b"PK\x03\x04\xff\xfe\x00")
+    with pytest.raises(UserError, match="not a CSV in UTF-8"):
+        isic.read_metadata(tmp_path / "table.xlsx")
+
+
+def test_unknown_targets_and_duplicated_ids_are_set_aside_with_the_reason(tmp_path: Path) -> None:
+    rows, aside = isic.read_metadata(csv(tmp_path, "A,,,,,,,benign,0", "B,,,,,,,benign,2", "C,,,,,,,benign,1", "D,,,,,,,,", "A,,,,,,,benign,0",
+                                         "E,,,male,,,,benign,0", "E,,,female,,,,benign,0", "../x,,,,,,,benign,0"))
+    assert [r.image_name for r in rows] == ["A"]
+    reasons = {(a["key"], a["reason"].split(" (")[0]) for a in aside}
+    assert reasons == {("B", "unknown target '2'"), ("C", "target 1 contradicts 'benign'"), ("D", "unknown target"), ("A", "duplicated id"),
+                       ("E", "duplicated id with rows that differ"), ("../x", "the image name may hold letters, digits, '_' and '-' only")}
+    assert len(aside) == 7  # E twice
+
+
+def test_dreambooth_folders(tmp_path: Path) -> None:
+    for folder, names in (("melanoma", ["one (1).jpg", "b.png", "b.jpg"]), ("nevus", ["b.jpg"])):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            jpeg(tmp_path / folder / name)
+    rows, aside = isic.read_dreambooth(tmp_path / "melanoma", tmp_path / "nevus")
+    assert {(r.image_name, r.target, r.diagnosis) for r in rows} == {
+        ("melanoma_b", 1, "melanoma"), ("melanoma_b-2", 1, "melanoma"), ("melanoma_one__1_", 1, "melanoma"), ("nevus_b", 0, "nevus")}
+    assert not aside and all(Path(r.file or "").is_file() for r in rows)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="class_data_dir.*holds no .jpg"):
+        isic.read_dreambooth(tmp_path / "melanoma", tmp_path / "empty")
+
+
+def test_pairs_are_the_first_two_columns_with_ids(tmp_path: Path) -> None:
+    path = csv(tmp_path, "1,ISIC_0000001,same,b.jpg", "2,ISIC_0000003,same,b", header="no,ISIC_id,why,ISIC_id_paired")
+    assert isic.read_pairs(path, ["b"]) == [("ISIC_0000001", "b"), ("ISIC_0000003", "b")]
+    with pytest.raises(UserError, match="two columns of image names"):
+        isic.read_pairs(csv(tmp_path, "1,x", header="no,name"), ["b"])
+
+
+def test_images_of_any_kind_become_rgb(tmp_path: Path) -> None:
+    for i, mode in enumerate(("L", "CMYK", "RGB")):
+        assert isic.read_image(jpeg(tmp_path / f"{i}.jpg", mode)).shape == (30, 40, 3)
+    for mode in ("RGBA", "P", "LA", "1"):
+        image = isic.read_image(jpeg(tmp_path / f"{mode}.png", mode))
+        assert image.shape == (30, 40, 3) and image.dtype == np.uint8
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    image = Image.new("RGB", (40, 20), (200, 0, 0))
+    image.paste((0, 0, 200), (0, 0, 20, 20))  # blue on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise: left becomes top
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    upright = isic.read_image(tmp_path / "turned.jpg")
+    assert upright.shape == (40, 20, 3) and upright[2, 10, 2] > 150 and upright[-3, 10, 0] > 150
+
+
+def bomb() -> bytes:
+    """A PNG header that claims 40,000 x 40,000 pixels."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    side = (40_000).to_bytes(4, "big")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", side + side + b"\x08\x02\x00\x00\x00") + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+
+
+def test_unusable_images_say_why(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(buffer, "JPEG")
+    for name, data, reason in (("empty", b"", "empty file"), ("cut", buffer.getvalue()[:-600], "truncated image"), ("text", b"<html>404</html>", "not an image"),
+                               ("bomb", bomb(), "decompression bomb")):
+        (tmp_path / f"{name}.jpg").write_bytes(data)
+        with pytest.raises(BadImage, match=reason):
+            isic.read_image(tmp_path / f"{name}.jpg")
+    with pytest.raises(BadImage, match="only 4 x 4 pixels"):
+        isic.read_image(jpeg(tmp_path / "tiny.jpg", size=(4, 4)))
+    with pytest.raises(BadImage, match="missing"):
+        isic.find_image(tmp_path, "absent")
+    with pytest.raises(BadImage, match="missing"):
+        isic.read_image(tmp_path / "absent.jpg")
+
+
+def test_a_png_named_jpg_is_read_and_noted(tmp_path: Path) -> None:
+    path = jpeg(tmp_path / "a.jpg", format="PNG")
+    assert isic.read_image(path).shape == (30, 40, 3) and isic.mislabelled(path) == "a.jpg is a PNG file"
+    assert isic.mislabelled(jpeg(tmp_path / "b.jpg")) is None and isic.mislabelled(jpeg(tmp_path / "c.png")) is None
+
+
+def test_groups_join_patients_lesions_copies_and_pairs() -> None:
+    rows = [row("a", patient="P2"), row("b", patient="P1", lesion="L1"), row("c", lesion="L1"), row("d"), row("e"), row("f", lesion="L9"), row("g"), row("h", lesion="P1")]
+    found = isic.groups(rows, {"a": "1" * 64, "d": "1" * 64, "e": "2" * 64, "g": "3" * 64}, [("a", "elsewhere"), ("elsewhere", "b"), ("g", "e")])
+    assert found == {"a": "P1", "b": "P1", "c": "P1", "d": "P1", "e": "sha-" + "2" * 16, "g": "sha-" + "2" * 16, "f": "L9", "h": "lesion-P1"}
+    assert isic.groups(rows[::-1], {}, []) == {k: v for k, v in isic.groups(rows, {}, []).items()}
+
+
+def cohort(patients: int, seed: int) -> list[Row]:
+    """Patients with 1 to 40 images, one image in ten malignant."""
+    rng = random.Random(seed)
+    return [row(f"I{p}_{i}", int(rng.random() < 0.1), f"P{p}") for p in range(patients) for i in range(rng.choice((1, 1, 2, 3, 10, 40)))]
+
+
+def deviation(rows: list[Row], split_of: dict[str, str]) -> float:
+    """The largest difference between a class's share in a split and the one asked for."""
+    total = Counter(r.target for r in rows)
+    found = Counter((split_of[r.image_name], r.target) for r in rows)
+    return max(abs(found[s, t] / total[t] - share) for s, share in SHARES.items() for t in total)
+
+
+def test_splits_keep_groups_whole_and_shares_right_and_follow_the_seed_alone() -> None:
+    rows = cohort(150, 0)
+    targets, of = {r.image_name: r.target for r in rows}, isic.groups(rows, {}, [])
+    split_of = isic.split_groups(of, targets, SHARES, 3)
+    assert all(len({split_of[n] for n in of if of[n] == g}) == 1 for g in set(of.values()))
+    assert deviation(rows, split_of) < 0.02
+    mixed = random.Random(1).sample(rows, len(rows))
+    again = isic.split_groups(isic.groups(mixed, {}, []), {r.image_name: r.target for r in mixed}, SHARES, 3)
+    assert again == split_of
+    assert isic.split_groups(of, targets, SHARES, 4) != split_of
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_split_gets_every_class_even_with_three_groups_of_it(seed: int) -> None:
+    rows = [row(f"b{i}", 0, f"P{i % 5}") for i in range(40)] + [row(f"m{i}", 1, f"M{i % 3}") for i in range(20)]
+    split_of = isic.split_groups(isic.groups(rows, {}, []), {r.image_name: r.target for r in rows}, SHARES, seed)
+    assert {(split_of[r.image_name], r.target) for r in rows} == {(s, t) for s in SHARES for t in (0, 1)}
+
+
+def test_an_empty_class_is_an_error_that_counts_the_groups() -> None:
+    rows = [row(f"b{i}") for i in range(9)] + [row("m1", 1, "P1"), row("m2", 1, "P1"), row("m3", 1, "P2")]
+    with pytest.raises(UserError, match=r"class 1 \(malignant\) has 2 groups .* 3 splits"):
+        isic.split_groups(isic.groups(rows, {}, []), {r.image_name: r.target for r in rows}, SHARES, 0)
+
+
+def test_captions_say_what_is_known() -> None:
+    assert isic.caption(Row("a", 1, sex="female", age=60, site="upper extremity", diagnosis="melanoma")) == (
+        "a dermoscopy image of a melanoma on the upper extremity of a 60 year old woman")
+    assert isic.caption(Row("a", 0, sex="male", age=15, site="head/neck", diagnosis="unknown")) == (
+        "a dermoscopy image of a benign skin lesion on the head or neck of a 15 year old boy")
+    assert isic.caption(Row("a", 0, age=80, diagnosis="actinic keratosis")) == "a dermoscopy image of an actinic keratosis of an 80 year old person"
+    assert isic.caption(Row("a", 1)) == "a dermoscopy image of a malignant skin lesion"
+
+
+@pytest.mark.skipif(not (SHARED / "isic2020_groundtruth.csv").exists(), reason=f"{SHARED} with the ISIC 2020 ground truth is not here")
+def test_isic_2020_is_split_by_patient_within_two_percent_in_seconds() -> None:
+    start = time.process_time()
+    rows, aside = isic.read_metadata(SHARED / "isic2020_groundtruth.csv")
+    pairs = isic.read_pairs(SHARED / "isic2020_duplicates.csv", (r.image_name for r in rows))
+    split_of = isic.split_groups(isic.groups(rows, {}, pairs), {r.image_name: r.target for r in rows}, SHARES, 0)
+    assert time.process_time() - start < 5
+    assert (len(rows), len(aside), len(pairs)) == (33_126, 0, 425)
+    assert deviation(rows, split_of) < 0.02
+    assert max(Counter(p for p, _ in {(r.patient_id, split_of[r.image_name]) for r in rows}).values()) == 1
+    assert all(split_of[one] == split_of[other] for one, other in pairs)

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from skinsynth import run as runs
+from skinsynth.config import Config
+from skinsynth.errors import UserError
+from skinsynth.run import Progress, RunDir, Task
+
+
+def test_a_run_folder_keeps_its_configuration(tmp_path: Path) -> None:
+    run, cfg = RunDir(tmp_path / "run"), Config()
+    run.create(cfg)
+    cfg.cluster.cores = 3  # changes where, not what
+    run.create(cfg)
+    cfg.finetune.steps = 7
+    with pytest.raises(UserError, match=r"finetune.steps: 1000 -> 7"):
+        run.create(cfg)
+    assert run.config().finetune.steps == 1000
+
+
+def test_done_means_that_the_outputs_are_there(tmp_path: Path) -> None:
+    run, output = RunDir(tmp_path), tmp_path / "weights"
+    output.touch()
+    run.finish("finetune", {"loss": 1.0}, [output])
+    assert run.is_done("finetune")
+    assert run.metrics("finetune") == {"loss": 1.0}
+    output.unlink()
+    assert not run.is_done("finetune")
+
+
+def test_a_second_launch_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    with run.lock(), pytest.raises(UserError, match=f"process {os.getpid()} on "), run.lock():
+        pass
+    assert not (tmp_path / "launch.lock").exists()
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True)
+    owner = {"pid": int(dead.stdout), "born": 1.0, "host": os.uname().nodename, "since": "yesterday"}
+    (tmp_path / "launch.lock").write_text(json.dumps(owner))
+    with run.lock():
+        assert json.loads((tmp_path / "launch.lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_write_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    runs.write_json(path, {"a": 1})
+
+    def fail(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space"):
+        runs.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_tasks_share_the_units_without_overlap() -> None:
+    units = [0, 2, 3, 4, 7, 9]
+    shares = [Task(i, 3).mine(units) for i in range(3)]
+    assert sorted(u for share in shares for u in share) == units
+
+
+def test_a_read_only_folder_is_told(tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        RunDir(blocker / "run").create(Config())
+
+
+def test_no_run_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is no run folder: config.yaml is missing"):
+        RunDir(tmp_path).config()
+
+
+def test_progress_is_a_file_that_a_watcher_reads(tmp_path: Path) -> None:
+    from skinsynth.watch import duration, progress_of
+
+    run = RunDir(tmp_path)
+    assert progress_of(run, "generate") is None
+    for task in (0, 1):
+        Progress(run, "generate", task, 10, "images").set(10 if task else 0)
+    found = progress_of(run, "generate")
+    assert found is not None
+    assert (found["done"], found["total"], found["unit"]) == (10, 20, "images")
+    assert [duration(s) for s in (None, 0.2, 95, 3725)] == ["-", "0:00", "1:35", "1:02:05"]

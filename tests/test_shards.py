@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from skinsynth.data import shards
+from skinsynth.data.shards import Dataset, ShardWriter, claim, missing_parts, write_manifest
+from skinsynth.errors import UserError
+
+
+def fill(folder: Path, count: int = 2) -> None:
+    for unit in range(count):
+        with ShardWriter(folder, unit) as shard:
+            for i in range(3):
+                image = np.full((8, 8, 3), 40 * unit + 10 * i, np.uint8)
+                shard.add(f"k{unit}{i}", {"jpg": shards.encode_jpeg(image, 95), "json": b'{"a": 1}'}, target=i % 2, site="arm" if i else None)
+
+
+def test_samples_are_read_back_by_offset(tmp_path: Path) -> None:
+    fill(tmp_path)
+    manifest = write_manifest(tmp_path, 2, kind="real")
+    data = Dataset.open(tmp_path)
+    assert (len(data), manifest["count"], manifest["classes"]) == (6, 6, {"0": 4, "1": 2})
+    assert data.keys == ["k00", "k01", "k02", "k10", "k11", "k12"]
+    assert data.json(4) == {"a": 1}
+    assert abs(int(data.image(5).mean()) - 60) <= 1
+    assert data.select({"target": 1}) == [1, 4]
+    assert data.select({"site": ["arm"], "target": 0}) == [2, 5]
+    assert list(data.shard_samples(1)) == [3, 4, 5]
+    assert data.verify() == []
+
+
+def test_plain_webdataset_reads_the_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WDS_SECURE", "1")
+    import webdataset
+
+    fill(tmp_path)
+    found = list(webdataset.WebDataset([str(tmp_path / "00000.tar"), str(tmp_path / "00001.tar")], shardshuffle=False).decode("rgb8"))
+    assert [s["__key__"] for s in found] == ["k00", "k01", "k02", "k10", "k11", "k12"]
+    assert found[0]["jpg"].shape == (8, 8, 3)
+    assert found[0]["json"] == {"a": 1}
+
+
+def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
+    fill(tmp_path / "a")
+    fill(tmp_path / "b")
+    assert (tmp_path / "a/00001.tar").read_bytes() == (tmp_path / "b/00001.tar").read_bytes()
+
+
+def test_a_writer_that_dies_leaves_nothing_visible(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path, 0) as shard:
+        shard.add("k", {"jpg": b"x"})
+        raise RuntimeError
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == []
+    (tmp_path / ".00000.tar.999.tmp").write_bytes(b"left by a task that was killed")
+    fill(tmp_path, 1)
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["00000.json", "00000.tar"]
+
+
+def test_missing_parts_are_the_work_left(tmp_path: Path) -> None:
+    fill(tmp_path, 2)
+    assert missing_parts(tmp_path, 4) == [2, 3]
+
+
+@pytest.mark.parametrize("key", ["../up", "a/b", "a.b", "", "x" * 121])
+def test_keys_with_path_tricks_are_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(UserError, match="sample key"), ShardWriter(tmp_path, 0) as shard:
+        shard.add(key, {"jpg": b"x"})
+
+
+def test_a_folder_is_claimed_by_one_request(tmp_path: Path) -> None:
+    claim(tmp_path, {"size": 64, "seed": 1})
+    claim(tmp_path, {"size": 64, "seed": 1})
+    with pytest.raises(UserError, match="size: 64 -> 128"):
+        claim(tmp_path, {"size": 128, "seed": 1})
+
+
+def test_unfinished_lost_and_changed_shards_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not finished"):
+        Dataset.open(tmp_path)
+    fill(tmp_path)
+    write_manifest(tmp_path, 2)
+    data = bytearray((tmp_path / "00001.tar").read_bytes())
+    data[600] ^= 1
+    (tmp_path / "00001.tar").write_bytes(data)
+    assert Dataset.open(tmp_path).verify() == ["00001.tar"]
+    (tmp_path / "00000.tar").unlink()
+    with pytest.raises(UserError, match=r"00000.tar is missing"):
+        Dataset.open(tmp_path)
+
+
+def test_unknown_filter_column_names_the_known_ones(tmp_path: Path) -> None:
+    fill(tmp_path)
+    write_manifest(tmp_path, 2)
+    with pytest.raises(UserError, match="no column 'colour'.*site, target"):
+        Dataset.open(tmp_path).select({"colour": "red"})
+
+
+def test_manifest_written_twice_is_the_same(tmp_path: Path) -> None:
+    fill(tmp_path)
+    write_manifest(tmp_path, 2, seed=1)
+    first = (tmp_path / "manifest.json").read_bytes()
+    write_manifest(tmp_path, 2, seed=1)
+    assert (tmp_path / "manifest.json").read_bytes() == first
+    assert json.loads(first)["shards"][0]["count"] == 3
