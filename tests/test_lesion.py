@@ -80,8 +80,8 @@ def test_hair_goes_and_the_rest_stays() -> None:
 def test_a_mole_globules_and_a_fur_are_left_alone() -> None:
     mole = skin(axes=(14, 8))
     cobbles = skin(axes=(3, 3))
-    for i in range(60, 260, 10):
-        for j in range(50, 190, 10):
+    for i in range(60, 260, 12):
+        for j in range(50, 190, 12):
             cv2.circle(cobbles, (i + j % 5, j), 3, (90, 60, 40), -1, cv2.LINE_AA)
     fur = skin()
     for i in range(-240, 320, 10):

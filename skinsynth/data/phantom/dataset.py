@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def _plan(rng: Generator, images: int, malignant: float) -> list[Picture]:
     return [replace(picture, row=_with_gaps(rng, picture.row)) for picture in pictures]
 
 
-def _patient(rng: Generator, targets: list[int], names: Any) -> list[Picture]:
+def _patient(rng: Generator, targets: list[int], names: Iterator[int]) -> list[Picture]:
     """The lesions of one patient: one skin, one sex, one age."""
     patient, sex = _new_id(rng, "IP"), str(rng.choice(("female", "male")))
     age = str(int(np.clip(round(rng.normal(50, 15) / 5) * 5, 10, 90)))
@@ -127,7 +128,7 @@ def _jpeg(pictures: list[Picture], index: int, seed: int, height: int, width: in
     rng = np.random.default_rng((seed, index))
     shift = np.array([[1, 0, rng.uniform(-0.03, 0.03) * width], [0, 1, rng.uniform(-0.03, 0.03) * height]], np.float32)
     moved = cv2.warpAffine(image, shift, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
-    return _encode(cv2.convertScaleAbs(moved, alpha=rng.uniform(0.93, 1.07)), int(rng.integers(75, 90)))
+    return _encode(np.asarray(cv2.convertScaleAbs(moved, alpha=rng.uniform(0.93, 1.07)), np.uint8), int(rng.integers(75, 90)))
 
 
 def _encode(image: NDArray[np.uint8], quality: int) -> bytes:

@@ -105,7 +105,7 @@ def _rim(lesion: Lesion, rng: Generator, theta: Field) -> Field:
         distance = (angles - rng.uniform(-math.pi, math.pi) + math.pi) % (2 * math.pi) - math.pi
         rim += lesion.asymmetry * rng.choice((-0.3, 0.3)) * np.exp(-(distance / rng.uniform(0.3, 0.6)) ** 2)
     for k in range(4, 15):
-        rim += lesion.irregularity * 0.14 / math.sqrt(k) * rng.normal() * np.cos(k * angles + rng.uniform(0, 2 * math.pi))
+        rim += lesion.irregularity * 0.11 / math.sqrt(k) * rng.normal() * np.cos(k * angles + rng.uniform(0, 2 * math.pi))
     rim = rim.clip(0.4, 1.9) / np.sqrt(np.mean(rim.clip(0.4, 1.9) ** 2))  # the area stays that of the diameter
     return np.interp(theta, angles, rim).astype(np.float32)
 
@@ -151,7 +151,7 @@ def _structures(lesion: Lesion, rng: Generator, r: Field, theta: Field) -> Field
         clods, at = np.zeros((height, width), np.uint8), np.argwhere(r < 1.05)
         for y, x in at[rng.integers(0, len(at), int(20 + 50 * lesion.globules))] if len(at) else ():
             cv2.circle(clods, (int(x) * 16, int(y) * 16), int(16 * period * rng.uniform(0.25, 0.6)), 255, -1, cv2.LINE_AA, 4)
-        density += lesion.globules * 0.8 * (_blur(clods.astype(np.float32) / 255, 0.15 * period) - 0.2)
+        density += lesion.globules * 0.8 * (_blur(clods.astype(np.float32) / np.float32(255), 0.15 * period) - 0.2)
     return density
 
 

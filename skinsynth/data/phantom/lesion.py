@@ -68,11 +68,12 @@ def sample_broad(rng: Generator) -> Lesion:
     """A lesion from wide, flat ranges, close up and without a class: what the base model learns from."""
     diameter = rng.uniform(2, 14)
     return Lesion(
-        asymmetry=rng.uniform(0.02, 0.98), irregularity=rng.uniform(0.02, 0.98),
+        asymmetry=rng.beta(1.1, 1.5), irregularity=rng.beta(1.1, 1.7),
         colours=_pick_colours(rng, int(rng.choice(6, p=(0.2, 0.27, 0.23, 0.15, 0.1, 0.05))) + 1),
         diameter=diameter, field=diameter / rng.uniform(0.3, 0.85),
         x=rng.normal(0, 0.03), y=rng.normal(0, 0.03), **_sample_look(rng),
-        hairs=int(rng.integers(2, 14)) if rng.random() < 0.08 else 0, vignette=rng.uniform(0, 0.6) if rng.random() < 0.06 else 0.0,
+        hairs=int(rng.integers(2, 14)) if rng.random() < 0.08 else 0,
+        vignette=rng.uniform(0, 0.6) if rng.random() < 0.06 else 0.0,
         ruler=False, bubbles=int(rng.integers(1, 5)) if rng.random() < 0.04 else 0,
     )
 
