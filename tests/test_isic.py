@@ -36,7 +36,8 @@ def jpeg(path: Path, mode: str = "RGB", size: tuple[int, int] = (40, 30), **opti
 
 
 def test_reads_the_columns_and_leaves_the_unknown_empty(tmp_path: Path) -> None:
-    rows, aside = isic.read_metadata(csv(tmp_path, "ISIC_1.jpg,IP_1,IL_1,Female,60.0,upper extremity,melanoma,malignant,1", "ISIC_2,,NA,,,,unknown,benign,"))
+    rows, aside = isic.read_metadata(csv(tmp_path, "ISIC_1.jpg,IP_1,IL_1,Female,60.0,upper extremity,melanoma,malignant,1",
+                                         "ISIC_2,,NA,,,,unknown,benign,"))
     assert rows == [Row("ISIC_1", 1, "IP_1", "IL_1", "female", 60, "upper extremity", "melanoma"), Row("ISIC_2", 0, diagnosis="unknown")]
     assert aside == []
 
@@ -47,18 +48,21 @@ def test_tolerates_bom_crlf_and_the_columns_of_isic_cli(tmp_path: Path) -> None:
                      b'ISIC_1,"head/neck",45,Malignant,Malignant melanocytic,"Melanoma, NOS"\r\nISIC_2,,,Indeterminate,,\r\n')
     rows, aside = isic.read_metadata(path)
     assert rows == [Row("ISIC_1", 1, age=45, site="head/neck", diagnosis="melanoma")]
-    assert [a["key"] for a in aside] == ["ISIC_2"] and "unknown target" in aside[0]["reason"]
+    assert [a["key"] for a in aside] == ["ISIC_2"]
+    assert "unknown target" in aside[0]["reason"]
 
 
 @pytest.mark.parametrize(("header", "missing"), [("image_name,sex", "'target'"), ("name,target", "'image_name'")])
 def test_a_missing_column_is_named_with_the_file_and_what_there_is(tmp_path: Path, header: str, missing: str) -> None:
     with pytest.raises(UserError) as caught:
         isic.read_metadata(csv(tmp_path, "a,b", header=header))
-    assert missing in str(caught.value) and "metadata.csv" in str(caught.value) and header.split(",")[1] in str(caught.value)
+    assert missing in str(caught.value)
+    assert "metadata.csv" in str(caught.value)
+    assert header.split(",")[1] in str(caught.value)
 
 
 def test_wrong_metadata_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere.csv does not exist"):
+    with pytest.raises(UserError, match=r"nowhere.csv does not exist"):
         isic.read_metadata(tmp_path / "nowhere.csv")
     with pytest.raises(UserError, match="no rows"):
         isic.read_metadata(csv(tmp_path))
@@ -85,9 +89,10 @@ def test_dreambooth_folders(tmp_path: Path) -> None:
     rows, aside = isic.read_dreambooth(tmp_path / "melanoma", tmp_path / "nevus")
     assert {(r.image_name, r.target, r.diagnosis) for r in rows} == {
         ("melanoma_b", 1, "melanoma"), ("melanoma_b-2", 1, "melanoma"), ("melanoma_one__1_", 1, "melanoma"), ("nevus_b", 0, "nevus")}
-    assert not aside and all(Path(r.file or "").is_file() for r in rows)
+    assert not aside
+    assert all(Path(r.file or "").is_file() for r in rows)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="class_data_dir.*holds no .jpg"):
+    with pytest.raises(UserError, match=r"class_data_dir.*holds no .jpg"):
         isic.read_dreambooth(tmp_path / "melanoma", tmp_path / "empty")
 
 
@@ -103,7 +108,8 @@ def test_images_of_any_kind_become_rgb(tmp_path: Path) -> None:
         assert isic.read_image(jpeg(tmp_path / f"{i}.jpg", mode)).shape == (30, 40, 3)
     for mode in ("RGBA", "P", "LA", "1"):
         image = isic.read_image(jpeg(tmp_path / f"{mode}.png", mode))
-        assert image.shape == (30, 40, 3) and image.dtype == np.uint8
+        assert image.shape == (30, 40, 3)
+        assert image.dtype == np.uint8
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
@@ -113,7 +119,9 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise: left becomes top
     image.save(tmp_path / "turned.jpg", exif=exif)
     upright = isic.read_image(tmp_path / "turned.jpg")
-    assert upright.shape == (40, 20, 3) and upright[2, 10, 2] > 150 and upright[-3, 10, 0] > 150
+    assert upright.shape == (40, 20, 3)
+    assert upright[2, 10, 2] > 150
+    assert upright[-3, 10, 0] > 150
 
 
 def bomb() -> bytes:
@@ -122,13 +130,14 @@ def bomb() -> bytes:
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
 
     side = (40_000).to_bytes(4, "big")
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", side + side + b"\x08\x02\x00\x00\x00") + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", side + side + b"\x08\x02\x00\x00\x00")
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
 
 
 def test_unusable_images_say_why(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(buffer, "JPEG")
-    for name, data, reason in (("empty", b"", "empty file"), ("cut", buffer.getvalue()[:-600], "truncated image"), ("text", b"<html>404</html>", "not an image"),
+    for name, data, reason in (("empty", b"", "empty file"), ("cut", buffer.getvalue()[:-600], "truncated"), ("text", b"<html>", "not an image"),
                                ("bomb", bomb(), "decompression bomb")):
         (tmp_path / f"{name}.jpg").write_bytes(data)
         with pytest.raises(BadImage, match=reason):
@@ -143,12 +152,15 @@ def test_unusable_images_say_why(tmp_path: Path) -> None:
 
 def test_a_png_named_jpg_is_read_and_noted(tmp_path: Path) -> None:
     path = jpeg(tmp_path / "a.jpg", format="PNG")
-    assert isic.read_image(path).shape == (30, 40, 3) and isic.mislabelled(path) == "a.jpg is a PNG file"
-    assert isic.mislabelled(jpeg(tmp_path / "b.jpg")) is None and isic.mislabelled(jpeg(tmp_path / "c.png")) is None
+    assert isic.read_image(path).shape == (30, 40, 3)
+    assert isic.mislabelled(path) == "a.jpg is a PNG file"
+    assert isic.mislabelled(jpeg(tmp_path / "b.jpg")) is None
+    assert isic.mislabelled(jpeg(tmp_path / "c.png")) is None
 
 
 def test_groups_join_patients_lesions_copies_and_pairs() -> None:
-    rows = [row("a", patient="P2"), row("b", patient="P1", lesion="L1"), row("c", lesion="L1"), row("d"), row("e"), row("f", lesion="L9"), row("g"), row("h", lesion="P1")]
+    rows = [row("a", patient="P2"), row("b", patient="P1", lesion="L1"), row("c", lesion="L1"), row("d"), row("e"),
+            row("f", lesion="L9"), row("g"), row("h", lesion="P1")]
     found = isic.groups(rows, {"a": "1" * 64, "d": "1" * 64, "e": "2" * 64, "g": "3" * 64}, [("a", "elsewhere"), ("elsewhere", "b"), ("g", "e")])
     assert found == {"a": "P1", "b": "P1", "c": "P1", "d": "P1", "e": "sha-" + "2" * 16, "g": "sha-" + "2" * 16, "f": "L9", "h": "lesion-P1"}
     assert isic.groups(rows[::-1], {}, []) == isic.groups(rows, {}, [])

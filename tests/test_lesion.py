@@ -39,9 +39,13 @@ def test_the_box_scales_with_the_image() -> None:
 
 def test_a_lesion_at_the_edge_still_gives_a_square_inside_the_image() -> None:
     x, y, side = lesion.lesion_box(skin(centre=(260, 52), axes=(36, 30)))
-    assert y == 0 and x + side <= 320 and side < 120
+    assert y == 0
+    assert x + side <= 320
+    assert side < 120
     x, y, side = lesion.lesion_box(skin(centre=(260, 60), axes=(80, 60)))
-    assert x + side == 320 and y == 0 and 150 < side <= 240
+    assert x + side == 320
+    assert y == 0
+    assert 150 < side <= 240
 
 
 def test_vignette_and_stickers_do_not_count_as_lesion() -> None:
@@ -88,7 +92,8 @@ def test_a_mole_globules_and_a_fur_are_left_alone() -> None:
         cv2.line(fur, (i, 0), (i + 240, 240), (40, 30, 30), 2)
     assert lesion.remove_hair(mole) is mole
     assert lesion.remove_hair(cobbles) is cobbles
-    assert lesion.hair_mask(fur, 240).mean() > lesion.HAIR_MAX and lesion.remove_hair(fur) is fur
+    assert lesion.hair_mask(fur, 240).mean() > lesion.HAIR_MAX
+    assert lesion.remove_hair(fur) is fur
 
 
 @pytest.mark.parametrize("crop", ["lesion", "centre", "none"])
@@ -97,13 +102,15 @@ def test_the_square_has_its_size_for_any_image(crop: str, height: int, width: in
     image = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
     for hair in (True, False):
         made = lesion.square(image, 64, crop, hair)
-        assert made.shape == (64, 64, 3) and made.dtype == np.uint8
+        assert made.shape == (64, 64, 3)
+        assert made.dtype == np.uint8
 
 
 def test_the_crops_differ_as_they_should() -> None:
     image = skin(centre=(90, 80))
     dark = {crop: (lesion.square(image, 64, crop, False).mean(axis=2) < 120) for crop in ("lesion", "centre", "none")}
-    assert dark["lesion"][28:36, 28:36].all() and dark["lesion"].mean() > 2 * dark["none"].mean()
+    assert dark["lesion"][28:36, 28:36].all()
+    assert dark["lesion"].mean() > 2 * dark["none"].mean()
     assert not dark["centre"][28:36, 28:36].any()
 
 

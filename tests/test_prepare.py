@@ -25,6 +25,7 @@ from skinsynth.stages.prepare import SPLITS, check_disjoint, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "isic"
+WHOLE = Task(0, 1)
 ONE_TASK = """
 import sys
 from pathlib import Path
@@ -60,13 +61,13 @@ def config(source: Path, out: Path, **prepare_keys: object) -> Config:
     return cfg
 
 
-def go(cfg: Config, task: Task = Task()) -> RunDir:
+def go(cfg: Config, task: Task = WHOLE) -> RunDir:
     run = RunDir(Path(cfg.run))
     prepare(cfg, run, task)
     return run
 
 
-def start(cfg: Config, task: Task = Task(), **options: object) -> subprocess.Popen[str]:
+def start(cfg: Config, task: Task = WHOLE, **options: object) -> subprocess.Popen[str]:
     """The same in a process of its own."""
     from skinsynth import config as configs
 
@@ -114,7 +115,7 @@ def lonely(source: Path) -> list[Path]:
     """Images without a copy: breaking one must not change how others are grouped."""
     files = sorted((source / "images").glob("*.jpg"))
     contents = [p.read_bytes() for p in files]
-    return [p for p, content in zip(files, contents) if contents.count(content) == 1]
+    return [p for p, content in zip(files, contents, strict=True) if contents.count(content) == 1]
 
 
 def aside(cfg: Config) -> dict[str, str]:
@@ -129,13 +130,31 @@ def manifests(cfg: Config) -> dict[str, dict]:
 def test_every_image_is_in_one_split_with_its_patient_and_its_copies(drawn: Path, done: tuple[Config, dict[str, str]]) -> None:
     sets = {s: Dataset.open(Path(done[0].data.shards) / f"set-{s}") for s in SPLITS}
     place = {key: s for s, data in sets.items() for key in data.keys}
-    assert sorted(place) == sorted(r["image_name"] for r in rows(drawn)) and sum(map(len, sets.values())) == 60
+    assert sorted(place) == sorted(r["image_name"] for r in rows(drawn))
+    assert sum(map(len, sets.values())) == 60
     ties = {(r["patient_id"], place[r["image_name"]]) for r in rows(drawn) if r["patient_id"]}
     assert len(ties) == len({patient for patient, _ in ties})
     ties = {(p.read_bytes(), place[p.stem]) for p in (drawn / "images").glob("*.jpg")}
     assert len(ties) == len({content for content, _ in ties}) < 60
     with open(drawn / "duplicates.csv", newline="") as f:
         assert all(place[r["image_name_1"]] == place[r["image_name_2"]] for r in csv.DictReader(f))
+
+
+def test_copies_and_published_pairs_stay_together_where_no_patient_is_known(broken: Path, tmp_path: Path) -> None:
+    """Six ties of each kind: by chance alone, six would all hold once in forty seeds."""
+    write_rows(broken, [r | {"patient_id": "", "lesion_id": ""} for r in rows(broken)])
+    alone = {p.stem for p in lonely(broken)}
+    benign = [r["image_name"] for r in rows(broken) if r["target"] == "0" and r["image_name"] in alone]
+    copies, published = (list(zip(benign[i : i + 12 : 2], benign[i + 1 : i + 12 : 2], strict=True)) for i in (0, 12))
+    assert len(copies) == len(published) == 6
+    for one, other in copies:
+        shutil.copy(broken / "images" / f"{one}.jpg", broken / "images" / f"{other}.jpg")
+    with open(broken / "duplicates.csv", "a") as f:
+        f.writelines(f"{one},{other}\n" for one, other in published)
+    cfg = config(broken, tmp_path)
+    go(cfg)
+    place = {key: s for s in SPLITS for key in Dataset.open(Path(cfg.data.shards) / f"set-{s}").keys}
+    assert all(place[one] == place[other] for one, other in copies + published)
 
 
 def test_samples_columns_and_manifest_tell_what_is_there(drawn: Path, done: tuple[Config, dict[str, str]]) -> None:
@@ -145,16 +164,20 @@ def test_samples_columns_and_manifest_tell_what_is_there(drawn: Path, done: tupl
     assert data.image(0).shape == (32, 32, 3)
     assert (sample["isic_id"], sample["split"], sample["origin"]) == (row["image_name"], "train", "real")
     assert (str(sample["target"]), sample["diagnosis"], sample["sex"]) == (row["target"], row["diagnosis"] or None, row["sex"] or None)
-    assert sample["caption"].startswith("a dermoscopy image of a") and set(sample) >= {"group", "age", "site"}
+    assert sample["caption"].startswith("a dermoscopy image of a")
+    assert set(sample) >= {"group", "age", "site"}
     assert set(data.columns) == {"target", "group", "diagnosis", "sex", "age", "site"}
     malignant = data.select({"target": 1})
     m = data.manifest
     assert m["classes"]["1"] == len(malignant) == m["statistics"]["1"]["images"]
     assert (m["name"], m["split"], m["kind"], m["size"], m["seed"]) == ("set-train", "train", "real", 32, 0)
-    assert m["group_ids"] == sorted(set(data.columns["group"])) and m["groups"] == len(m["group_ids"])
-    assert m["request"] == read_json(data.folder / "request.json") and data.verify() == []
+    assert m["group_ids"] == sorted(set(data.columns["group"]))
+    assert m["groups"] == len(m["group_ids"])
+    assert m["request"] == read_json(data.folder / "request.json")
+    assert data.verify() == []
     finished = read_json(Path(done[0].run) / "prepare" / "done.json")
-    assert finished["metrics"]["train"]["classes"] == m["classes"] and len(finished["outputs"]) == 3
+    assert finished["metrics"]["train"]["classes"] == m["classes"]
+    assert len(finished["outputs"]) == 3
     assert read_json(Path(done[0].run) / "prepare" / "progress" / "0.json")["done"] == 60
 
 
@@ -186,7 +209,8 @@ def test_killed_and_run_again_gives_the_same_bytes(drawn: Path, tmp_path: Path) 
 def test_only_the_task_that_sees_all_finishes(drawn: Path, tmp_path: Path) -> None:
     cfg = config(drawn, tmp_path)
     run = go(cfg, Task(1, 2))
-    assert not run.is_done("prepare") and not any(manifests(cfg).values())
+    assert not run.is_done("prepare")
+    assert not any(manifests(cfg).values())
     go(cfg, Task(0, 2))
     assert run.is_done("prepare")
 
@@ -196,7 +220,8 @@ def test_plain_webdataset_reads_the_shards(done: tuple[Config, dict[str, str]]) 
               "d = wds.WebDataset(sys.argv[1:], shardshuffle=False, empty_check=False).decode('rgb8')\n"
               "print([(s['__key__'], s['jpg'].shape, s['json']['isic_id']) for s in d])")
     tars = sorted((Path(done[0].data.shards) / "set-train").glob("*.tar"))
-    got = subprocess.run([sys.executable, "-c", script, *map(str, tars)], capture_output=True, text=True, env={**os.environ, "WDS_SECURE": "1"}, check=True)
+    got = subprocess.run([sys.executable, "-c", script, *map(str, tars)], capture_output=True, text=True, check=True,
+                         env={**os.environ, "WDS_SECURE": "1"})
     keys = Dataset.open(tars[0].parent).keys
     assert got.stdout.strip() == str([(key, (32, 32, 3), key) for key in keys])
 
@@ -226,15 +251,18 @@ def test_bad_rows_are_set_aside_with_the_reason(broken: Path, tmp_path: Path) ->
     write_rows(broken, [*content, dict(once), {**twice, "sex": "other"}])
     cfg = config(broken, tmp_path, max_bad=0.2)
     go(cfg)
-    assert aside(cfg) == {once["image_name"]: "duplicated id (the same row again; kept once)", twice["image_name"]: "duplicated id with rows that differ",
+    assert aside(cfg) == {once["image_name"]: "duplicated id (the same row again; kept once)",
+                          twice["image_name"]: "duplicated id with rows that differ",
                           odd["image_name"]: "unknown target '7' (expected 0 or 1)"}
     kept = {key for s in SPLITS for key in Dataset.open(Path(cfg.data.shards) / f"set-{s}").keys}
-    assert once["image_name"] in kept and not {twice["image_name"], odd["image_name"]} & kept
+    assert once["image_name"] in kept
+    assert not {twice["image_name"], odd["image_name"]} & kept
 
 
 def test_the_same_file_under_both_targets_is_set_aside(broken: Path, tmp_path: Path) -> None:
     content = rows(broken)
-    benign, malignant = (next(r["image_name"] for r in content if r["target"] == t and broken / "images" / f"{r['image_name']}.jpg" in lonely(broken)) for t in "01")
+    alone = {p.stem for p in lonely(broken)}
+    benign, malignant = (next(r["image_name"] for r in content if r["target"] == t and r["image_name"] in alone) for t in "01")
     shutil.copy(broken / "images" / f"{benign}.jpg", broken / "images" / f"{malignant}.jpg")
     cfg = config(broken, tmp_path)
     go(cfg)
@@ -249,9 +277,13 @@ def test_too_many_bad_images_stop_the_stage(broken: Path, tmp_path: Path) -> Non
     cfg = config(broken, tmp_path)
     with pytest.raises(UserError) as caught:
         go(cfg)
-    assert "6 of 60 images" in str(caught.value) and "3 x truncated image" in str(caught.value) and "3 x image file is missing" in str(caught.value)
-    assert "set_aside.csv" in str(caught.value) and len(aside(cfg)) == 6
-    assert not any(manifests(cfg).values()) and not (Path(cfg.run) / "prepare" / "done.json").exists()
+    assert "6 of 60 images" in str(caught.value)
+    assert "3 x truncated image" in str(caught.value)
+    assert "3 x image file is missing" in str(caught.value)
+    assert "set_aside.csv" in str(caught.value)
+    assert len(aside(cfg)) == 6
+    assert not any(manifests(cfg).values())
+    assert not (Path(cfg.run) / "prepare" / "done.json").exists()
     cfg.prepare.max_bad = 0.2  # what is to be made stays the same: the shards are kept
     go(cfg)
     assert sum(m["count"] for m in manifests(cfg).values()) == 54
@@ -279,13 +311,13 @@ def test_wrong_paths_are_named(drawn: Path, tmp_path: Path, key: str, value: str
 
 def test_a_missing_column_is_named(broken: Path, tmp_path: Path) -> None:
     write_rows(broken, [{"image_name": r["image_name"], "sex": r["sex"]} for r in rows(broken)])
-    with pytest.raises(UserError, match="no column 'target' .*it has: image_name, sex"):
+    with pytest.raises(UserError, match=r"no column 'target' .*it has: image_name, sex"):
         go(config(broken, tmp_path))
 
 
 def test_a_folder_of_another_request_is_refused(done: tuple[Config, dict[str, str]], drawn: Path) -> None:
     cfg = config(drawn, Path(done[0].run).parent, quality=90)
-    with pytest.raises(UserError, match="(?s)set-train was made from another request.*'quality': 95.*'quality': 90"):
+    with pytest.raises(UserError, match=r"(?s)set-train was made from another request.*'quality': 95.*'quality': 90"):
         go(cfg)
     assert digest(done[0]) == done[1]
 
@@ -306,9 +338,22 @@ def test_dreambooth_folders_are_prepared(drawn: Path, tmp_path: Path) -> None:
 
 def test_leakage_is_found_and_named() -> None:
     one, two = {"name": "a-train", "group_ids": ["P1", "P2"]}, {"name": "a-test", "group_ids": ["P2", "P3"]}
-    with pytest.raises(UserError, match="1 groups .* in both a-train and a-test: P2"):
+    with pytest.raises(UserError, match=r"1 groups .* in both a-train and a-test: P2"):
         check_disjoint([one, {"name": "a-val", "group_ids": ["P4"]}, two])
     check_disjoint([one, {"name": "b", "group_ids": []}])
+
+
+def test_a_plan_that_leaks_never_gets_a_manifest(drawn: Path, tmp_path: Path) -> None:
+    cfg = config(drawn, tmp_path)
+    go(cfg, Task(1, 2))
+    path = Path(cfg.data.shards) / "set-train" / "plan.json"
+    plan = json.loads(path.read_text())
+    train, test = (plan["samples"][plan["splits"][s][0]] for s in ("train", "test"))
+    test["group"] = train["group"]
+    path.write_text(json.dumps(plan))
+    with pytest.raises(UserError, match=f"1 groups .* in both set-train and set-test: {train['group']}"):
+        go(cfg)
+    assert not any(manifests(cfg).values())
 
 
 def test_stale_shards_beside_a_new_plan_are_refused(broken: Path, tmp_path: Path) -> None:
@@ -318,7 +363,7 @@ def test_stale_shards_beside_a_new_plan_are_refused(broken: Path, tmp_path: Path
     shutil.rmtree(Path(cfg.data.shards) / "set-train")
     target = lonely(broken)[0]
     Image.open(target).rotate(90).save(target)
-    with pytest.raises(UserError, match="(?s)another request.*content"):
+    with pytest.raises(UserError, match=r"(?s)another request.*content"):
         go(cfg)
 
 
@@ -355,17 +400,22 @@ def test_a_file_limit_acts_like_a_full_disk(drawn: Path, tmp_path: Path) -> None
     cfg = config(drawn, tmp_path, size=96, shard_size=30)
     process = start(cfg, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)))
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 1 and "cannot be written: File too large" in said and "Traceback" not in said
-    assert not list(Path(cfg.data.shards).rglob("*.tar")) and not list(Path(cfg.data.shards).rglob("*.tmp"))
+    assert process.returncode == 1
+    assert "cannot be written: File too large" in said
+    assert "Traceback" not in said
+    assert not list(Path(cfg.data.shards).rglob("*.tar"))
+    assert not list(Path(cfg.data.shards).rglob("*.tmp"))
 
 
 def test_a_shard_whose_last_write_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match="No space"), ShardWriter(tmp_path, 0) as shard:
-        shard.add("a", {"txt": b"1"})
-        monkeypatch.setattr(os, "fsync", full)
+    shard = ShardWriter(tmp_path, 0).__enter__()
+    shard.add("a", {"txt": b"1"})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        shard.__exit__(None, None, None)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
@@ -379,7 +429,8 @@ def test_real_images(tmp_path: Path) -> None:
     cfg = config(source, tmp_path, size=64, shard_size=40)
     run = go(cfg)
     metrics = run.metrics("prepare")
-    assert sum(metrics[s]["images"] for s in SPLITS) == 100 and metrics["set_aside"]["total"] == 0
+    assert sum(metrics[s]["images"] for s in SPLITS) == 100
+    assert metrics["set_aside"]["total"] == 0
     assert 66 <= metrics["train"]["images"] <= 74
     data = Dataset.open(Path(cfg.data.shards) / "set-train")
     assert all(data.image(i).std() > 3 for i in range(len(data)))

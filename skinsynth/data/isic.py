@@ -1,7 +1,7 @@
 """ISIC metadata and images as they come: rows, groups of images that must stay together, splits, captions.
 
-The metadata is a CSV in the columns of SIIM-ISIC 2020 (Rotemberg et al. 2021, "A patient-centric dataset"), or in those
-that ``isic-cli`` writes. What cannot be used is not guessed: it is set aside, with the reason.
+The metadata is a CSV in the columns of SIIM-ISIC 2020 (Rotemberg et al. 2021) or of ``isic-cli``. What cannot be used is
+not guessed: it is set aside, with the reason.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import csv
 import hashlib
 import io
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ COLUMNS = {  # ours -> theirs; the first that is filled counts
 }
 EMPTY = {"", "na", "n/a", "nan", "none", "null"}
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
-MIN_SIDE, MAX_PIXELS = 16, 150_000_000  # the largest ISIC images have about 30 million pixels
+MIN_SIDE = 16  # pixels
 SITES = {"head/neck": "on the head or neck", "palms/soles": "on the palm or sole", "oral/genital": "in the oral or genital area"}
 
 Aside = dict[str, str]  # {"key": image name, "reason": why it is left out}, as in the manifests
@@ -70,7 +70,8 @@ def read_metadata(path: Path) -> tuple[list[Row], list[Aside]]:
         raise UserError(f"data.metadata: {path} holds no rows: expected a header line and one line per image")
     for needed in (COLUMNS["image_name"], COLUMNS["target"] + COLUMNS["malignancy"]):
         if not records[0].keys() & set(needed):
-            raise UserError(f"data.metadata: {path} has no column '{needed[0]}' (nor {', '.join(needed[1:])}); it has: {', '.join(sorted(records[0]))}")
+            have = ", ".join(sorted(records[0]))
+            raise UserError(f"data.metadata: {path} has no column '{needed[0]}' (nor {', '.join(needed[1:])}); it has: {have}")
     rows: list[Row] = []
     aside: list[Aside] = []
     for line, record in enumerate(records, 2):
@@ -82,7 +83,7 @@ def read_metadata(path: Path) -> tuple[list[Row], list[Aside]]:
 
 
 def _read_csv(path: Path, what: str) -> list[dict[str, str]]:
-    """Rows as stripped strings under lower-case column names; a byte order mark and CRLF are fine."""
+    """Stripped strings under lower-case column names; a byte order mark and CRLF are fine."""
     if not path.is_file():
         raise UserError(f"data.{what}: {path} does not exist or is not a file: give the path of the CSV")
     try:
@@ -90,16 +91,14 @@ def _read_csv(path: Path, what: str) -> list[dict[str, str]]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"data.{what}: {path} is not a CSV in UTF-8 ({error}): export it as one") from None
     header = [name.strip().lower() for name in lines[0]] if lines else []
-    return [dict.fromkeys(header, "") | dict(zip(header, (v.strip() for v in line))) for line in lines[1:] if line]
+    return [dict.fromkeys(header, "") | dict(zip(header, (v.strip() for v in line), strict=False)) for line in lines[1:] if line]
 
 
 def _row(record: Mapping[str, str]) -> Row:
     """Raises ``ValueError`` with the reason where the row cannot be used."""
     name = _stem(_value(record, "image_name"))
-    if not name:
-        raise ValueError("no image name")
     if not KEY.fullmatch(name):
-        raise ValueError("the image name may hold letters, digits, '_' and '-' only")
+        raise ValueError("the image name may hold letters, digits, '_' and '-' only" if name else "no image name")
     sex, diagnosis = _value(record, "sex"), _value(record, "diagnosis")
     return Row(name, _target(record), _value(record, "patient_id"), _value(record, "lesion_id"), sex and sex.lower(), _age(_value(record, "age")),
                _value(record, "site"), diagnosis and re.sub(r",? NOS$", "", diagnosis).lower())
@@ -118,7 +117,7 @@ def _age(value: str | None) -> int | None:
 
 
 def _target(record: Mapping[str, str]) -> int:
-    """0 or 1 from ``target`` and ``benign_malignant``. Raises ``ValueError``: neither says so, or they contradict."""
+    """0 or 1. Raises ``ValueError`` where the columns do not say so, or contradict."""
     told, word = _value(record, "target"), _value(record, "malignancy")
     by_number = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}.get(told or "")
     by_word = {"benign": 0, "malignant": 1}.get((word or "").lower())
@@ -134,9 +133,9 @@ def _target(record: Mapping[str, str]) -> int:
 def _unique(rows: list[Row], aside: list[Aside]) -> tuple[list[Row], list[Aside]]:
     """One row per image name: rows that agree are kept once, rows that differ not at all."""
     same: dict[str, list[Row]] = defaultdict(list)
+    kept = []
     for row in rows:
         same[row.image_name].append(row)
-    kept = []
     for name, found in same.items():
         if all(row == found[0] for row in found):
             kept.append(found[0])
@@ -159,11 +158,12 @@ def read_dreambooth(instance_dir: Path, class_dir: Path) -> tuple[list[Row], lis
     for target, folder, key in ((1, instance_dir, "instance_data_dir"), (0, class_dir, "class_data_dir")):
         files = sorted(p for p in folder.iterdir() if p.suffix in EXTENSIONS) if folder.is_dir() else []
         if not files:
-            raise UserError(f"data.{key}: {folder} {'holds no .jpg or .png image' if folder.is_dir() else 'is not a folder'}: give a folder of images")
+            what = "holds no .jpg or .png image" if folder.is_dir() else "is not a folder"
+            raise UserError(f"data.{key}: {folder} {what}: give a folder of images")
         for file in files:
             name = re.sub(r"[^A-Za-z0-9_-]", "_", f"{label[target]}_{file.stem}")[:120]
             rows.append(Row(name, target, diagnosis=label[target], file=str(file)))
-    same: dict[str, int] = defaultdict(int)
+    same: Counter[str] = Counter()
     for i, row in enumerate(rows):  # "a.jpg" beside "a.png": two images, so two names
         same[row.image_name] += 1
         if same[row.image_name] > 1:
@@ -208,23 +208,22 @@ def read_image(path: Path) -> np.ndarray:
         raise BadImage("empty file")
     try:
         with Image.open(io.BytesIO(data)) as image:
-            _check_size(image)
-            image = ImageOps.exif_transpose(image)
-            return np.asarray(image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB"))
+            _check_form(image)
+            upright = ImageOps.exif_transpose(image)
+            return np.asarray((upright.convert("RGBA") if upright.mode == "P" else upright).convert("RGB"))
     except BadImage:
         raise
-    except Image.DecompressionBombError:
+    except Image.DecompressionBombError:  # Pillow's limit: 179 million pixels; the largest ISIC images have about 30
         raise BadImage("more pixels than any dermoscopy image (a decompression bomb?)") from None
     except Image.UnidentifiedImageError:
         raise BadImage("not an image") from None
     except Exception as error:  # decoders raise what they like for damaged data: OSError, SyntaxError, struct.error ...
         text = str(error)
-        raise BadImage("truncated image" if "truncated" in text or "unexpected end" in text else f"damaged image ({text or type(error).__name__})") from None
+        cut = "truncated" in text or "unexpected end" in text
+        raise BadImage("truncated image" if cut else f"damaged image ({text or type(error).__name__})") from None
 
 
-def _check_size(image: Image.Image) -> None:
-    if image.width * image.height > MAX_PIXELS:
-        raise BadImage("more pixels than any dermoscopy image (a decompression bomb?)")
+def _check_form(image: Image.Image) -> None:
     if min(image.size) < MIN_SIDE:
         raise BadImage(f"only {image.width} x {image.height} pixels")
     if image.mode[0] in "IF":
@@ -277,7 +276,7 @@ def _group_id(found: list[Row], hashes: Mapping[str, str], patients: set[str | N
 
 
 def random_key(seed: int, *words: str) -> str:
-    """A reproducible random sort key: the same on every machine and for every order of the rows."""
+    """A random sort key, the same on every machine and for every order of the rows."""
     return hashlib.sha256("\0".join((str(seed), *words)).encode()).hexdigest()
 
 
@@ -290,12 +289,11 @@ def split_groups(group_of: Mapping[str, str], targets: Mapping[str, int], shares
     Raises:
         UserError: a class has too few groups for every split to hold it.
     """
-    counts: dict[str, np.ndarray] = {}
-    classes = sorted({0, 1} | set(targets.values()))
+    counts: dict[str, np.ndarray] = {}  # group -> images of class 0 and of class 1
     for name, group in group_of.items():
-        counts.setdefault(group, np.zeros(len(classes), int))[classes.index(targets[name])] += 1
-    total = np.sum(list(counts.values()), axis=0) if counts else np.zeros(len(classes), int)
-    _check_classes(counts, classes, list(shares))
+        counts.setdefault(group, np.zeros(2, int))[targets[name]] += 1
+    _check_classes(counts, list(shares))
+    total = np.sum(list(counts.values()), axis=0)
     rare = int(np.argmin(total))
     order = sorted(counts, key=lambda g: (-int(counts[g][rare]).bit_length(), -int(counts[g].sum()).bit_length(), random_key(seed, "split", g)))
     want = np.outer(np.array(list(shares.values())) / sum(shares.values()), total)  # (splits, classes)
@@ -310,18 +308,18 @@ def split_groups(group_of: Mapping[str, str], targets: Mapping[str, int], shares
     return {name: names[place[group]] for name, group in group_of.items()}
 
 
-def _check_classes(counts: Mapping[str, np.ndarray], classes: list[int], splits: list[str]) -> None:
-    for i, label in enumerate(classes):
-        found = sum(int(c[i] > 0) for c in counts.values())
+def _check_classes(counts: Mapping[str, np.ndarray], splits: list[str]) -> None:
+    for label in (0, 1):
+        found = sum(int(c[label] > 0) for c in counts.values())
         if found < len(splits):
-            raise UserError(f"class {label} ({'malignant' if label else 'benign'}) has {found} groups of images (patients, lesions or copies), but the "
-                            f"{len(splits)} splits ({', '.join(splits)}) need one each: add images of this class, or correct the ids that join its groups")
+            raise UserError(f"class {label} ({'malignant' if label else 'benign'}) has {found} groups of images (patients, lesions or copies), "
+                            f"but the {len(splits)} splits ({', '.join(splits)}) need one each: add images, or correct the ids that join them")
 
 
 def _fill(place: dict[str, int], order: list[str], counts: Mapping[str, np.ndarray], splits: int) -> None:
     """Gives a split that lacks a class the smallest group with it, from a split that keeps every class it has."""
-    for _ in range(splits * len(counts[order[0]]) + 1):
-        held = np.zeros((splits, len(counts[order[0]])), int)
+    for _ in range(2 * splits + 1):
+        held = np.zeros((splits, 2), int)  # groups with each class
         for group, at in place.items():
             held[at] += counts[group] > 0
         if held.all():
@@ -339,8 +337,7 @@ def caption(row: Row) -> str:
     """One sentence of what is known, for text-conditioned training."""
     known = row.diagnosis if row.diagnosis and row.diagnosis != "unknown" else f"{'malignant' if row.target else 'benign'} skin lesion"
     text = f"a dermoscopy image of {_article(known.replace('_', ' '))}"
-    if row.site:
-        text += " " + SITES.get(row.site, f"on the {row.site}")
+    text += " " + SITES.get(row.site, f"on the {row.site}") if row.site else ""
     if row.age is None and row.sex not in ("male", "female"):
         return text
     young = row.age is not None and row.age < 18

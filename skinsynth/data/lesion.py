@@ -78,10 +78,10 @@ def lesion_mask(rgb: np.ndarray) -> np.ndarray:
         found = cv2.morphologyEx(((dark > level) & valid).astype(np.uint8), cv2.MORPH_OPEN, _disc(0.012 * short))
         found = cv2.morphologyEx(found, cv2.MORPH_CLOSE, _disc(0.02 * short)) * valid
         best = _best_component(found)
-        rim = _rim(best)[_rim(valid)].mean() if _rim(valid).any() else 0.0
+        rim = (_edge(best) > 0)[_edge(valid)].mean() if _edge(valid).any() else 0.0
         if rim > 0.6:  # all the skin, and something brighter was split off: a white sticker, glare
             valid &= cv2.erode(best, _disc(0.03 * short)) > 0
-        elif rim > 0 and not _middle(best).any():  # a sticker, ink, shade
+        elif rim > 0 and not _middle(best, 1 / 3).any():  # a sticker, ink, shade
             valid &= cv2.dilate(best, _disc(0.03 * short)) == 0
         else:
             rest = valid & (best == 0)
@@ -90,14 +90,15 @@ def lesion_mask(rgb: np.ndarray) -> np.ndarray:
     return np.zeros(rgb.shape[:2], np.uint8)
 
 
-def _rim(mask: np.ndarray) -> np.ndarray:
-    """The values along the edge of the image, as bool."""
-    return np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]) > 0
+def _edge(values: np.ndarray) -> np.ndarray:
+    """The values along the edge of the image."""
+    return np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
 
 
-def _middle(mask: np.ndarray) -> np.ndarray:
-    height, width = mask.shape
-    return mask[height // 3 : -(height // 3), width // 3 : -(width // 3)]
+def _middle(values: np.ndarray, share: float) -> np.ndarray:
+    """The central part, that share of each side."""
+    (top, bottom), (left, right) = ((round(n * (1 - share) / 2), round(n * (1 + share) / 2)) for n in values.shape)
+    return values[top:bottom, left:right]
 
 
 def _darkness(rgb: np.ndarray) -> np.ndarray:
@@ -109,22 +110,23 @@ def _darkness(rgb: np.ndarray) -> np.ndarray:
 
 
 def _skin(rgb: np.ndarray) -> np.ndarray:
-    """bool (height, width): neither the black round the lens (dark and touching the edge) nor a blue or green sticker."""
-    height, width = rgb.shape[:2]
+    """bool (height, width): neither the black round the lens nor a blue or green sticker (both touch the edge), nor violet
+    ink off the middle (in the middle it may be a blue nevus)."""
     hue, saturation, _ = cv2.split(cv2.cvtColor(rgb, cv2.COLOR_RGB2HSV))
-    sticker = (hue > 40) & (hue < 125) & (saturation > 90)
-    black = rgb.max(axis=2) < 70
-    out = np.zeros((height, width), np.uint8)
-    for mask in (black, sticker):
-        if not _rim(mask).any():
+    red, green, blue = cv2.split(rgb.astype(np.int16))
+    black, sticker = rgb.max(axis=2) < 70, (hue > 40) & (hue < 125) & (saturation > 90)
+    ink = (blue - red > 12) & (red - green > 12)
+    out = np.zeros(rgb.shape[:2], np.uint8)
+    for mask, at_edge in ((black, True), (sticker, True), (ink, False)):
+        if not mask.any():
             continue
         count, labels = cv2.connectedComponents(mask.astype(np.uint8))
-        touches = np.zeros(count, np.uint8)
-        touches[np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])] = 1
-        touches[0] = 0
-        if (touching := touches[labels]).mean() < 0.5:  # else the whole picture is dark, or has a blue cast
-            out |= touching
-    return cv2.dilate(out, _disc(0.03 * min(height, width))) == 0
+        chosen = np.full(count, not at_edge, np.uint8)
+        chosen[_edge(labels) if at_edge else _middle(labels, 0.2)] = at_edge
+        chosen[0] = 0
+        if (found := chosen[labels]).mean() < 0.5:  # else the whole picture is dark, or has a blue cast
+            out |= found
+    return cv2.dilate(out, _disc(0.03 * min(out.shape))) == 0
 
 
 def _best_component(found: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,10 +106,8 @@ def _shared_plan(cfg: Config, folders: dict[str, Path]) -> Plan:
     path = folders["train"] / "plan.json"
     Path(cfg.data.shards).mkdir(parents=True, exist_ok=True)
     with open(Path(cfg.data.shards) / f".{cfg.data.name}.lock", "w") as lock:
-        try:
+        with suppress(OSError):  # a file system without locks: every task makes the same plan
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks: every task makes the same plan
         request = _request(cfg)
         found = read_json(path)
         plan = Plan(**found) if found is not None else make_plan(cfg, request)
@@ -167,7 +165,7 @@ def _hash_images(rows: list[Row], images: str | None, aside: list[Aside]) -> tup
         return str(path), sha256_file(path)
 
     kept, hashes = [], {}
-    for row, found in zip(rows, _in_threads(look, rows)):
+    for row, found in zip(rows, _in_threads(look, rows), strict=True):
         if isinstance(found, BadImage):
             aside.append({"key": row.image_name, "reason": str(found)})
         else:
@@ -224,7 +222,7 @@ def _make_unit(cfg: Config, plan: Plan, split: str, shard: int, folder: Path, pr
 
     names, notes = plan.names(split, shard), []
     with ShardWriter(folder, shard) as writer:
-        for name, made in zip(names, _in_threads(work, names)):
+        for name, made in zip(names, _in_threads(work, names), strict=True):
             progress.advance()
             if isinstance(made, BadImage):
                 writer.skip(name, str(made))
@@ -259,7 +257,7 @@ def _finish(cfg: Config, run: RunDir, plan: Plan, folders: dict[str, Path]) -> N
     manifests = [write_manifest(folders[s], plan.shards(s), **facts[s]) for s in SPLITS]
     check_disjoint(manifests)
     metrics = {s: {"images": m["count"], "classes": m["classes"], "groups": m["groups"], "patients": m["patients"],
-                   "set_aside": sum(a["split"] == s for a in aside)} for s, m in zip(SPLITS, manifests)}
+                   "set_aside": sum(a["split"] == s for a in aside)} for s, m in zip(SPLITS, manifests, strict=True)}
     reasons = dict(Counter(a["reason"] for a in aside).most_common())
     run.finish("prepare", {**metrics, "rows": plan.rows, "set_aside": {"total": len(aside), "reasons": reasons}},
                [folders[s] / "manifest.json" for s in SPLITS])
@@ -278,7 +276,8 @@ def _statistics(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts of one class; ages in years; what is unknown is counted under ``unknown``."""
     ages = [s["age"] for s in samples if s["age"] is not None]
     counts = {k: dict(sorted(Counter(str(s[k] or "unknown") for s in samples).items())) for k in ("sex", "site", "diagnosis")}
-    age = {"known": len(ages), "mean": round(sum(ages) / len(ages), 2) if ages else None, "min": min(ages, default=None), "max": max(ages, default=None)}
+    mean = round(sum(ages) / len(ages), 2) if ages else None
+    age = {"known": len(ages), "mean": mean, "min": min(ages, default=None), "max": max(ages, default=None)}
     return {"images": len(samples), "groups": len({s["group"] for s in samples}), "patients": len({s["patient_id"] for s in samples} - {None}),
             "age": age, **counts}
 
@@ -290,8 +289,9 @@ def _check_bad(cfg: Config, rows: int, aside: list[dict[str, str]]) -> None:
     path = write_aside(Path(cfg.data.shards) / f"{cfg.data.name}-train", aside)
     reasons = "; ".join(f"{n} x {reason}" for reason, n in Counter(a["reason"] for a in aside).most_common(6))
     first = ", ".join(a["key"] for a in aside[:5])
-    raise UserError(f"{len(aside)} of {rows} images cannot be used, more than prepare.max_bad={cfg.prepare.max_bad:g} allows: {reasons}. The first: {first}. "
-                    f"All are listed in {path}. Mend them, delete {cfg.data.shards}/{cfg.data.name}-* and prepare again, or raise prepare.max_bad")
+    raise UserError(f"{len(aside)} of {rows} images cannot be used, more than prepare.max_bad={cfg.prepare.max_bad:g} allows: {reasons}. "
+                    f"The first: {first}. All are listed in {path}. Mend them, delete {cfg.data.shards}/{cfg.data.name}-* and prepare again, "
+                    "or raise prepare.max_bad")
 
 
 def write_aside(folder: Path, aside: list[dict[str, str]]) -> Path:
@@ -312,8 +312,9 @@ def check_disjoint(manifests: list[dict[str, Any]]) -> None:
         for other in manifests[i + 1 :]:
             both = sorted(set(one["group_ids"]) & set(other["group_ids"]))
             if both:
-                raise UserError(f"{len(both)} groups (patients, lesions or copies) are in both {one['name']} and {other['name']}: {', '.join(both[:5])}"
-                                f"{' ...' if len(both) > 5 else ''}. Results on them would be too good: delete both folders and prepare again")
+                first = ", ".join(both[:5]) + (" ..." if len(both) > 5 else "")
+                raise UserError(f"{len(both)} groups (patients, lesions or copies) are in both {one['name']} and {other['name']}: {first}. "
+                                "Results on them would be too good: delete both folders and prepare again")
 
 
 def _check_classes(facts: dict[str, dict[str, Any]]) -> None:
