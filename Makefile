@@ -14,7 +14,7 @@ install: .venv/installed
 
 # The whole chain on drawn images. Run it again after anything: it goes on where it was.
 demo: install
-	@$(BIN)/python -m skinsynth.data.phantom runs/demo-images --images 700 --seed 0
+	@$(BIN)/python -m skinsynth.data.phantom runs/demo-images --images 900 --seed 0
 	@$(BIN)/skinsynth launch configs/demo.yaml
 
 clean-demo:

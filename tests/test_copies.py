@@ -1,0 +1,99 @@
+"""copies: planted copies are found and other real images are left alone, on drawn lesions and on real ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from skinsynth.data.shards import decode, encode_jpeg
+from skinsynth.errors import UserError
+from skinsynth.quality import copies
+
+
+def load(folder: Path, n: int, side: int = 64) -> np.ndarray:
+    files = sorted(folder.glob("*.jpg"))[:n]
+    return np.stack([cv2.resize(cv2.imread(str(f)), (side, side), interpolation=cv2.INTER_AREA)[..., ::-1] for f in files])
+
+
+def thumbs(images: np.ndarray) -> np.ndarray:
+    return np.stack([copies.thumbnail(image) for image in images])
+
+
+def crop(image: np.ndarray) -> np.ndarray:
+    return cv2.resize(np.ascontiguousarray(image[3:, 3:]), (len(image), len(image)))
+
+
+DISGUISES = {"none": lambda x: x, "mirror": lambda x: x[:, ::-1], "turn": lambda x: np.rot90(x), "jpeg": lambda x: decode(encode_jpeg(x, 50)),
+             "tint": lambda x: np.clip(x * np.array([1.05, 0.97, 1.0]) + 6, 0, 255).astype(np.uint8), "crop": crop,
+             "blur": lambda x: cv2.GaussianBlur(x, (0, 0), 1.0), "all": lambda x: copies.plant(x, 5)}
+
+
+@pytest.fixture(scope="module")
+def isic(real: Path) -> np.ndarray:
+    """1,400 real images at 64 pixels in random order, exact duplicates left out."""
+    images = load(real / "isic2017" / "images", 1400)
+    first = np.unique(images.reshape(len(images), -1), axis=0, return_index=True)[1]
+    return images[np.random.default_rng(0).permutation(first)]
+
+
+@pytest.mark.real
+def test_real_planted_copies_are_found_and_other_images_are_not(isic: np.ndarray) -> None:
+    train, val, test = isic[:800], isic[800:1100], isic[1100:]
+    gallery = copies.Gallery(thumbs(train))
+    limit = copies.limit(gallery.search(thumbs(val), 2), 0.995)
+    assert gallery.search(thumbs(test), 2).copies(limit).mean() < 0.03
+    for name, disguise in DISGUISES.items():
+        found = gallery.search(thumbs(np.stack([np.ascontiguousarray(disguise(x)) for x in train[:60]])), 2)
+        hit = found.copies(limit) & (found.index == np.arange(60))
+        assert hit.mean() >= 0.9, f"{name}: {hit.mean():.2f} of the copies found at {limit}"
+
+
+def test_drawn_planted_copies_are_found_and_attributed(drawn: Path) -> None:
+    images = load(drawn / "images", 120)
+    images = images[np.sort(np.unique(images.reshape(len(images), -1), axis=0, return_index=True)[1])]
+    gallery = copies.Gallery(thumbs(images[:70]))
+    limit = copies.limit(gallery.search(thumbs(images[70:95])), 1.0)
+    found = gallery.search(thumbs(np.stack([copies.plant(x, i) for i, x in enumerate(images[:40])])))
+    assert (found.copies(limit) & (found.index == np.arange(40))).mean() >= 0.85
+    assert gallery.search(thumbs(images[95:])).copies(limit).mean() <= 0.2
+
+
+def test_the_result_depends_neither_on_threads_nor_on_company(drawn: Path) -> None:
+    t = thumbs(load(drawn / "images", 60))
+    gallery = copies.Gallery(t[:30])
+    one, two = gallery.search(t[30:], 1), gallery.search(t[30:], 2)
+    alone = [gallery.search(t[i:i + 1]) for i in range(30, 60)]
+    for name in ("index", "similarity", "nearness"):
+        assert np.array_equal(getattr(one, name), getattr(two, name))
+        assert np.array_equal(getattr(one, name), np.concatenate([getattr(a, name) for a in alone]))
+
+
+def test_duplicates_in_training_do_not_hide_a_copy(drawn: Path) -> None:
+    t = thumbs(load(drawn / "images", 40))
+    gallery = copies.Gallery(np.concatenate([t[:30], t[:1], t[:1], t[:1], t[:1], t[:1]]))
+    assert gallery.search(t[:1]).copies(1.0).all()
+
+
+def test_a_handful_of_training_images_is_enough_and_none_is_refused(drawn: Path) -> None:
+    t = thumbs(load(drawn / "images", 5))
+    got = copies.Gallery(t[:2]).search(t[1:2])
+    assert (got.index[0], got.similarity[0], got.nearness[0]) == (1, 1.0, 1.0)
+    with pytest.raises(UserError, match="no training images"):
+        copies.Gallery(t[:0])
+    with pytest.raises(UserError, match="no held-out images"):
+        copies.limit(copies.Gallery(t).search(t[:0]), 0.99)
+
+
+def test_a_flat_picture_resembles_nothing(drawn: Path) -> None:
+    t = thumbs(load(drawn / "images", 20))
+    got = copies.Gallery(t).search(np.full((1, 32, 32, 3), 128, np.uint8))
+    assert np.isfinite(got.nearness).all()
+    assert not got.copies(0.9).any()
+
+
+def test_turns_are_eight_different_ones() -> None:
+    image = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(1, 4, 4, 3)
+    assert len({t.tobytes() for t in copies.turns(image)}) == 8
