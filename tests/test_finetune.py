@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, overrides
 
 from skinsynth import config
-from skinsynth.data.shards import Dataset
+from skinsynth.data.shards import Dataset, from_npy
 from skinsynth.errors import UserError
 from skinsynth.models import diffusion
 from skinsynth.run import RunDir, read_json
@@ -39,9 +39,9 @@ def begin(chain: Path, drawn: Path, folder: Path, **more: object) -> RunDir:
 def start(run: RunDir, ranks: int, port: int) -> list[subprocess.Popen[bytes]]:
     """``python -m jobs.finetune`` as torchrun would start it."""
     env = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    log = open(run.path / "finetune.log", "ab")
-    return [subprocess.Popen([sys.executable, "-m", "jobs.finetune", str(run.path)], cwd=ROOT, stdout=log, stderr=log,
-                             env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)]
+    with open(run.path / "finetune.log", "ab") as log:
+        return [subprocess.Popen([sys.executable, "-m", "jobs.finetune", str(run.path)], cwd=ROOT, stdout=log, stderr=log,
+                                 env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)]
 
 
 def finish(run: RunDir, ranks: int, port: int) -> None:
@@ -107,12 +107,10 @@ def test_lineage_names_the_groups_that_were_trained_on(chain: Path) -> None:
 
 
 def test_latent_cache_holds_what_the_vae_gives(chain: Path) -> None:
-    from skinsynth.stages.finetune import _read_npy
-
     latents, train = Dataset.open(chain / "shards/run-latents"), Dataset.open(chain / "shards/small-train")
     vae = diffusion.load_pipeline(diffusion.resolve_base("builtin")).vae
     image = train.image(train.keys.index(latents.keys[3]))
-    cached = _read_npy(latents.read(3, "moments.npy"))
+    cached = from_npy(latents.read(3, "moments.npy"))
     for variant, pixels in ((0, image), (1, image[:, ::-1].copy())):
         assert cached[variant] == pytest.approx(diffusion.encode_images(vae, pixels[None])[0], abs=1e-4)
 
@@ -127,8 +125,9 @@ def test_a_checkpoint_of_another_topology_is_refused(chain: Path, drawn: Path, t
     assert json.loads(run.failed_path("finetune").read_text())["message"] in done.stderr
 
 
-@pytest.mark.parametrize(("missing", "said"), [("unet/diffusion_pytorch_model.safetensors", "unet/*.safetensors"), ("vae/config.json", "vae/config.json"),
-                                               ("model_index.json", "model_index.json"), ("tokenizer/tokenizer_config.json", "tokenizer")])
+@pytest.mark.parametrize(("missing", "said"), [
+    ("unet/diffusion_pytorch_model.safetensors", "unet/*.safetensors"), ("vae/config.json", "vae/config.json"),
+    ("model_index.json", "model_index.json"), ("tokenizer/tokenizer_config.json", "tokenizer")])
 def test_a_base_model_with_a_file_missing(tmp_path: Path, missing: str, said: str) -> None:
     shutil.copytree(diffusion.resolve_base("builtin"), tmp_path / "base")
     (tmp_path / "base" / missing).unlink()
@@ -172,7 +171,8 @@ def test_min_snr_weights_follow_the_paper() -> None:
             return (torch.zeros_like(x),)
 
     scheduler, t = DDPMScheduler(), torch.tensor([10, 900])
-    batch = {"latents": torch.randn(2, 4, 4, 4), "noise": torch.ones(2, 4, 4, 4), "timestep": t, "text": torch.zeros(2, 1, 1), "weight": torch.ones(2)}
+    batch = {"latents": torch.randn(2, 4, 4, 4), "noise": torch.ones(2, 4, 4, 4), "timestep": t, "text": torch.zeros(2, 1, 1),
+             "weight": torch.ones(2)}
     snr = scheduler.alphas_cumprod[t] / (1 - scheduler.alphas_cumprod[t])
     expected = (snr.clamp(max=5) / snr).mean().item()  # the error itself is one everywhere
     assert diffusion.diffusion_loss(Zero(), scheduler, batch, 5.0).item() == pytest.approx(expected, rel=1e-5)

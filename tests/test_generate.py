@@ -58,7 +58,8 @@ def test_each_image_says_where_it_comes_from(chain: Path) -> None:
 
 def test_the_plan_mixes_classes_and_uses_prompts_in_turn() -> None:
     cfg = config.Config()
-    cfg.generate.classes = {"a": config.GeneratedClass(0, ["p", "q"], 6), "b": config.GeneratedClass(1, ["r"], 3), "none": config.GeneratedClass(1, [], 0)}
+    cfg.generate.classes = {"a": config.GeneratedClass(0, ["p", "q"], 6), "b": config.GeneratedClass(1, ["r"], 3),
+                            "none": config.GeneratedClass(1, [], 0)}
     images = plan(cfg)
     assert [i.name for i in images] == ["a", "b", "a"] * 3
     assert [i.prompt for i in images if i.name == "a"] == ["p", "q"] * 3

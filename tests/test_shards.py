@@ -51,9 +51,13 @@ def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_a_writer_that_dies_leaves_nothing_visible(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), ShardWriter(tmp_path, 0) as shard:
-        shard.add("k", {"jpg": b"x"})
-        raise RuntimeError
+    def die() -> None:
+        with ShardWriter(tmp_path, 0) as shard:
+            shard.add("k", {"jpg": b"x"})
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        die()
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == []
     (tmp_path / ".00000.tar.999.tmp").write_bytes(b"left by a task that was killed")
     fill(tmp_path, 1)
@@ -95,7 +99,7 @@ def test_unfinished_lost_and_changed_shards_are_told(tmp_path: Path) -> None:
 def test_unknown_filter_column_names_the_known_ones(tmp_path: Path) -> None:
     fill(tmp_path)
     write_manifest(tmp_path, 2)
-    with pytest.raises(UserError, match="no column 'colour'.*site, target"):
+    with pytest.raises(UserError, match=r"no column 'colour'.*site, target"):
         Dataset.open(tmp_path).select({"colour": "red"})
 
 

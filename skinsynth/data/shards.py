@@ -222,6 +222,18 @@ def decode(data: bytes) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
+def to_npy(values: np.ndarray) -> bytes:
+    """The content of a ``.npy`` file."""
+    file = io.BytesIO()
+    np.save(file, values, allow_pickle=False)
+    return file.getvalue()
+
+
+def from_npy(data: bytes) -> np.ndarray:
+    """Raises ``ValueError`` where the array holds Python objects: nothing is unpickled."""
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
 def encode_jpeg(image: np.ndarray, quality: int) -> bytes:
     """uint8 (height, width, 3), RGB -> JPEG bytes; the same bytes for the same pixels."""
     import cv2

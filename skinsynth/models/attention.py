@@ -41,7 +41,8 @@ def xformers_problem(device: torch.device) -> str | None:
         ours = [torch.randn(2, 64, 4, 32, device=device, dtype=torch.float16, requires_grad=True) for _ in range(3)]
         theirs = [t.detach().clone().requires_grad_() for t in ours]
         got = memory_efficient_attention(*ours)
-        want = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in theirs)).transpose(1, 2)
+        query, key, value = (t.transpose(1, 2) for t in theirs)
+        want = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
         got.float().square().sum().backward()
         want.float().square().sum().backward()
         pairs = [(got, want)] + [(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True)]

@@ -6,14 +6,12 @@ them, so that training on the cache is the same mathematics as encoding in each 
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 from safetensors.torch import save
 
 from skinsynth.config import Config
 from skinsynth.data import concepts
-from skinsynth.data.shards import Dataset, ShardWriter, claim, missing_parts, write_manifest
+from skinsynth.data.shards import Dataset, ShardWriter, claim, missing_parts, to_npy, write_manifest
 from skinsynth.models import diffusion
 from skinsynth.run import Progress, RunDir, Task, sha256_file, write_bytes, write_json
 from skinsynth.world import World
@@ -44,7 +42,7 @@ def encode(cfg: Config, run: RunDir, task: Task) -> None:
             for batch, count in diffusion.padded(samples, cfg.encode.batch):
                 moments = _moments(pipe.vae, np.stack([train.image(i) for i in batch]), cfg.encode.flip)
                 for i, values in zip(batch[:count], moments[:count], strict=True):
-                    shard.add(train.keys[i], {"moments.npy": _npy(values)})
+                    shard.add(train.keys[i], {"moments.npy": to_npy(values)})
                 progress.advance(count)
     if not missing_parts(folder, units):
         _finish(cfg, run, pipe, units, base_sha256)
@@ -54,12 +52,6 @@ def _moments(vae: object, images: np.ndarray, flip: bool) -> np.ndarray:
     """float32 (n, variants, 2, channels, h, w)."""
     variants = [images, images[:, :, ::-1].copy()] if flip else [images]
     return np.stack([diffusion.encode_images(vae, v) for v in variants], 1)
-
-
-def _npy(values: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, values, allow_pickle=False)
-    return file.getvalue()
 
 
 def _finish(cfg: Config, run: RunDir, pipe: object, units: int, base_sha256: str) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from skinsynth.config import Config
 from skinsynth.data import concepts
 from skinsynth.data.order import sample_rng
-from skinsynth.data.shards import Dataset
+from skinsynth.data.shards import Dataset, from_npy
 from skinsynth.models import attention, diffusion
 from skinsynth.run import RunDir, code_version, read_json, sha256_file, write_bytes, write_json
 from skinsynth.train.engine import Batch, Engine
@@ -86,7 +86,7 @@ class Samples:
         number, index = self.mixture.at(position)
         source, rng = self.sources[number], sample_rng(self.seed, position)
         key = self.train.keys[source.samples[index]]
-        moments = _read_npy(self.latents.read(self.where[key], "moments.npy"))
+        moments = from_npy(self.latents.read(self.where[key], "moments.npy"))
         mean, std = moments[rng.integers(len(moments))]
         latents = (mean + std * rng.standard_normal(mean.shape, np.float32)) * self.scale
         noise = rng.standard_normal(mean.shape, np.float32)
@@ -98,10 +98,6 @@ class Samples:
     def groups(self) -> list[str]:
         """The patient or lesion groups whose images are trained on."""
         return sorted({self.train.columns["group"][i] for source in self.sources for i in source.samples})
-
-
-def _read_npy(data: bytes) -> np.ndarray:
-    return np.load(io.BytesIO(data), allow_pickle=False)
 
 
 def export(cfg: Config, run: RunDir, pipe: Any, samples: Samples) -> None:

@@ -13,7 +13,6 @@ writes the lists; that needs no image but those of the worst pairs, and depends 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import cv2
 import numpy as np
 
 from skinsynth.config import Config
-from skinsynth.data.shards import Dataset
+from skinsynth.data.shards import Dataset, to_npy
 from skinsynth.errors import UserError
 from skinsynth.quality import copies
 from skinsynth.quality.distances import Scaler, kid
@@ -126,8 +125,8 @@ def inspect(cfg: Config, dataset: Dataset, unit: Unit, folder: Path, extractor: 
                          "pixels": hashlib.sha256(pixels.tobytes()).hexdigest(),
                          "std": round(float(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY).std()), 3)})
         progress.advance(len(chunk))
-    write_bytes(folder / f"{unit.stem}.npy", _npy(np.concatenate(features)))
-    write_bytes(folder / f"{unit.stem}.thumbs.npy", _npy(thumbs))
+    write_bytes(folder / f"{unit.stem}.npy", to_npy(np.concatenate(features)))
+    write_bytes(folder / f"{unit.stem}.thumbs.npy", to_npy(thumbs))
     write_json(folder / f"{unit.stem}.json", {"kind": unit.kind, "shard": unit.shard, "sha256": unit.sha256, "batch": cfg.screen.batch,
                                               "images": rows})
 
@@ -141,12 +140,6 @@ def _read(dataset: Dataset, index: int, size: int) -> np.ndarray | str:
     if image.shape != (size, size, 3):
         return f"is {image.shape[1]} x {image.shape[0]} pixels, not {size} x {size}"
     return np.ascontiguousarray(image)
-
-
-def _npy(values: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, values, allow_pickle=False)
-    return file.getvalue()
 
 
 class Verdict:
