@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -192,19 +193,32 @@ class Resources:
     nodes: int = at_least(1, 1)
     tasks_per_node: int = at_least(1, 1)
     gpus_per_node: int = at_least(0, 0)
-    threads: int = at_least(0, 0)  # CPU threads a task; 0: the cores shared out among the tasks that run at once
+    threads: int = at_least(0, 0)  # CPU threads a task; 0: all cores, shared out among the stage's tasks
     minutes: int = at_least(60, 1)  # time limit
 
 
 @dataclass
 class Cluster:
     kind: str = one_of("local", "debug")
-    cores: int = at_least(0, 0)  # local: tasks that may run at once; 0: the cores of this machine
+    cores: int = at_least(0, 0)  # local: cores in use at once; 0: those of this machine
     stages: dict[str, Resources] = field(default_factory=dict)
 
     def of(self, stage: str) -> Resources:
         """The resources of a stage; those of ``default`` where it has none of its own."""
         return self.stages.get(stage) or self.stages.get("default") or Resources()
+
+    @property
+    def all_cores(self) -> int:
+        return self.cores or len(os.sched_getaffinity(0))
+
+    def threads_of(self, stage: str) -> int:
+        """CPU threads of each of the stage's tasks. More threads than cores would cost more than they give: they wait by spinning."""
+        wanted = self.of(stage)
+        return wanted.threads or max(1, self.all_cores // (wanted.array * wanted.tasks_per_node))
+
+    def busy_cores(self, stage: str) -> int:
+        wanted = self.of(stage)
+        return wanted.array * wanted.tasks_per_node * self.threads_of(stage)
 
 
 @dataclass

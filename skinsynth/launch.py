@@ -140,13 +140,10 @@ class Local:
     def _may_start(self, node: Node) -> bool:
         if node.name in self.jobs or node.name in self.failed or self.run.is_done(node.name):
             return False
-        cores = self.cfg.cluster.cores or os.cpu_count() or 1
-        busy = sum(self._tasks(n.stage) for n in self.nodes if n.name in self.jobs)
-        return all(self.run.is_done(need) for need in node.needs) and (not busy or busy + self._tasks(node.stage) <= cores)
-
-    def _tasks(self, stage: str) -> int:
-        wanted = self.cfg.cluster.of(stage)
-        return wanted.array if stage in stages.UNITS else wanted.tasks_per_node
+        cluster = self.cfg.cluster
+        busy = sum(cluster.busy_cores(n.stage) for n in self.nodes if n.name in self.jobs)
+        free = busy + cluster.busy_cores(node.stage) <= cluster.all_cores
+        return all(self.run.is_done(need) for need in node.needs) and (not busy or free)
 
     def _start(self, node: Node) -> None:
         from submitit import LocalExecutor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import cv2
@@ -13,8 +14,7 @@ from skinsynth.errors import UserError
 from skinsynth.quality import copies
 
 
-def load(folder: Path, n: int, side: int = 64) -> np.ndarray:
-    files = sorted(folder.glob("*.jpg"))[:n]
+def load(files: list[Path], side: int = 64) -> np.ndarray:
     return np.stack([cv2.resize(cv2.imread(str(f)), (side, side), interpolation=cv2.INTER_AREA)[..., ::-1] for f in files])
 
 
@@ -34,7 +34,7 @@ DISGUISES = {"none": lambda x: x, "mirror": lambda x: x[:, ::-1], "turn": lambda
 @pytest.fixture(scope="module")
 def isic(real: Path) -> np.ndarray:
     """1,400 real images at 64 pixels in random order, exact duplicates left out."""
-    images = load(real / "isic2017" / "images", 1400)
+    images = load(sorted((real / "isic2017/images").glob("*.jpg"))[:1400])
     first = np.unique(images.reshape(len(images), -1), axis=0, return_index=True)[1]
     return images[np.random.default_rng(0).permutation(first)]
 
@@ -52,8 +52,12 @@ def test_real_planted_copies_are_found_and_other_images_are_not(isic: np.ndarray
 
 
 def test_drawn_planted_copies_are_found_and_attributed(drawn: Path) -> None:
-    images = load(drawn / "images", 120)
-    images = images[np.sort(np.unique(images.reshape(len(images), -1), axis=0, return_index=True)[1])]
+    with open(drawn / "duplicates.csv") as f:
+        doubled = {name for row in csv.reader(f) for name in row[1:]}
+    with open(drawn / "metadata.csv") as f:
+        lesions = {row["lesion_id"] or row["image_name"]: row["image_name"] for row in csv.DictReader(f) if row["image_name"] not in doubled}
+    files = [drawn / "images" / f"{name}.jpg" for name in sorted(lesions.values())]
+    images = load([f for f in files if cv2.imread(str(f)) is not None])
     gallery = copies.Gallery(thumbs(images[:70]))
     limit = copies.limit(gallery.search(thumbs(images[70:95])), 1.0)
     found = gallery.search(thumbs(np.stack([copies.plant(x, i) for i, x in enumerate(images[:40])])))
@@ -62,7 +66,7 @@ def test_drawn_planted_copies_are_found_and_attributed(drawn: Path) -> None:
 
 
 def test_the_result_depends_neither_on_threads_nor_on_company(drawn: Path) -> None:
-    t = thumbs(load(drawn / "images", 60))
+    t = thumbs(load(sorted((drawn / "images").glob("*.jpg"))[:60]))
     gallery = copies.Gallery(t[:30])
     one, two = gallery.search(t[30:], 1), gallery.search(t[30:], 2)
     alone = [gallery.search(t[i:i + 1]) for i in range(30, 60)]
@@ -72,13 +76,13 @@ def test_the_result_depends_neither_on_threads_nor_on_company(drawn: Path) -> No
 
 
 def test_duplicates_in_training_do_not_hide_a_copy(drawn: Path) -> None:
-    t = thumbs(load(drawn / "images", 40))
+    t = thumbs(load(sorted((drawn / "images").glob("*.jpg"))[:40]))
     gallery = copies.Gallery(np.concatenate([t[:30], t[:1], t[:1], t[:1], t[:1], t[:1]]))
     assert gallery.search(t[:1]).copies(1.0).all()
 
 
 def test_a_handful_of_training_images_is_enough_and_none_is_refused(drawn: Path) -> None:
-    t = thumbs(load(drawn / "images", 5))
+    t = thumbs(load(sorted((drawn / "images").glob("*.jpg"))[:5]))
     got = copies.Gallery(t[:2]).search(t[1:2])
     assert (got.index[0], got.similarity[0], got.nearness[0]) == (1, 1.0, 1.0)
     with pytest.raises(UserError, match="no training images"):
@@ -88,7 +92,7 @@ def test_a_handful_of_training_images_is_enough_and_none_is_refused(drawn: Path)
 
 
 def test_a_flat_picture_resembles_nothing(drawn: Path) -> None:
-    t = thumbs(load(drawn / "images", 20))
+    t = thumbs(load(sorted((drawn / "images").glob("*.jpg"))[:20]))
     got = copies.Gallery(t).search(np.full((1, 32, 32, 3), 128, np.uint8))
     assert np.isfinite(got.nearness).all()
     assert not got.copies(0.9).any()

@@ -26,6 +26,7 @@ CROWD = 4  # the nearest is judged against the CROWD-th nearest: up to three dup
 MARGIN = 3  # pixels of SIDE that the query may be shifted by, each way
 SCALES = (0.9, 0.925, 0.95, 0.975, 1.0)  # of the query: with the margin, crops up to some 10 % either way
 SAME = 0.99  # similarity from which an image is a copy whatever the next ones are
+FLAT = 0.5  # grey levels: with less detail than this a picture has nothing to compare
 BLOCK = 256  # queries per matrix product
 
 
@@ -77,12 +78,19 @@ class Gallery:
             turn = int(pose[candidate])
             if turn not in templates:
                 templates[turn] = _templates(fine[turn][0])
-            found.append(max(float(cv2.matchTemplate(self.fine[candidate], t, cv2.TM_CCOEFF_NORMED).max()) for t in templates[turn]))
+            found.append(max(_correlation(self.fine[candidate], template) for template in templates[turn]))
         order = np.argsort(-np.array(found), kind="stable")
         best = found[order[0]]
         crowd = found[order[CROWD - 1]] if len(found) >= CROWD else 0.0
         # Four decimals: what reaches a file must not hang on the last bit of a matrix product.
         return int(candidates[order[0]]), round(best, 4), round(float(np.clip(1 - (1 - best) / max(1 - crowd, 1e-6), 0, 1)), 4)
+
+
+def _correlation(image: np.ndarray, template: np.ndarray) -> float:
+    """The best normalised cross-correlation over all places, -1..1; 0 where either picture is flat (OpenCV would say 1)."""
+    if min(image.std(), template.std()) < FLAT:
+        return 0.0
+    return float(cv2.matchTemplate(image, template, cv2.TM_CCOEFF_NORMED).max())
 
 
 def limit(held_out: Matches, quantile: float) -> float:

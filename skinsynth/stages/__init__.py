@@ -80,10 +80,7 @@ def _limit_threads(cfg: Config, node: str) -> None:
     """CPU threads, before torch is imported; in-process runs (debug) keep what they have."""
     if cfg.cluster.kind == "debug" or "torch" in sys.modules:
         return
-    wanted = cfg.cluster.of(node.split("/")[0])
-    cores = cfg.cluster.cores or os.cpu_count() or 1
-    threads = wanted.threads or max(1, cores // (wanted.array * wanted.tasks_per_node))
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("OMP_NUM_THREADS", str(cfg.cluster.threads_of(node.split("/")[0])))
 
 
 def main(stage: str) -> None:
