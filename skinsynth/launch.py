@@ -21,6 +21,7 @@ from rich.console import Console
 from skinsynth import stages
 from skinsynth.config import Config
 from skinsynth.errors import UserError
+from skinsynth.models import hub
 from skinsynth.run import RunDir, Task, birth, read_json, write_json
 from skinsynth.watch import LiveTable
 
@@ -81,6 +82,7 @@ def launch(cfg: Config, console: Console) -> Path:
     if all(run.is_done(node.name) for node in nodes):
         console.print(f"all {len(nodes)} stages of {run.path} are done already")
         return run.path / "report" / "index.html"
+    hub.resolve_base(cfg.model.base)  # a missing model is told now, not by the second job
     with run.lock():
         stop_jobs(run, console, "stopping what an earlier launch left running:")
         if cfg.cluster.kind == "debug":

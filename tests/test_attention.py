@@ -11,7 +11,7 @@ def test_the_cpu_takes_sdpa_and_says_why_xformers_cannot_be_had() -> None:
     cpu = torch.device("cpu")
     assert attention.choose("auto", cpu) == "sdpa"
     assert attention.choose("sdpa", cpu) == "sdpa"
-    with pytest.raises(UserError, match="needs a CUDA device; take model.attention=auto"):
+    with pytest.raises(UserError, match=r"needs a CUDA device; take model\.attention=auto"):
         attention.choose("xformers", cpu)
 
 

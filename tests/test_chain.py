@@ -136,6 +136,13 @@ def test_debug_runs_in_one_process_and_tells_what_a_concept_lacks(drawn: Path, t
     assert "nevus" in done.stderr.split("hold")[1]
 
 
+def test_a_missing_base_model_is_told_before_anything_starts(drawn: Path, tmp_path: Path) -> None:
+    done = skinsynth("launch", "configs/demo.yaml", *overrides(drawn, tmp_path, **{"model.base": "models/none"}))
+    assert done.returncode == 1
+    assert "models/none" in done.stderr
+    assert not (tmp_path / "run/prepare").exists()
+
+
 def test_arms_wait_for_what_they_need() -> None:
     from skinsynth import config
 

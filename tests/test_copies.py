@@ -33,21 +33,21 @@ DISGUISES = {"none": lambda x: x, "mirror": lambda x: x[:, ::-1], "turn": lambda
 
 @pytest.fixture(scope="module")
 def isic(real: Path) -> np.ndarray:
-    """1,400 real images at 64 pixels in random order, exact duplicates left out."""
-    images = load(sorted((real / "isic2017/images").glob("*.jpg"))[:1400])
+    """900 real images at 64 pixels in random order, exact duplicates left out."""
+    images = load(sorted((real / "isic2017/images").glob("*.jpg"))[:900])
     first = np.unique(images.reshape(len(images), -1), axis=0, return_index=True)[1]
     return images[np.random.default_rng(0).permutation(first)]
 
 
 @pytest.mark.real
 def test_real_planted_copies_are_found_and_other_images_are_not(isic: np.ndarray) -> None:
-    train, val, test = isic[:800], isic[800:1100], isic[1100:]
+    train, val, test = isic[:500], isic[500:700], isic[700:]
     gallery = copies.Gallery(thumbs(train))
     limit = copies.limit(gallery.search(thumbs(val), 2), 0.995)
     assert gallery.search(thumbs(test), 2).copies(limit).mean() < 0.03
     for name, disguise in DISGUISES.items():
-        found = gallery.search(thumbs(np.stack([np.ascontiguousarray(disguise(x)) for x in train[:60]])), 2)
-        hit = found.copies(limit) & (found.index == np.arange(60))
+        found = gallery.search(thumbs(np.stack([np.ascontiguousarray(disguise(x)) for x in train[:40]])), 2)
+        hit = found.copies(limit) & (found.index == np.arange(40))
         assert hit.mean() >= 0.9, f"{name}: {hit.mean():.2f} of the copies found at {limit}"
 
 

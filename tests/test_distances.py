@@ -76,7 +76,8 @@ def test_scaling_evens_out_loud_features_and_odd_images() -> None:
 @pytest.fixture(scope="module")
 def pictures(drawn: Path) -> np.ndarray:
     files = sorted((drawn / "images").glob("*.jpg"))[:80]
-    return np.stack([cv2.resize(cv2.imread(str(f)), (64, 64), interpolation=cv2.INTER_AREA)[..., ::-1] for f in files])[np.random.default_rng(0).permutation(80)]
+    found = np.stack([cv2.resize(cv2.imread(str(f)), (64, 64), interpolation=cv2.INTER_AREA)[..., ::-1] for f in files])
+    return found[np.random.default_rng(0).permutation(len(found))]
 
 
 def test_features_do_not_depend_on_batching_and_order(pictures: np.ndarray) -> None:

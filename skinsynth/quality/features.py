@@ -30,7 +30,7 @@ class Extractor:
         """``base``: as in ``model.base``. Raises ``UserError`` where the folder holds no VAE."""
         from diffusers import AutoencoderKL
 
-        from skinsynth.models.diffusion import resolve_base
+        from skinsynth.models.hub import resolve_base
 
         folder = resolve_base(base)
         try:

@@ -50,7 +50,8 @@ def run_node(node: str, path: str, task: Task = WHOLE) -> int:
         if not isinstance(error, UserError | OSError):
             traceback.print_exc()
         with contextlib.suppress(OSError):  # the disk is full, or the folder is not ours: stderr has it
-            write_json(run.failed_path(node), {"node": node, "message": message})
+            if isinstance(error, UserError) or not run.failed_path(node).exists():  # a rank that lost its peer must not hide the peer's words
+                write_json(run.failed_path(node), {"node": node, "message": message})
         return FAILED
     return OK
 

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from skinsynth.config import Config
 from skinsynth.data import concepts
 from skinsynth.data.shards import Dataset, ShardWriter, claim, missing_parts, to_npy, write_manifest
-from skinsynth.models import diffusion
+from skinsynth.models import diffusion, hub
 from skinsynth.run import Progress, RunDir, Task, sha256_file, write_bytes, write_json
 from skinsynth.world import World
 
@@ -27,7 +27,7 @@ def encode(cfg: Config, run: RunDir, task: Task) -> None:
         UserError: base model incomplete or of another image size, a concept without images.
     """
     train = Dataset.open(run.dataset(cfg, "train"))
-    base = diffusion.resolve_base(cfg.model.base)
+    base = hub.resolve_base(cfg.model.base)
     pipe = diffusion.load_pipeline(base).to(World().device)
     diffusion.latent_shape(pipe, cfg.prepare.size)
     wanted = sorted({i for source in concepts.sources(cfg, train) for i in source.samples})

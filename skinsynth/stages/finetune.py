@@ -20,7 +20,7 @@ from skinsynth.config import Config
 from skinsynth.data import concepts
 from skinsynth.data.order import sample_rng
 from skinsynth.data.shards import Dataset, from_npy
-from skinsynth.models import attention, diffusion
+from skinsynth.models import attention, diffusion, hub
 from skinsynth.run import RunDir, code_version, read_json, sha256_file, write_bytes, write_json
 from skinsynth.train.engine import Batch, Engine
 from skinsynth.train.loop import read_lines, train
@@ -37,7 +37,7 @@ def finetune(cfg: Config, run: RunDir, world: World) -> None:
         UserError: latents of another base, a base that does not fit, ranks that do not divide the global batch.
         Stopped: a stop signal; the same command goes on.
     """
-    pipe = diffusion.load_pipeline(diffusion.resolve_base(cfg.model.base))
+    pipe = diffusion.load_pipeline(hub.resolve_base(cfg.model.base))
     attention.apply(pipe.unet, attention.choose(cfg.model.attention, world.device))
     pipe.unet.requires_grad_(True)
     if cfg.finetune.gradient_checkpointing:
@@ -48,7 +48,7 @@ def finetune(cfg: Config, run: RunDir, world: World) -> None:
     train(engine, run, NODE, samples.batch, lambda unet, batch: diffusion.diffusion_loss(unet, noise_schedule, batch, cfg.finetune.snr_gamma))
     state = engine.state_dict()
     if world.is_main:
-        pipe = diffusion.load_pipeline(diffusion.resolve_base(cfg.model.base))  # a fresh one, free of wrappers and trained dtypes
+        pipe = diffusion.load_pipeline(hub.resolve_base(cfg.model.base))  # a fresh one, free of wrappers and trained dtypes
         draw_previews(cfg, run, pipe.to(world.device), "base")
         pipe.unet.load_state_dict(state)
         draw_previews(cfg, run, pipe, "tuned")

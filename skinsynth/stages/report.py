@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import json
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ def differences(run: RunDir, arms: dict[str, Any]) -> list[dict[str, Any]]:
     for other in names[1:]:
         groups, target, first = _predictions(run, names[0])
         _, _, second = _predictions(run, other)
+        if target.min() == target.max():  # one class alone: no AUROC, nothing to balance
+            continue
         for metric in ("accuracy", "balanced_accuracy", "auroc"):
             value = _metric(metric, target, second) - _metric(metric, target, first)
             low, high = np.quantile(_bootstrap(metric, groups, target, first, second), (0.025, 0.975))
@@ -86,25 +89,27 @@ def _bootstrap(metric: str, groups: np.ndarray, target: np.ndarray, first: np.nd
         drawn = np.concatenate([members[i] for i in rng.integers(len(names), size=len(names))])
         if 0 < target[drawn].sum() < len(drawn):
             values.append(_metric(metric, target[drawn], second[drawn]) - _metric(metric, target[drawn], first[drawn]))
-    return values or [0.0]
+    return values
 
 
-def verdict(summary: dict[str, Any]) -> str:
-    """One honest sentence or three."""
+def verdict(summary: dict[str, Any]) -> tuple[str, str]:
+    """What a reader who stops here should know: a headline, and the figures with their caution."""
     found = next((d for d in summary["differences"] if d["metric"] == "auroc"), None)
     if found is None:
-        return "There are not two trained arms to compare, so nothing can be said about whether synthetic images help."
-    low, high = found["ci"]
-    other, first = found["arms"]
-    text = (f"On {found['test_images']} real test images, the AUROC of {other} minus that of {first} is {found['value']:+.3f} "
-            f"(95 % interval {low:+.3f} to {high:+.3f}). ")
+        return ("There is nothing to compare yet.",
+                "It takes two trained arms and test images of both classes to say whether synthetic images help; this run does not have them.")
+    (low, high), (other, first) = found["ci"], found["arms"]
     if low > 0:
-        text += f"The interval lies above zero: here {other} was better"
+        headline = f"In this run, {other} told malignant from benign better than {first}."
     elif high < 0:
-        text += f"The interval lies below zero: here {other} was worse"
+        headline = f"In this run, {other} told malignant from benign worse than {first}."
     else:
-        text += "The interval holds zero: this run shows no difference either way"
-    return text + ". It is one training run per arm; another seed would give other numbers, which this interval does not cover."
+        headline = f"This run shows no clear difference between {other} and {first}."
+    arms = summary["arms"]
+    figures = (f"AUROC {arms[other]['auroc']:.3f} ({other}) against {arms[first]['auroc']:.3f} ({first}), a difference of {found['value']:+.3f}; "
+               f"drawing the {found['test_groups']} test patients or lesions anew, 95 % of the differences lie between {low:+.3f} and {high:+.3f}. ")
+    return headline, figures + (f"One training run per arm and {found['test_images']} test images cannot prove an effect: another seed would "
+                                "give other numbers, and that variation is not in the interval.")
 
 
 def page(cfg: Config, run: RunDir, summary: dict[str, Any]) -> str:
@@ -114,7 +119,8 @@ def page(cfg: Config, run: RunDir, summary: dict[str, Any]) -> str:
         name=run.name, verdict=verdict(summary), summary=summary, metrics=METRICS, classes=CLASSES, epochs=_epochs(run, summary["arms"]),
         loss=_loss(run), previews=[(n, _picture(run.node("finetune") / "previews" / f"{n}.png")) for n in ("base", "tuned")],
         prompts=list(dict.fromkeys(p for g in cfg.generate.classes.values() for p in g.prompts)), grids=_grids(cfg, run),
-        pairs=_picture(run.node("screen") / "worst-pairs.png"), config=configs.dump(cfg), provenance=read_json(run.path / "provenance.json") or {},
+        pairs=_pairs(cfg, run), copy_quantile=cfg.screen.copy_quantile, config=configs.dump(cfg),
+        provenance=read_json(run.path / "provenance.json") or {},
         lineage=read_json(run.weights / "lineage.json") or {}, set_aside=run.metrics("prepare").get("set_aside", {}))
 
 
@@ -145,12 +151,23 @@ def _grids(cfg: Config, run: RunDir) -> list[tuple[str, str, str]]:
     return found
 
 
+def _pairs(cfg: Config, run: RunDir) -> list[dict[str, Any]]:
+    """The nearest pairs as ``screen`` found them, each with its picture: synthetic left, training right."""
+    try:
+        synthetic, train = Dataset.open(run.dataset(cfg, "synthetic")), Dataset.open(run.dataset(cfg, "train"))
+    except UserError:
+        return []
+    number = {key: i for data in (synthetic, train) for i, key in enumerate(data.keys)}
+    return [{**pair, "picture": _png(np.concatenate([synthetic.image(number[pair["key"]]), train.image(number[pair["train_key"]])], axis=1))}
+            for pair in read_json(run.node("screen") / "pairs.json") or [] if pair["key"] in number and pair["train_key"] in number]
+
+
 def _figure(draw: Any, label: str) -> str:
     """An inline SVG, the same bytes for the same data."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with matplotlib.rc_context({"svg.hashsalt": "skinsynth", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+    with matplotlib.rc_context({"svg.hashsalt": "skinsynth", "font.size": 13, "axes.spines.top": False, "axes.spines.right": False}):
         figure, axes = pyplot.subplots(figsize=(7.2, 3.4))
         draw(axes)
         axes.grid(alpha=0.25)
@@ -163,8 +180,6 @@ def _figure(draw: Any, label: str) -> str:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    import json
-
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 

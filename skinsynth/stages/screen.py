@@ -31,7 +31,7 @@ from skinsynth.quality.features import Extractor, space_name
 from skinsynth.run import Progress, RunDir, Task, read_json, sha256_file, write_bytes, write_json
 
 NODE = "screen"
-KINDS = ("synthetic", "train", "val", "test")
+KINDS = ("train", "val", "test", "synthetic")  # so numbered that a synthetic set made anew leaves the parts of the real ones valid
 REASONS = ("broken", "blank", "copy", "duplicate")
 PAIRS = 20  # of nearest synthetic and training images that are kept for the eye
 PLANTED = 200  # disguised copies of training images, to measure how many are found
@@ -83,7 +83,7 @@ def check_lineage(sets: dict[str, Dataset]) -> None:
 
 
 def plan(sets: dict[str, Dataset]) -> list[Unit]:
-    """All shards, synthetic first."""
+    """All shards, in the order of ``KINDS``."""
     shards = [(kind, n, shard["sha256"]) for kind in KINDS for n, shard in enumerate(sets[kind].manifest["shards"])]
     return [Unit(number, *rest) for number, rest in enumerate(shards)]
 
@@ -135,7 +135,7 @@ def _read(dataset: Dataset, index: int, size: int) -> np.ndarray | str:
     """uint8 (size, size, 3), or what is wrong with the image."""
     try:
         image = dataset.image(index)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, cv2.error) as error:
         return "has no jpg" if isinstance(error, KeyError) else "cannot be decoded"
     if image.shape != (size, size, 3):
         return f"is {image.shape[1]} x {image.shape[0]} pixels, not {size} x {size}"
