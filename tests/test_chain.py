@@ -100,7 +100,7 @@ def test_the_report_has_the_promised_form(chain: Path) -> None:
 def test_another_configuration_in_the_same_folder_is_refused(chain: Path, drawn: Path) -> None:
     done = skinsynth("launch", "configs/demo.yaml", *overrides(drawn, chain), "finetune.lr=1")
     assert done.returncode == 1
-    assert "finetune.lr: 0.0002 -> 1.0" in done.stderr
+    assert "finetune.lr: 0.0003 -> 1.0" in done.stderr
     assert "take another folder" in done.stderr
     assert "Traceback" not in done.stderr
 

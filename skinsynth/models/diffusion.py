@@ -77,8 +77,12 @@ def encode_prompts(pipe: Any, prompts: list[str]) -> torch.Tensor:
     return torch.cat(found).float().cpu()
 
 
-def diffusion_loss(unet: Any, scheduler: Any, batch: dict[str, torch.Tensor], snr_gamma: float | None) -> torch.Tensor:
-    """The weighted denoising loss of one batch, a scalar (Ho et al. 2020; min-SNR weights: Hang et al. 2023).
+def diffusion_loss(unet: Any, scheduler: Any, batch: dict[str, torch.Tensor], snr_gamma: float | None = None,
+                   snr_floor: float = 0.0) -> torch.Tensor:
+    """The weighted denoising loss of one batch, a scalar (Ho et al. 2020).
+
+    ``snr_gamma`` caps the weight of a clean image's error (min-SNR, Hang et al. 2023), ``snr_floor`` keeps it from vanishing where
+    there is nearly only noise (truncated SNR, Salimans and Ho 2022), where a picture's colours and shape are decided.
 
     ``batch``: latents, noise float32 (n, c, h, w); timestep int64 (n,); text float32 (n, tokens, width); weight float32 (n,).
     """
@@ -91,7 +95,7 @@ def diffusion_loss(unet: Any, scheduler: Any, batch: dict[str, torch.Tensor], sn
     if snr_gamma is not None:
         alpha = scheduler.alphas_cumprod.to(noisy.device)[batch["timestep"]]
         snr = alpha / (1 - alpha)
-        weight = weight * snr.clamp(max=snr_gamma) / (snr + 1 if v_prediction else snr)
+        weight = weight * snr.clamp(snr_floor, snr_gamma) / (snr + 1 if v_prediction else snr)
     return (per_sample * weight).mean()
 
 
