@@ -95,7 +95,8 @@ def diffusion_loss(unet: Any, scheduler: Any, batch: dict[str, torch.Tensor], sn
     if snr_gamma is not None:
         alpha = scheduler.alphas_cumprod.to(noisy.device)[batch["timestep"]]
         snr = alpha / (1 - alpha)
-        weight = weight * snr.clamp(snr_floor, snr_gamma) / (snr + 1 if v_prediction else snr)
+        factor = snr.clamp(snr_floor, snr_gamma) / (snr + 1 if v_prediction else snr)
+        weight = weight * factor.clamp(max=10)  # the last timesteps, nothing but noise, must not drown the others
     return (per_sample * weight).mean()
 
 

@@ -45,8 +45,8 @@ def finetune(cfg: Config, run: RunDir, world: World) -> None:
     samples = Samples(cfg, run, pipe)
     engine = Engine(cfg.finetune, world, pipe.unet, NODE)
     noise_schedule = DDPMScheduler.from_config(pipe.scheduler.config)  # the forward process; samplers' own add_noise loops in Python
-    weights = {"snr_gamma": cfg.finetune.snr_gamma, "snr_floor": cfg.finetune.snr_floor}
-    train(engine, run, NODE, samples.batch, lambda unet, batch: diffusion.diffusion_loss(unet, noise_schedule, batch, **weights))
+    train(engine, run, NODE, samples.batch, lambda unet, batch: diffusion.diffusion_loss(
+        unet, noise_schedule, batch, cfg.finetune.snr_gamma, cfg.finetune.snr_floor))
     state = engine.state_dict()
     if world.is_main:
         pipe = diffusion.load_pipeline(hub.resolve_base(cfg.model.base))  # a fresh one, free of wrappers and trained dtypes
