@@ -45,7 +45,11 @@ def launch(config: ConfigFile, overrides: Overrides = None) -> None:
     from skinsynth.launch import launch as start
 
     console = Console()
-    path = start(configs.load(config, overrides), console)
+    try:
+        path = start(configs.load(config, overrides), console)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here")
+        raise typer.Exit(130) from None
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
 
 
@@ -69,6 +73,3 @@ def main() -> None:
     except UserError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        typer.secho("\nstopped; the same command goes on from here", err=True)
-        raise SystemExit(130) from None

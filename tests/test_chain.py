@@ -132,7 +132,7 @@ def test_debug_runs_in_one_process_and_tells_what_a_concept_lacks(drawn: Path, t
     assert done.returncode == 1
     assert (tmp_path / "run/prepare/done.json").exists()
     assert not (tmp_path / "run/prepare/submit").exists()
-    assert "finetune.concepts.nevus.instance: no training image matches {'diagnosis': 'melonoma'}" in done.stderr
+    assert "finetune.concepts.nevus.instance: no training image matches {'target': 0, 'diagnosis': 'melonoma'}" in done.stderr
     assert "nevus" in done.stderr.split("hold")[1]
 
 
@@ -168,7 +168,8 @@ def test_help_and_config_are_for_people() -> None:
     assert "finetune.steps=20" in skinsynth("launch", "--help").stdout
     shown = skinsynth("config", "configs/demo.yaml", "seed=5").stdout
     assert "seed: 5" in shown
-    assert "class_" not in shown
+    assert "class_:" not in shown
+    assert "class:" in shown
     wrong = skinsynth("launch", "configs/dmo.yaml")
     assert (wrong.returncode, "configs/dmo.yaml does not exist" in wrong.stderr) == (1, True)
 
