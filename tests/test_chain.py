@@ -19,10 +19,16 @@ from skinsynth.launch import chain as nodes
 from skinsynth.run import read_json
 
 
+def _listen_to_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(*arguments: str) -> subprocess.Popen[str]:
-    """The command in a process group of its own, as a shell would start it."""
+    """The command in a process group of its own, as a shell starts it in the foreground: a shell's background jobs, and so tests that
+    run in one, ignore Ctrl-C, and their children inherit that."""
     return subprocess.Popen([sys.executable, "-m", "skinsynth", *arguments], cwd=ROOT, text=True, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            preexec_fn=_listen_to_ctrl_c)
 
 
 def wait_for(process: subprocess.Popen[str], path: Path, pattern: str, seconds: float = 150) -> None:
