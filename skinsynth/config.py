@@ -124,7 +124,7 @@ class Finetune(Training):
     concepts: dict[str, Concept] = field(default_factory=dict)
     prior_weight: float = at_least(1.0, 0)
     snr_gamma: float | None = at_least(None, 0)  # min-SNR weighting (Hang et al. 2023); None: plain MSE
-    snr_floor: float = at_least(0.0, 0)  # with snr_gamma: truncated SNR (Salimans and Ho 2022), for small models and few steps
+    snr_floor: float = at_least(0.0, 0)  # with snr_gamma: truncated SNR (Salimans and Ho 2022)
     caption_dropout: float = at_least(0.0, 0, 1)  # share of samples trained on the empty prompt
     gradient_checkpointing: bool = False
 
