@@ -190,7 +190,7 @@ def write_bytes(path: Path, data: bytes, durable: bool = True) -> None:
         temp.unlink(missing_ok=True)
         raise
     if durable:
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
 def write_text(path: Path, text: str, durable: bool = True) -> None:
@@ -209,8 +209,8 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def sync_folder(path: Path) -> None:
-    """Makes a rename in the folder survive a power cut."""
+def sync(path: Path) -> None:
+    """Makes a file's content, or a rename in a folder, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

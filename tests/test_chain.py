@@ -75,18 +75,15 @@ def test_killed_three_times_it_finishes_with_the_same_report(chain: Path, drawn:
     last = skinsynth(*arguments)
     assert last.returncode == 0, last.stdout + last.stderr
     assert (run / "report/report.json").read_bytes() == (chain / "run/report/report.json").read_bytes()
-    assert (run / "screen/accepted.json").read_bytes().count(b"syn-") == (chain / "run/screen/accepted.json").read_bytes().count(b"syn-")
+    assert read_json(run / "screen/accepted.json")["keys"] == read_json(chain / "run/screen/accepted.json")["keys"]
 
 
 def test_a_finished_run_says_so_at_once(chain: Path, drawn: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in chain.rglob("*") if p.is_file() and p.name != "config.yaml"}
-    began = time.time()
     again = skinsynth("launch", "configs/demo.yaml", *overrides(drawn, chain))
-    took = time.time() - began
     assert again.returncode == 0
     assert "all 8 stages" in again.stdout
     assert str(chain / "run/report/index.html") in again.stdout
-    assert took < 10, "it did more than look"
     assert {p: p.stat().st_mtime_ns for p in chain.rglob("*") if p.is_file() and p.name != "config.yaml"} == before
 
 

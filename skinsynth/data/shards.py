@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from skinsynth.errors import UserError
-from skinsynth.run import read_json, sha256_file, sync_folder, write_json, write_text
+from skinsynth.run import read_json, sha256_file, sync, write_json, write_text
 
 KEY = re.compile(r"[A-Za-z0-9_-]{1,120}")  # no dots (webdataset's separator), no slashes, nothing that leaves a folder
 
@@ -90,7 +90,7 @@ class ShardWriter:
                 "sha256": sha256_file(self.temp), "keys": self.keys, "members": self.members, "columns": self.columns,
                 "set_aside": self.set_aside, **self.extra}
         os.replace(self.temp, self.folder / f"{self.name}.tar")
-        sync_folder(self.folder)
+        sync(self.folder)
         write_text(part_path(self.folder, int(self.name)), json.dumps(part))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from skinsynth.errors import UserError
-from skinsynth.run import read_json, sync_folder, write_json
+from skinsynth.run import read_json, sync, write_json
 from skinsynth.train.engine import Engine
 from skinsynth.world import World
 
@@ -34,11 +34,11 @@ def save(folder: Path, step: int, engine: Engine, world: World, keep: int, state
     if world.is_main:
         sizes = {str(p.relative_to(temp)): p.stat().st_size for p in sorted(temp.rglob("*")) if p.is_file()}
         for name in sizes:
-            _sync_file(temp / name)
+            sync(temp / name)
         write_json(temp / "complete.json", {"step": step, "files": sizes, "topology": engine.topology, "state": state})
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temp, final)
-        sync_folder(folder)
+        sync(folder)
         _prune(folder, keep)
     world.barrier()
 
@@ -91,11 +91,3 @@ def _prune(folder: Path, keep: int) -> None:
         shutil.rmtree(old, ignore_errors=True)
     for stale in folder.glob(".step-*.tmp"):  # left by a gang that died while it saved
         shutil.rmtree(stale, ignore_errors=True)
-
-
-def _sync_file(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
