@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import signal
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from skinsynth.run import RunDir
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="From a small, unbalanced set of dermoscopy images to a large, screened one, and to a report that says whether it helped.")
 
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, for example configs/demo.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to it, for example finetune.steps=200 run=runs/mine")]
+
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="run folder, for example runs/isic")]
+Stage = Annotated[str, typer.Argument(metavar="STAGE", help="for example finetune or classify/hybrid")]
 
 
 def version(wanted: bool) -> None:
@@ -28,7 +34,8 @@ def root(version: Annotated[bool, typer.Option("--version", callback=version, is
 
 
 @app.command()
-def launch(config: ConfigFile, overrides: Overrides = None) -> None:
+def launch(config: ConfigFile, overrides: Overrides = None,
+           dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the sbatch scripts and submit nothing.")] = False) -> None:
     """Run the whole chain: prepare, encode, finetune, generate, screen, classify, report.
 
     The same command again goes on where it stopped. Examples:
@@ -37,31 +44,128 @@ def launch(config: ConfigFile, overrides: Overrides = None) -> None:
 
     skinsynth launch configs/isic2017.yaml data.metadata=isic/metadata.csv data.images=isic/images run=runs/mine
 
+    skinsynth launch configs/isic2020-sd15.yaml cluster=slurm run=runs/isic
+
+    skinsynth launch configs/isic2020-sd15.yaml cluster=slurm run=runs/isic --dry-run
+
     skinsynth launch configs/demo.yaml cluster=debug finetune.steps=20 run=runs/try
     """
     from rich.console import Console
 
     from skinsynth import config as configs
-    from skinsynth.launch import launch as start
+    from skinsynth import launch as launching
 
-    console = Console()
+    cfg, console = configs.load(config, overrides), Console()
+    if dry_run:
+        typer.echo(launching.dry_run(cfg))
+        return
     try:
-        path = start(configs.load(config, overrides), console)
+        launching.launch(cfg, console)
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")
         raise typer.Exit(130) from None
-    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+    if cfg.cluster.kind != "slurm":
+        console.print(f"report: {cfg.run}/report/index.html", highlight=False, soft_wrap=True)
 
 
 @app.command()
-def config(config: ConfigFile, overrides: Overrides = None) -> None:
+def status(run: RunFolder, watch: Annotated[bool, typer.Option("--watch", help="Keep it live until the run ends.")] = False,
+           as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False) -> None:
+    """Where a run is: each stage's state (asked of Slurm), how far, how fast, how long it has to go, and why it failed.
+
+    Examples:
+
+    skinsynth status runs/isic
+
+    skinsynth status runs/isic --watch
+
+    skinsynth status runs/isic --json | jq '.stages[] | {node, state, left}'
+    """
+    import json
+
+    from rich.console import Console
+
+    from skinsynth import status as states
+
+    folder = _run_folder(run)
+    found, complaint = states.rows(folder)
+    if as_json:
+        typer.echo(json.dumps(states.as_json(folder, found, complaint), indent=1))
+    elif watch:
+        try:
+            states.watch(folder, Console())
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+    else:
+        states.show(Console(), folder, found, complaint)
+
+
+@app.command()
+def logs(run: RunFolder, stage: Stage, task: Annotated[int | None, typer.Option(help="One task of an array.")] = None,
+         follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as it grows, until Ctrl-C.")] = False) -> None:
+    """Print what a stage's latest job said.
+
+    Examples:
+
+    skinsynth logs runs/isic finetune -f
+
+    skinsynth logs runs/isic generate --task 17
+
+    skinsynth logs runs/isic classify/hybrid
+    """
+    from skinsynth import status as states
+
+    try:
+        for text in states.read_log(_run_folder(run), stage, task, follow):
+            typer.echo(text, nl=False)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def cancel(run: RunFolder,
+           stage: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="only this one, and what waits for it")] = None) -> None:
+    """Stop a run, or one of its stages: its Slurm jobs, or the local launch. What is done is kept; launch again goes on.
+
+    Examples:
+
+    skinsynth cancel runs/isic
+
+    skinsynth cancel runs/isic generate
+    """
+    from rich.console import Console
+
+    from skinsynth import launch as launching
+
+    launching.cancel(_run_folder(run), stage, Console())
+
+
+@app.command()
+def config(config: ConfigFile, overrides: Overrides = None,
+           write: Annotated[bool, typer.Option("--write", help="Also make the run folder, for jobs that are submitted by hand.")] = False) -> None:
     """Print the whole configuration, with every default, as a run would get it. Nothing is started.
 
     Example: skinsynth config configs/demo.yaml finetune.steps=200
     """
-    from skinsynth import config as configs
+    from pathlib import Path
 
-    typer.echo(configs.dump(configs.load(config, overrides)), nl=False)
+    from skinsynth import config as configs
+    from skinsynth.run import RunDir
+
+    cfg = configs.load(config, overrides)
+    if write:
+        RunDir(Path(cfg.run)).create(cfg)
+    typer.echo(configs.dump(cfg), nl=False)
+
+
+def _run_folder(path: str) -> RunDir:
+    from pathlib import Path
+
+    from skinsynth.run import RunDir
+
+    run = RunDir(Path(path))
+    run.config()  # says so where this is no run folder
+    return run
 
 
 def main() -> None:

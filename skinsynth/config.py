@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from skinsynth.errors import UserError
 
+STAGES = ("prepare", "encode", "finetune", "generate", "screen", "classify", "report")
 CLUSTERS = Path(__file__).resolve().parent.parent / "configs" / "cluster"
 
 
@@ -187,26 +188,55 @@ class Classify(Training):
 
 
 @dataclass
-class Resources:
+class Site:
+    """What sbatch is asked for, in its own words. Given for the whole cluster, or for one stage, which then goes first."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    gres: str | None = None
+    mem_gb: float | None = at_least(None, 0.1)  # per node
+    exclude: str | None = None
+    mail_type: str | None = None
+    mail_user: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)  # any other sbatch option, for example {reservation: skin}
+
+
+@dataclass
+class Resources(Site):
     """What one stage gets. Unit stages use ``array`` independent tasks, step stages one gang of nodes x ranks."""
 
     array: int = at_least(1, 1)
+    throttle: int = at_least(256, 1)  # tasks of the array that may run at once
     nodes: int = at_least(1, 1)
-    tasks_per_node: int = at_least(1, 1)
+    tasks_per_node: int = at_least(1, 1)  # one per GPU
     gpus_per_node: int = at_least(0, 0)
-    threads: int = at_least(0, 0)  # CPU threads a task; 0: all cores, shared out among the stage's tasks
+    threads: int = at_least(0, 0)  # CPU threads a task; 0: local: all cores, shared out among the stage's tasks; slurm: one
     minutes: int = at_least(60, 1)  # time limit
 
 
 @dataclass
-class Cluster:
-    kind: str = one_of("local", "debug")
+class Cluster(Site):
+    """Who runs the stages: this machine, this process, or Slurm. These keys change no result, so they may change between launches."""
+
+    kind: str = one_of("local", "debug", "slurm")
     cores: int = at_least(0, 0)  # local: cores in use at once; 0: those of this machine
+    python: str | None = None  # slurm: the interpreter on the nodes, for example 'apptainer exec --nv skinsynth.sif python'; None: this one
+    env: str | None = None  # slurm: a shell script that every job sources first; None: slurm/env.sh
+    signal_seconds: int = at_least(120, 1)  # slurm: how long before the time limit a job is told to save and to ask for another turn
+    max_restarts: int = at_least(5, 1)  # slurm: restarts in a row without any progress, after which a job gives up
     stages: dict[str, Resources] = field(default_factory=dict)
 
     def of(self, stage: str) -> Resources:
         """The resources of a stage; those of ``default`` where it has none of its own."""
         return self.stages.get(stage) or self.stages.get("default") or Resources()
+
+    def site(self, stage: str) -> dict[str, Any]:
+        """The site's options that are set for a stage: its own before the cluster's; both their ``extra``."""
+        own = self.of(stage)
+        found = {f.name: getattr(own, f.name) if getattr(own, f.name) is not None else getattr(self, f.name) for f in fields(Site)}
+        return {**{k: v for k, v in found.items() if v is not None}, "extra": {**self.extra, **own.extra}}
 
     @property
     def all_cores(self) -> int:
@@ -215,6 +245,8 @@ class Cluster:
     def threads_of(self, stage: str) -> int:
         """CPU threads of each of the stage's tasks. More threads than cores would cost more than they give: they wait by spinning."""
         wanted = self.of(stage)
+        if self.kind == "slurm":
+            return wanted.threads or 1
         return wanted.threads or max(1, self.all_cores // (wanted.array * wanted.tasks_per_node))
 
     def busy_cores(self, stage: str) -> int:
@@ -308,6 +340,11 @@ def check(config: Config) -> None:
     for section, training in (("finetune", config.finetune), ("classify", config.classify)):
         if training.micro_batch and training.global_batch % training.micro_batch:
             problems.append(f"{section}.global_batch={training.global_batch} is no multiple of micro_batch={training.micro_batch}")
+    for stage in config.cluster.stages:
+        if stage not in ("default", *STAGES):
+            near = difflib.get_close_matches(stage, STAGES, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            problems.append(f"cluster.stages.{stage}: there is no such stage, only {', '.join(STAGES)}{hint}")
     if config.classify.hidden_size % config.classify.heads:
         problems.append(f"classify.hidden_size={config.classify.hidden_size} is no multiple of heads={config.classify.heads}")
     if problems:

@@ -3,7 +3,7 @@
 ::
 
     runs/isic/            config.yaml  provenance.json  launch.lock  report/
-      prepare/            submit/ (logs)  progress/0.json  done.json
+      prepare/            submit/ (logs)  progress/0.json  failed/0.json  done.json
       finetune/           ... metrics.jsonl  checkpoints/  weights/
       classify/hybrid/    the same, one folder per arm
 
@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -53,8 +54,16 @@ class RunDir:
     def done_path(self, node: str) -> Path:
         return self.node(node) / "done.json"
 
-    def failed_path(self, node: str) -> Path:
-        return self.node(node) / "failed.json"
+    def failed_path(self, node: str, task: int = 0) -> Path:
+        return self.node(node) / "failed" / f"{task}.json"
+
+    def failures(self, node: str) -> dict[int, str]:
+        """Task number -> why it failed the last time it ran."""
+        found = {int(path.stem): read_json(path) for path in (self.node(node) / "failed").glob("*.json")}
+        return {task: why["message"] for task, why in sorted(found.items()) if why}
+
+    def progress_path(self, node: str, task: int) -> Path:
+        return self.node(node) / "progress" / f"{task}.json"
 
     @property
     def weights(self) -> Path:
@@ -99,11 +108,48 @@ class RunDir:
     def finish(self, node: str, metrics: dict[str, Any], outputs: list[Path]) -> None:
         """The last write of a node: from now on it is skipped."""
         write_json(self.done_path(node), {"node": node, "metrics": metrics, "outputs": [str(p) for p in outputs]})
-        self.failed_path(node).unlink(missing_ok=True)
+        shutil.rmtree(self.node(node) / "failed", ignore_errors=True)
+
+    def begin_task(self, node: str, task: int, patience: int) -> None:
+        """Forgets an earlier failure, and counts the restarts that Slurm made of this job, those in a row that got no further.
+
+        Raises:
+            UserError: more than ``patience`` of those.
+        """
+        self.failed_path(node, task).unlink(missing_ok=True)
+        restarts, path = int(os.environ.get("SLURM_RESTART_COUNT", 0)), self.node(node) / "restarts" / f"{task}.json"
+        if not restarts:
+            path.unlink(missing_ok=True)
+            return
+        progress, before = read_json(self.progress_path(node, task)) or {}, read_json(path) or {"left": None, "stalled": 0}
+        left = progress["total"] - progress["begun_at"] if progress else None  # when it was last begun, so of committed work alone
+        stalled = before["stalled"] + 1 if left == before["left"] else 0
+        write_json(path, {"restarts": restarts, "left": left, "stalled": stalled})
+        if stalled > patience:
+            raise UserError(f"it was restarted {stalled} times in a row without getting any further: see why in its log (out of memory? a time limit "
+                            "shorter than one checkpoint or one unit takes?), then launch again")
+
+    def finish_task(self, node: str, task: Task) -> None:
+        """One task of a unit stage did its share: a launch need not submit it again."""
+        path = self.progress_path(node, task.index)
+        now = time.time()
+        idle = {"done": 0, "total": 0, "unit": "units", "begun_at": 0, "start": now, "now": now}
+        write_json(path, {**(read_json(path) or idle), "finished_of": task.count})
+
+    def unfinished(self, node: str, count: int) -> list[int]:
+        """The tasks, of so many, that did not do their share yet."""
+        states = (read_json(self.progress_path(node, task)) for task in range(count))
+        return [task for task, state in enumerate(states) if not state or state.get("finished_of") != count]
 
     def metrics(self, node: str) -> dict[str, Any]:
         done = read_json(self.done_path(node))
         return done["metrics"] if done else {}
+
+    def lock_owner(self) -> int | None:
+        """The process on this machine that launches the run just now."""
+        owner = read_json(self.path / "launch.lock") or {}
+        alive = owner.get("host") == platform.node() and birth(owner.get("pid", 0)) == owner.get("born")
+        return owner["pid"] if owner and alive else None
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -157,7 +203,7 @@ class Progress:
     """What one task tells the watcher: ``<node>/progress/<task>.json``, written at most twice a second."""
 
     def __init__(self, run: RunDir, node: str, task: int, total: int, unit: str, done: int = 0):
-        self.path = run.node(node) / "progress" / f"{task}.json"
+        self.path = run.progress_path(node, task)
         self.state: dict[str, Any] = {"done": done, "total": total, "unit": unit, "begun_at": done, "start": time.time(), "now": time.time()}
         self.written = 0.0
         self._write()

@@ -1,4 +1,4 @@
-"""The ranks of one gang: who am I, wait for all, agree on a flag.
+"""The ranks of one gang: who am I, wait for all, agree on a flag, notice that another one is gone.
 
 ``World`` finds its place from torchrun's variables, from Slurm's or submitit's, or is alone. torch is imported only
 where there is more than one rank, or when a device is asked for.
@@ -102,7 +102,8 @@ def place() -> tuple[World, dict[str, str]]:
     if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
         world = World(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"]))
         hosts = subprocess.run(["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True)
-        return world, _variables(world, hosts.stdout.split()[0], env["SLURM_JOB_ID"])
+        job = f"{env['SLURM_JOB_ID']}.{env.get('SLURM_RESTART_COUNT', 0)}"  # ranks of its last life may not be gone yet
+        return world, _variables(world, env.get("MASTER_ADDR", hosts.stdout.split()[0]), job)
     return World(), {}
 
 
@@ -113,12 +114,11 @@ def _variables(world: World, host: str, job: str) -> dict[str, str]:
 
 
 @contextmanager
-def join() -> Iterator[World]:
+def join(world: World, variables: dict[str, str]) -> Iterator[None]:
     """Enters the gang: exports the variables, starts the process group, leaves it in the end."""
-    world, variables = place()
     os.environ.update(variables)
     if world.size == 1:
-        yield world
+        yield
         return
     import torch
     import torch.distributed as dist
@@ -128,6 +128,12 @@ def join() -> Iterator[World]:
     # gloo carries the flags and the Python objects also where NCCL carries the gradients
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
     try:
-        yield world
+        yield
     finally:
         dist.destroy_process_group()
+
+
+def lost_peer(error: BaseException) -> bool:
+    """True when a collective failed because another rank went away: no fault of this one."""
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "TCPStore", "recvValue", "sendBytes")
+    return type(error).__name__.startswith("Dist") or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from conftest import ROOT, overrides, skinsynth
 
-from skinsynth.launch import chain as nodes
+from skinsynth.chain import chain as nodes
 from skinsynth.run import read_json
 
 

@@ -80,7 +80,7 @@ def test_no_run_folder(tmp_path: Path) -> None:
 
 
 def test_progress_is_a_file_that_a_watcher_reads(tmp_path: Path) -> None:
-    from skinsynth.watch import duration, progress_of
+    from skinsynth.status import duration, progress_of
 
     run = RunDir(tmp_path)
     assert progress_of(run, "generate") is None

@@ -18,7 +18,7 @@ from pathlib import Path
 from skinsynth.config import Config
 from skinsynth.errors import UserError
 from skinsynth.run import RunDir, Task, write_json
-from skinsynth.world import Stopped, join, leave, on_stop
+from skinsynth.world import Stopped, World, join, leave, lost_peer, on_stop, place
 
 UNITS = ("prepare", "encode", "generate", "screen", "report")
 GANGS = ("finetune", "classify")
@@ -29,7 +29,7 @@ WHOLE = Task()
 def run_node(node: str, path: str, task: Task = WHOLE) -> int:
     """Runs a stage, or a stage and its part (``classify/hybrid``), on a run folder. Returns the exit status.
 
-    A failure is told in one message on stderr and in ``<node>/failed.json``; only what is no ``UserError`` shows a traceback.
+    A failure is told in one message on stderr and in ``<node>/failed/<task>.json``; only what is no ``UserError`` shows a traceback.
     """
     run = RunDir(Path(path))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -45,26 +45,33 @@ def run_node(node: str, path: str, task: Task = WHOLE) -> int:
         print(stop, file=sys.stderr)
         return STOPPED
     except Exception as error:
+        if lost_peer(error):  # that rank says why, if it could; a batch script asks Slurm for another turn
+            print(f"\n{node} stopped, since another rank went away: {str(error).splitlines()[0]}", file=sys.stderr)
+            return STOPPED
         message = explain(error)
         print(f"\n{node} failed: {message}", file=sys.stderr)
         if not isinstance(error, UserError | OSError):
             traceback.print_exc()
         with contextlib.suppress(OSError):  # the disk is full, or the folder is not ours: stderr has it
-            if isinstance(error, UserError) or not run.failed_path(node).exists():  # a rank that lost its peer must not hide the peer's words
-                write_json(run.failed_path(node), {"node": node, "message": message})
+            write_json(run.failed_path(node, task.index), {"node": node, "message": message})
         return FAILED
     return OK
 
 
 def _call(node: str, cfg: Config, run: RunDir, task: Task) -> None:
+    """Signals are heard before anything slow (torch) is imported."""
     stage, _, part = node.partition("/")
-    if stage in UNITS:
-        with on_stop(leave):
-            getattr(importlib.import_module(f"skinsynth.stages.{stage}"), stage)(cfg, run, task)
-        return
-    with join() as world, on_stop(world.note_stop):
+    world, variables = place() if stage in GANGS else (World(), {})
+    with on_stop(leave if stage in UNITS else world.note_stop):
+        if world.is_main:
+            run.begin_task(node, task.index, cfg.cluster.max_restarts)
         function = getattr(importlib.import_module(f"skinsynth.stages.{stage}"), stage)
-        function(cfg, run, world, part) if part else function(cfg, run, world)
+        if stage in UNITS:
+            function(cfg, run, task)
+            run.finish_task(node, task)
+            return
+        with join(world, variables):
+            function(cfg, run, world, part) if part else function(cfg, run, world)
 
 
 def explain(error: BaseException) -> str:
@@ -81,6 +88,7 @@ def _limit_threads(cfg: Config, node: str) -> None:
     """CPU threads, before torch is imported; in-process runs (debug) keep what they have."""
     if cfg.cluster.kind == "debug" or "torch" in sys.modules:
         return
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait stand still beside any other work on the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(cfg.cluster.threads_of(node.split("/")[0])))
 
 

@@ -35,7 +35,7 @@ class Options:
     drawings: int = 12_000
     vae_steps: int = 1_100
     vae_batch: int = 16
-    unet_steps: int = 1_850
+    unet_steps: int = 2_500
     unet_batch: int = 32
     minutes: float = 4.0  # between checkpoints (and between sample sheets)
 

@@ -1,0 +1,62 @@
+"""The chain of nodes: what must be done before what, and the job that does one. No torch here.
+
+What is pickled for a job is two strings, the node and the run folder (and its task numbers): the job reads the run's
+``config.yaml`` itself.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+
+from skinsynth import stages
+from skinsynth.config import Config
+from skinsynth.errors import UserError
+from skinsynth.run import Task
+
+
+@dataclass(frozen=True)
+class Node:
+    """A stage, or an arm of classify, with the nodes that must be done before it."""
+
+    name: str
+    needs: tuple[str, ...]
+
+    @property
+    def stage(self) -> str:
+        return self.name.split("/")[0]
+
+
+def chain(cfg: Config) -> list[Node]:
+    """The nodes in an order in which they may run. An arm without synthetic images needs only ``prepare``.
+
+    Raises:
+        UserError: no arm to train.
+    """
+    if not cfg.classify.arms:
+        raise UserError("classify.arms is empty: give at least one arm, such as baseline: {sources: {real: 1}}")
+    nodes = [Node("prepare", ()), Node("encode", ("prepare",)), Node("finetune", ("encode",)), Node("generate", ("finetune",)),
+             Node("screen", ("generate",))]
+    for arm, wanted in cfg.classify.arms.items():
+        nodes.append(Node(f"classify/{arm}", ("screen",) if wanted.sources.get("synthetic") else ("prepare",)))
+    return [*nodes, Node("report", tuple(n.name for n in nodes if n.stage in ("screen", "classify")))]
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """What submitit pickles and a job calls."""
+
+    node: str
+    run: str
+    task: int = 0
+    tasks: int = 1
+
+    def __call__(self) -> str:
+        code = stages.run_node(self.node, self.run, Task(self.task, self.tasks))
+        on_slurm = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+        if code == stages.FAILED or (code == stages.STOPPED and on_slurm):  # slurm/requeue.sh reads the status
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)  # told already, in the log: submitit would add its own traceback
+        return {stages.OK: "done", stages.STOPPED: "stopped"}[code]

@@ -1,0 +1,125 @@
+"""This machine: a small scheduler over submitit's local executor. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+
+from skinsynth import stages
+from skinsynth.chain import Node, StageJob
+from skinsynth.config import Config
+from skinsynth.errors import UserError
+from skinsynth.run import RunDir, birth, read_json, write_json
+from skinsynth.status import LiveTable
+
+GRACE = 30  # seconds that a job has to save its state when the launch is stopped
+
+
+@dataclass
+class Local:
+    """A small scheduler over submitit's local executor: nodes start when what they need is done and cores are free."""
+
+    cfg: Config
+    run: RunDir
+    nodes: list[Node]
+    console: Console
+    jobs: dict[str, list[Any]] = field(default_factory=dict)  # node -> its running submitit jobs
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def run_all(self) -> None:
+        table = LiveTable(self.run, self.nodes, self.console)
+        try:
+            with table:
+                while self._advance():
+                    table.refresh({**dict.fromkeys(self.jobs, "running"), **dict.fromkeys(self.failed, "failed")})
+                    time.sleep(0.2)
+                table.refresh(dict.fromkeys(self.failed, "failed"))
+        except BaseException:
+            stop_processes(self.run, self.console, "stopping")
+            raise
+        finally:
+            (self.run.path / "processes.json").unlink(missing_ok=True)
+        if self.failed:
+            lines = [f"{node} failed: {message}\n  log: {self._log(node)}" for node, message in self.failed.items()]
+            raise UserError("\n".join(lines) + "\nmend it and start the same command again: what is done is kept")
+
+    def _advance(self) -> bool:
+        """Collects what ended, starts what may start; False when nothing runs and nothing more can."""
+        for ended in [n for n, jobs in self.jobs.items() if all(job.done() for job in jobs)]:
+            del self.jobs[ended]
+            if not self.run.is_done(ended):
+                told = self.run.failures(ended).values()
+                self.failed[ended] = next(iter(told), "it ended without a word (killed, or out of memory?)")
+        for node in self.nodes:
+            if self._may_start(node):
+                self._start(node)
+        return bool(self.jobs)
+
+    def _may_start(self, node: Node) -> bool:
+        if node.name in self.jobs or node.name in self.failed or self.run.is_done(node.name):
+            return False
+        cluster = self.cfg.cluster
+        busy = sum(cluster.busy_cores(n.stage) for n in self.nodes if n.name in self.jobs)
+        free = busy + cluster.busy_cores(node.stage) <= cluster.all_cores
+        return all(self.run.is_done(need) for need in node.needs) and (not busy or free)
+
+    def _start(self, node: Node) -> None:
+        from submitit import LocalExecutor
+
+        shutil.rmtree(self.run.node(node.name) / "failed", ignore_errors=True)
+        wanted = self.cfg.cluster.of(node.stage)
+        executor = LocalExecutor(self.run.node(node.name) / "submit")
+        gang = node.stage in stages.GANGS
+        executor.update_parameters(timeout_min=wanted.minutes, tasks_per_node=wanted.tasks_per_node if gang else 1,
+                                   gpus_per_node=wanted.gpus_per_node, stderr_to_stdout=True)
+        count = 1 if gang else wanted.array
+        with _ignored(signal.SIGINT):  # a job inherits that: Ctrl-C is for the launch, which then stops its jobs in order
+            self.jobs[node.name] = [executor.submit(StageJob(node.name, str(self.run.path), i, count)) for i in range(count)]
+        pids = [(name, int(job.job_id)) for name, jobs in self.jobs.items() for job in jobs]
+        write_json(self.run.path / "processes.json", [{"node": name, "pid": pid, "born": birth(pid)} for name, pid in pids])
+
+    def _log(self, node: str) -> Path:
+        logs = sorted((self.run.node(node) / "submit").glob("*_log.out"), key=lambda p: p.stat().st_mtime)
+        return logs[-1] if logs else self.run.node(node) / "submit"
+
+
+def stop_processes(run: RunDir, console: Console, why: str) -> None:
+    """Ends the run's jobs that are alive, those of an earlier launch that was killed too: two writers of one stage must not meet.
+    They are given time to save their state."""
+    for job in read_json(run.path / "processes.json") or []:
+        if job["born"] is None or birth(job["pid"]) != job["born"]:
+            continue
+        try:
+            family = [psutil.Process(job["pid"])]
+            family += family[0].children(recursive=True)
+        except psutil.NoSuchProcess:
+            continue
+        console.print(f"{why} process {job['pid']}")
+        for process in family:
+            _signal(process, signal.SIGTERM)
+        for process in psutil.wait_procs(family, timeout=GRACE)[1]:
+            _signal(process, signal.SIGKILL)
+        psutil.wait_procs(family, timeout=10)
+
+
+@contextlib.contextmanager
+def _ignored(number: int) -> Iterator[None]:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _signal(process: psutil.Process, number: int) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(number)

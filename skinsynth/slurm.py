@@ -1,0 +1,275 @@
+"""Slurm: what is submitted for each node of the chain, and what Slurm says of it. No torch here.
+
+Jobs are found again by their name, which is made of the run's path and the node, so a launch that died between ``sbatch`` and
+writing down what it got leaves nothing that the next one would not see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from skinsynth import stages
+from skinsynth.chain import Node, StageJob
+from skinsynth.config import Config
+from skinsynth.errors import UserError
+from skinsynth.run import RunDir, Task, read_json, write_json
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "slurm"
+
+
+class SlurmError(UserError):
+    """Slurm said no, or nothing; its own words are in the message."""
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """One Slurm job of a node: ``id`` is ``17``, or ``17_3`` in an array; it does share ``task`` of ``tasks``."""
+
+    node: str
+    id: str
+    task: int
+    tasks: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """What Slurm says of a job."""
+
+    id: str
+    state: str  # in Slurm's words: PENDING, RUNNING, NODE_FAIL ...
+    reason: str = ""
+    nodes: str = ""
+    name: str = ""
+
+
+# ---- asking ----
+
+def ask(*command: str) -> str:
+    """The output of one of Slurm's programs.
+
+    Raises:
+        SlurmError: it is not there, does not answer, or says no.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except FileNotFoundError:
+        raise SlurmError(f"{command[0]} is not there: this needs a login node of a Slurm cluster (or take cluster=local)") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{command[0]} did not answer within a minute") from None
+    if done.returncode:
+        raise SlurmError(f"{command[0]}: {_words(done.stderr) or f'exit status {done.returncode}'}")
+    return done.stdout
+
+
+def queued(names: Iterable[str]) -> dict[str, Job]:
+    """The jobs of these names that Slurm has not finished, by id; the tasks of an array one by one."""
+    lines = ask("squeue", "--noheader", "--array", f"--name={','.join(names)}", "--format=%i|%T|%N|%j|%r").splitlines()
+    found = [Job(i, state, reason, nodes, name) for i, state, nodes, name, reason in (line.split("|", 4) for line in lines)]
+    return {job.id: job for job in found}
+
+
+def ended(ids: Iterable[str]) -> dict[str, Job]:
+    """How jobs ended: asked of the accounting, or, where a site has none, of the controller, which forgets after some minutes."""
+    whole = sorted({i.split("_")[0] for i in ids})
+    if not whole:
+        return {}
+    try:
+        lines = ask("sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={','.join(whole)}",
+                    "--format=JobID,State,NodeList,Reason").splitlines()
+        found = [Job(i, state.split()[0], reason, nodes) for i, state, nodes, reason in (line.split("|", 3) for line in lines)]
+    except SlurmError:
+        found = [job for one in whole for job in _controller(one)]
+    return {job.id: job for job in found}
+
+
+def _controller(job: str) -> list[Job]:
+    try:
+        lines = ask("scontrol", "show", "job", job, "--oneliner").splitlines()
+    except SlurmError:  # forgotten
+        return []
+    found = []
+    for line in lines:
+        pairs = dict(pair.split("=", 1) for pair in line.split() if "=" in pair)
+        number = f"{pairs['ArrayJobId']}_{pairs['ArrayTaskId']}" if "ArrayJobId" in pairs else pairs["JobId"]
+        found.append(Job(number, pairs["JobState"], pairs.get("Reason", ""), pairs.get("NodeList", "")))
+    return found
+
+
+def cancel(ids: Iterable[str]) -> None:
+    """Slurm takes an id that has ended already without a word."""
+    chosen = sorted(set(ids))
+    if chosen:
+        ask("scancel", *chosen)
+
+
+# ---- what is written down ----
+
+def job_name(run: RunDir, node: str) -> str:
+    """The same for every launch of a run: a run's name is not enough, since two people may have a ``runs/isic``."""
+    where = hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:6]
+    return f"{run.name}-{where}-{node.replace('/', '-')}".replace(",", "-")
+
+
+def submitted(run: RunDir) -> list[Submitted]:
+    return [Submitted(**job) for job in read_json(run.path / "jobs.json") or []]
+
+
+def note(run: RunDir, jobs: list[Submitted]) -> None:
+    write_json(run.path / "jobs.json", [asdict(job) for job in jobs])
+
+
+# ---- submitting ----
+
+def parameters(cfg: Config, run: RunDir, node: str, dependency: list[str]) -> dict[str, Any]:
+    """What submitit turns into ``#SBATCH`` lines and the commands around ``srun``."""
+    stage, cluster = node.split("/")[0], cfg.cluster
+    wanted, site, gang = cluster.of(stage), cluster.site(stage), stage in stages.GANGS
+    extra, memory = site.pop("extra"), site.pop("mem_gb", None)
+    env = Path(cluster.env).resolve() if cluster.env else SCRIPTS / "env.sh"
+    failed = run.failed_path(node).resolve() if gang else "-"
+    found = {
+        "job_name": job_name(run, node), "time": wanted.minutes, "nodes": wanted.nodes if gang else 1,
+        "ntasks_per_node": wanted.tasks_per_node if gang else 1, "cpus_per_task": wanted.threads or None,
+        "gpus_per_node": wanted.gpus_per_node or None, "mem": f"{memory * 1024:.0f}MB" if memory else None,
+        "dependency": f"afterok:{':'.join(dependency)}" if dependency else None, "array_parallelism": wanted.throttle,
+        "signal_delay_s": cluster.signal_seconds, "stderr_to_stdout": True, "wckey": None,
+        # Slurm 22.05 and later: srun does not take the job's cpus-per-task over; and a gang that lost a rank must not wait for it
+        "srun_args": ["--kill-on-bad-exit=1", *([f"--cpus-per-task={wanted.threads}"] if wanted.threads else [])],
+        "setup": [f"source '{env}'"], "teardown": ["code=$?", f"source '{SCRIPTS / 'requeue.sh'}' '{failed}'"],
+        "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", **extra}, **site,
+    }
+    return {key: value for key, value in found.items() if value is not None or key == "wckey"}
+
+
+def script(cfg: Config, run: RunDir, node: str, tasks: int, dependency: list[str]) -> str:
+    """The sbatch file that submitting would make."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    folder = (run.node(node) / "submit").resolve()
+    command = f"{cfg.cluster.python or sys.executable} -u -m submitit.core._submit {folder}"
+    return _make_sbatch_string(command, folder, **parameters(cfg, run, node, dependency), map_count=tasks if tasks > 1 else None)
+
+
+def submit(cfg: Config, run: RunDir, node: str, tasks: list[Task], dependency: list[str]) -> list[Submitted]:
+    """One job for a gang, one array for the tasks of a unit stage."""
+    from submitit import SlurmExecutor
+    from submitit.core.utils import FailedJobError
+
+    executor = SlurmExecutor(run.node(node) / "submit", max_num_timeout=10**6, python=cfg.cluster.python)
+    executor.update_parameters(**parameters(cfg, run, node, dependency))
+    for task in tasks:
+        run.failed_path(node, task.index).unlink(missing_ok=True)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+            jobs = executor.submit_array([StageJob(node, str(run.path), task.index, task.count) for task in tasks])
+    except FailedJobError as error:
+        raise SlurmError(f"{node} could not be submitted; sbatch: {_words(str(error))}") from None
+    return [Submitted(node, job.job_id, task.index, task.count) for job, task in zip(jobs, tasks, strict=True)]
+
+
+def submit_chain(cfg: Config, run: RunDir, nodes: list[Node], console: Console) -> None:
+    """Submits what is neither done nor with Slurm already, each node after those that it needs.
+
+    Raises:
+        SlurmError: Slurm does not answer or refuses a job; then nothing of this launch is left in the queue.
+    """
+    active = _settled([job_name(run, n.name) for n in nodes], console)
+    strays = sorted(active.keys() - {job.id for job in submitted(run)})
+    if strays:
+        console.print(f"cancelling what a launch that died had submitted: {', '.join(strays)}")
+        cancel(strays)
+    new: list[Submitted] = []
+    before = submitted(run)
+    try:
+        for node in nodes:
+            if run.is_done(node.name):
+                console.print(f"{node.name:<20} done")
+                continue
+            kept = [job for job in submitted(run) if job.node == node.name and job.id in active]
+            renewed = {job.node for job in new}
+            if kept and renewed.intersection(node.needs) and all(active[job.id].state == "PENDING" for job in kept):
+                cancel(job.id for job in kept)  # they wait for jobs that are no more
+                kept = []
+            tasks = _missing(cfg, run, node, kept)
+            if not tasks:
+                console.print(f"{node.name:<20} with Slurm already: {span([job.id for job in kept])}")
+                continue
+            needed = [job.id for job in submitted(run) if job.node in node.needs and (job.id in active or job in new)]
+            jobs = submit(cfg, run, node.name, tasks, sorted({_whole(i, active, new) for i in needed}))
+            new += jobs
+            note(run, _merged(submitted(run), jobs))
+            after = f", after {' and '.join(n for n in node.needs if not run.is_done(n))}" if needed else ""
+            share = "" if len(tasks) == tasks[0].count else f" (tasks {span([str(t.index) for t in tasks])} of {tasks[0].count})"
+            console.print(f"{node.name:<20} submitted as {span([job.id for job in jobs])}{share}{after}", highlight=False)
+    except BaseException:
+        cancel(job.id for job in new)
+        note(run, before)
+        if new:
+            console.print(f"cancelled what had been submitted: {span([job.id for job in new])}")
+        raise
+
+
+def _settled(names: list[str], console: Console, patience: float = 60) -> dict[str, Job]:
+    """What is with Slurm, once jobs that are just ending have ended: whether they did their share is known only then."""
+    end, told = time.time() + patience, False
+    while True:
+        active = queued(names)
+        ending = [job.id for job in active.values() if job.state == "COMPLETING"]
+        if not ending or time.time() > end:
+            return active
+        if not told:
+            console.print(f"waiting for what is just ending: {span(ending)}")
+            told = True
+        time.sleep(0.5)
+
+
+def _missing(cfg: Config, run: RunDir, node: Node, kept: list[Submitted]) -> list[Task]:
+    """The tasks to submit: those that did not do their share yet and are not with Slurm."""
+    count = 1 if node.stage in stages.GANGS else cfg.cluster.of(node.stage).array
+    if any(job.tasks != count for job in kept):  # cut in another way: let those end first
+        return []
+    left = run.unfinished(node.name, count) or list(range(count))
+    return [Task(i, count) for i in left if i not in {job.task for job in kept}]
+
+
+def _merged(old: list[Submitted], new: list[Submitted]) -> list[Submitted]:
+    """The last job of every task."""
+    count, again = {job.node: job.tasks for job in new}, {(job.node, job.task) for job in new}
+    return [job for job in old if count.get(job.node, job.tasks) == job.tasks and (job.node, job.task) not in again] + new
+
+
+def _whole(number: str, active: dict[str, Job], new: list[Submitted]) -> str:
+    """The id to depend on: an array as a whole where it is new, else the task, since others of an old array may have failed."""
+    return number.split("_")[0] if number in {job.id for job in new} else number
+
+
+def span(ids: list[str]) -> str:
+    """``17_0 ... 17_199`` for many."""
+    return ", ".join(ids) if len(ids) < 4 else f"{ids[0]} ... {ids[-1]} ({len(ids)} tasks)"
+
+
+def plan(cfg: Config, run: RunDir, nodes: list[Node]) -> str:
+    """Every sbatch file of the chain as it would be submitted to an idle cluster; ``$generate`` stands for that node's job id."""
+    parts = []
+    for node in nodes:
+        count = 1 if node.stage in stages.GANGS else cfg.cluster.of(node.stage).array
+        needs = [f"${need.replace('/', '_')}" for need in node.needs]
+        parts.append(f"# ---- {node.name}: {count} task{'s' if count > 1 else ''}\n{script(cfg, run, node.name, count, needs)}")
+    return "\n".join(parts)
+
+
+def _words(text: str) -> str:
+    """Slurm's own words, without the program's name on every line."""
+    lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in text.strip().splitlines()]
+    return "; ".join(dict.fromkeys(line.strip() for line in lines if line.strip()))

@@ -1,0 +1,303 @@
+"""Where a run is: which stage, how far, how fast, how long it has to go, and what Slurm says. Reads files and asks Slurm; no torch.
+
+``rows`` is the one description; the live table of a local launch, ``skinsynth status`` and its ``--json`` show it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from skinsynth import slurm
+from skinsynth.chain import Node, chain
+from skinsynth.errors import UserError
+from skinsynth.run import RunDir, birth, read_json
+
+STYLES = {"done": "green", "running": "bold cyan", "failed": "bold red", "waiting": "dim", "pending": "yellow", "stopped": "yellow"}
+
+
+@dataclass
+class Row:
+    """One stage. ``rate`` is per second, ``left`` in seconds; both only while it runs."""
+
+    node: str
+    state: str  # waiting, pending, running, failed, stopped, done
+    detail: str = ""
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+    rate: float | None = None
+    left: float | None = None
+    restarts: int = 0
+    tasks: dict[str, int] | None = None  # Slurm's state -> how many of the node's tasks
+    nodes: str = ""
+    log: str = ""
+
+    @property
+    def amount(self) -> str:
+        return f"{self.done}/{self.total} {self.unit}" if self.unit else ""
+
+
+# ---- what the files say ----
+
+def progress_of(run: RunDir, node: str) -> dict[str, Any] | None:
+    """Sum over the node's tasks: done, total, unit, rate (per second), left (seconds or None). None before it began."""
+    parts = [p for p in (_read(path) for path in sorted((run.node(node) / "progress").glob("*.json"))) if p]
+    if not parts:
+        return None
+    done, total = sum(p["done"] for p in parts), sum(p["total"] for p in parts)
+    rate = sum((p["done"] - p["begun_at"]) / max(1e-6, p["now"] - p["start"]) for p in parts if p.get("finished_of") is None)
+    return {"done": done, "total": total, "unit": parts[0]["unit"], "rate": rate, "left": (total - done) / rate if rate > 0 else None}
+
+
+def _read(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except ValueError:  # progress files are not fsynced: a power cut may leave one empty
+        return None
+
+
+def described(run: RunDir, node: Node, state: str, detail: str = "") -> Row:
+    """The row of a node in a state that is known, with its numbers from the files."""
+    row, found = Row(node.name, state, detail), progress_of(run, node.name)
+    if found and state != "waiting":
+        row.done, row.total, row.unit = found["done"], found["total"], found["unit"]
+        if state == "running":
+            row.rate, row.left = found["rate"], found["left"]
+    restarts = [_read(path) for path in (run.node(node.name) / "restarts").glob("*.json")]
+    row.restarts = sum(r["restarts"] for r in restarts if r)
+    row.log = _newest_log(run, node.name)
+    return row
+
+
+def logs(run: RunDir, node: str, task: int | None = None) -> list[Path]:
+    """The log files of a node, the latest last; of one of its tasks where that is asked for."""
+    folder = run.node(node) / "submit"
+    if task is None:
+        return sorted(folder.glob("*_log.out"), key=lambda p: p.stat().st_mtime)
+    ids = [job.id for job in slurm.submitted(run) if job.node == node and job.task == task]
+    return [path for number in ids for path in sorted(folder.glob(f"{number}_*_log.out"))]
+
+
+def _newest_log(run: RunDir, node: str) -> str:
+    found = logs(run, node)
+    return str(found[-1]) if found else ""
+
+
+# ---- what is known of its state ----
+
+def rows(run: RunDir) -> tuple[list[Row], str | None]:
+    """All stages of a run, and what Slurm said if it could not be asked.
+
+    Raises:
+        UserError: no run folder.
+    """
+    nodes, complaint = chain(run.config()), None
+    jobs, alive = slurm.submitted(run), {p["node"] for p in _processes(run)}
+    active: dict[str, slurm.Job] = {}
+    ended: dict[str, slurm.Job] = {}
+    if jobs and not all(run.is_done(node.name) for node in nodes):
+        try:
+            active = slurm.queued(slurm.job_name(run, n.name) for n in nodes)
+            ended = slurm.ended(job.id for job in jobs if job.id not in active and not run.is_done(job.node))
+        except slurm.SlurmError as error:
+            complaint = str(error)
+    found: list[Row] = []
+    for node in nodes:
+        mine = [job.id for job in jobs if job.node == node.name]
+        if run.is_done(node.name):
+            found.append(described(run, node, "done"))
+        elif node.name in alive:
+            found.append(described(run, node, "running"))
+        elif mine and complaint:
+            found.append(described(run, node, "unknown", "Slurm does not answer"))
+        elif mine:
+            found.append(_with_slurm(run, node, [active.get(i) or ended.get(i) for i in mine], active))
+        else:
+            found.append(_idle(run, node))
+    return found, complaint
+
+
+def _processes(run: RunDir) -> list[dict[str, Any]]:
+    """The processes of a local launch that are alive."""
+    return [p for p in read_json(run.path / "processes.json") or [] if p["born"] is not None and birth(p["pid"]) == p["born"]]
+
+
+def _idle(run: RunDir, node: Node) -> Row:
+    failures = run.failures(node.name)
+    if failures:
+        return described(run, node, "failed", _first(failures))
+    return described(run, node, "stopped" if progress_of(run, node.name) else "waiting")
+
+
+def _with_slurm(run: RunDir, node: Node, jobs: list[slurm.Job | None], active: dict[str, slurm.Job]) -> Row:
+    """Running before pending before how it ended; the reason in Slurm's words, or in the job's own where it failed."""
+    present, failures = [job for job in jobs if job], run.failures(node.name)
+    live = [job for job in present if job.id in active]
+    running = [job for job in live if job.state != "PENDING"]
+    if running:
+        row = described(run, node, "running", _first(failures) if failures else "")
+    elif live:
+        row = described(run, node, "pending", live[0].reason)
+    elif failures:
+        row = described(run, node, "failed", _first(failures))
+    else:
+        row = described(run, node, *_ending(run, node, present))
+    row.tasks = dict(Counter(job.state for job in present))
+    row.nodes = ",".join(sorted({job.nodes for job in running if job.nodes}))
+    return row
+
+
+def _ending(run: RunDir, node: Node, jobs: list[slurm.Job]) -> tuple[str, str]:
+    bad = [job for job in jobs if job.state != "COMPLETED"]
+    if not bad:
+        return "stopped", "its jobs ended, but it is not complete: launch again"
+    cancelled = all(job.state == "CANCELLED" for job in bad)
+    if cancelled and any(not run.is_done(need) for need in node.needs) and not (run.node(node.name) / "progress").exists():
+        return "stopped", f"cancelled by Slurm, since {' and '.join(n for n in node.needs if not run.is_done(n))} did not finish"
+    return ("stopped" if cancelled else "failed"), f"Slurm: {', '.join(sorted({job.state for job in bad}))}"
+
+
+def _first(failures: dict[int, str]) -> str:
+    task, message = next(iter(failures.items()))
+    return message if len(failures) == 1 and task == 0 else f"{len(failures)} task{'s' * (len(failures) > 1)} failed; task {task}: {message}"
+
+
+# ---- for people ----
+
+def duration(seconds: float | None) -> str:
+    """``95`` -> ``1:35``; unknown -> ``-``."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def as_json(run: RunDir, found: list[Row], complaint: str | None) -> dict[str, Any]:
+    return {"run": str(run.path), "slurm": complaint, "stages": [asdict(row) for row in found]}
+
+
+def table(run: RunDir, found: list[Row], took: dict[str, float]) -> Table:
+    """``took``: seconds per node, where they are known."""
+    with_slurm = any(row.tasks for row in found)
+    view = Table(title=f"run {run.path}", title_justify="left")
+    for name in ("stage", "state", "done", "", "per second", "left", *(["tasks", "restarts", "nodes"] if with_slurm else ["took"])):
+        view.add_column(name, justify="left" if name in ("stage", "state", "", "tasks", "nodes") else "right", no_wrap=name in ("stage", "state"))
+    for row in found:
+        bar = ProgressBar(total=max(1, row.total), completed=row.done if row.total else 1, width=16) if row.unit else ""
+        cells: list[Any] = [row.node, Text(row.state, STYLES.get(row.state, "")), row.amount, bar, f"{row.rate:.1f}" if row.rate else "",
+                            duration(row.left) if row.state == "running" else ""]
+        if with_slurm:
+            cells += [", ".join(f"{n} {state.lower()}" for state, n in (row.tasks or {}).items()), str(row.restarts or ""), row.nodes]
+        else:
+            cells += [duration(took[row.node]) if row.node in took else ""]
+        view.add_row(*cells)
+    return view
+
+
+def show(console: Console, run: RunDir, found: list[Row], complaint: str | None) -> None:
+    """The table, and under it why something waits or failed, and where its log is."""
+    console.print(table(run, found, {}))
+    for row in found:
+        if row.detail:
+            console.print(f"{row.node}: {row.detail}", highlight=False, soft_wrap=True, markup=False)
+        if row.log and row.state in ("running", "failed", "stopped"):
+            console.print(f"  log: {row.log}", highlight=False, soft_wrap=True, markup=False)
+    if complaint:
+        console.print(f"Slurm could not be asked: {complaint}", style="yellow", highlight=False, soft_wrap=True, markup=False)
+
+
+def watch(run: RunDir, console: Console) -> None:
+    """The table, kept fresh until nothing runs or waits in a queue any more."""
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            found, complaint = rows(run)
+            live.update(table(run, found, {}), refresh=True)
+            if not complaint and not any(row.state in ("running", "pending") for row in found):
+                break
+            time.sleep(2)
+    show(console, run, [row for row in found if row.detail], complaint)
+
+
+def read_log(run: RunDir, node: str, task: int | None, follow: bool) -> Iterator[str]:
+    """The text of the node's latest log; with ``follow`` also what is added to it, for ever.
+
+    Raises:
+        UserError: no such stage or task, or it has not begun.
+    """
+    names = [n.name for n in chain(run.config())]
+    if node not in names:
+        raise UserError(f"{run.path} has no stage '{node}'; there are {', '.join(names)}")
+    found = logs(run, node, task)
+    if not found:
+        raise UserError(f"{node}{'' if task is None else f', task {task},'} has no log yet: it has not begun")
+    with open(found[-1]) as f:
+        while True:
+            text = f.read()
+            if text:
+                yield text
+            elif not follow:
+                return
+            else:
+                time.sleep(0.5)
+
+
+class LiveTable:
+    """``with LiveTable(...) as table: table.refresh({node: state})``. On a terminal the table stays in place; elsewhere (a log
+    file) each change of state is one line, and each half minute the running stages are."""
+
+    def __init__(self, run: RunDir, nodes: list[Node], console: Console):
+        self.run, self.nodes, self.console = run, nodes, console
+        self.live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
+        self.states: dict[str, str] = {}
+        self.began: dict[str, float] = {}
+        self.took: dict[str, float] = {}
+        self.told = time.time()
+
+    def __enter__(self) -> LiveTable:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.live:
+            self.live.stop()
+
+    def refresh(self, active: dict[str, str]) -> None:
+        """``active``: the state of those nodes that are neither done nor waiting."""
+        states = {n.name: active.get(n.name) or ("done" if self.run.is_done(n.name) else "waiting") for n in self.nodes}
+        changed = [n for n, state in states.items() if state != self.states.get(n)]
+        for node in changed:
+            if states[node] == "running":
+                self.began[node] = time.time()
+            elif node in self.began:
+                self.took[node] = time.time() - self.began.pop(node)
+        self.states = states
+        if self.live:
+            running = {node: time.time() - since for node, since in self.began.items()}
+            self.live.update(table(self.run, [described(self.run, n, states[n.name]) for n in self.nodes], {**self.took, **running}))
+        else:
+            self._say([n for n in changed if states[n] != "waiting"])
+
+    def _say(self, changed: list[str]) -> None:
+        if time.time() - self.told > 30:
+            changed = [n for n, state in self.states.items() if n in changed or state == "running"]
+        for node in self.nodes:
+            if node.name in changed:
+                self.told = time.time()
+                row = described(self.run, node, self.states[node.name])
+                numbers = f"{row.amount}, {row.rate or 0:.1f}/s, {duration(row.left)} left" if row.state == "running" and row.unit else ""
+                if node.name in self.took:
+                    numbers = f"took {duration(self.took[node.name])}"
+                self.console.print(f"{node.name:<20} {row.state:<8} {numbers}".rstrip(), highlight=False)
