@@ -80,8 +80,12 @@ def queued(names: Iterable[str]) -> dict[str, Job]:
 
 
 def ended(ids: Iterable[str]) -> dict[str, Job]:
-    """How jobs ended: asked of the accounting, or, where a site has none, of the controller, which forgets after some minutes."""
-    whole = sorted({i.split("_")[0] for i in ids})
+    """How jobs ended: asked of the accounting, or, where a site has none, of the controller, which forgets after some minutes.
+
+    Tasks of an array that never ran have one line together, such as ``17_[3-199%20]``.
+    """
+    wanted = list(ids)
+    whole = sorted({i.split("_")[0] for i in wanted})
     if not whole:
         return {}
     try:
@@ -90,7 +94,10 @@ def ended(ids: Iterable[str]) -> dict[str, Job]:
         found = [Job(i, state.split()[0], reason, nodes) for i, state, nodes, reason in (line.split("|", 3) for line in lines)]
     except SlurmError:
         found = [job for one in whole for job in _controller(one)]
-    return {job.id: job for job in found}
+    single = {job.id: job for job in found if "[" not in job.id}
+    together = {job.id.split("_")[0]: job for job in found if "[" in job.id}
+    fates = {i: single.get(i) or together.get(i.split("_")[0]) for i in wanted}
+    return {i: job for i, job in fates.items() if job}
 
 
 def _controller(job: str) -> list[Job]:
@@ -116,9 +123,9 @@ def cancel(ids: Iterable[str]) -> None:
 # ---- what is written down ----
 
 def job_name(run: RunDir, node: str) -> str:
-    """The same for every launch of a run: a run's name is not enough, since two people may have a ``runs/isic``."""
+    """The same for every launch of a run; the node first, since squeue shows eight letters. The hash: two may have a ``runs/isic``."""
     where = hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:6]
-    return f"{run.name}-{where}-{node.replace('/', '-')}".replace(",", "-")
+    return f"{node.replace('/', '-')}-{run.name}-{where}".replace(",", "-")
 
 
 def submitted(run: RunDir) -> list[Submitted]:

@@ -45,7 +45,7 @@ class Row:
 
     @property
     def amount(self) -> str:
-        return f"{self.done}/{self.total} {self.unit}" if self.unit else ""
+        return f"{self.done}/{self.total} {self.unit}" if self.total else ""
 
 
 # ---- what the files say ----
@@ -188,32 +188,45 @@ def as_json(run: RunDir, found: list[Row], complaint: str | None) -> dict[str, A
     return {"run": str(run.path), "slurm": complaint, "stages": [asdict(row) for row in found]}
 
 
-def table(run: RunDir, found: list[Row], took: dict[str, float]) -> Table:
-    """``took``: seconds per node, where they are known."""
+def table(run: RunDir, found: list[Row], took: dict[str, float], width: int) -> Table:
+    """``took``: seconds per node, where they are known. A narrow terminal gets no bars; only the notes are cut short."""
     with_slurm = any(row.tasks for row in found)
     view = Table(title=f"run {run.path}", title_justify="left")
-    for name in ("stage", "state", "done", "", "per second", "left", *(["tasks", "restarts", "nodes"] if with_slurm else ["took"])):
-        view.add_column(name, justify="left" if name in ("stage", "state", "", "tasks", "nodes") else "right", no_wrap=name in ("stage", "state"))
-    for row in found:
-        bar = ProgressBar(total=max(1, row.total), completed=row.done if row.total else 1, width=16) if row.unit else ""
-        cells: list[Any] = [row.node, Text(row.state, STYLES.get(row.state, "")), row.amount, bar, f"{row.rate:.1f}" if row.rate else "",
-                            duration(row.left) if row.state == "running" else ""]
-        if with_slurm:
-            cells += [", ".join(f"{n} {state.lower()}" for state, n in (row.tasks or {}).items()), str(row.restarts or ""), row.nodes]
-        else:
-            cells += [duration(took[row.node]) if row.node in took else ""]
-        view.add_row(*cells)
+    columns: dict[str, list[str]] = {
+        "stage": [row.node for row in found], "state": [row.state for row in found], "done": [row.amount for row in found],
+        "per second": [f"{row.rate:.1f}" if row.rate else "" for row in found],
+        "left": [duration(row.left) if row.state == "running" else "" for row in found]}
+    if with_slurm:
+        columns |= {"again": [str(row.restarts or "") for row in found], "nodes": [row.nodes for row in found], "note": [_note(row) for row in found]}
+    else:
+        columns["took"] = [duration(took[row.node]) if row.node in took else "" for row in found]
+    for name, cells in columns.items():
+        least = None if name == "note" else max(map(len, [name, *cells]))
+        view.add_column(name, justify="left" if name in ("stage", "state", "nodes", "note") else "right", no_wrap=True, min_width=least)
+    if width >= 120:
+        view.add_column("")
+    for number, row in enumerate(found):
+        texts = [Text(cells[number], STYLES.get(row.state, "") if name == "state" else "") for name, cells in columns.items()]
+        bar = ProgressBar(total=max(1, row.total), completed=row.done if row.total else 1, width=16) if row.total else ""
+        view.add_row(*texts, *([bar] if width >= 120 else []))
     return view
 
 
+def _note(row: Row) -> str:
+    """How many tasks are in which state, where there are several, and why it waits."""
+    tasks = row.tasks or {}
+    counted = ", ".join(f"{n} {state.lower()}" for state, n in tasks.items()) if sum(tasks.values()) > 1 else ""
+    return "; ".join(part for part in (counted, row.detail) if part)
+
+
 def show(console: Console, run: RunDir, found: list[Row], complaint: str | None) -> None:
-    """The table, and under it why something waits or failed, and where its log is."""
-    console.print(table(run, found, {}))
+    """The table, and under it why something failed, and where the log is."""
+    console.print(table(run, found, {}, console.width))
     for row in found:
-        if row.detail:
+        if row.state in ("failed", "stopped") and row.detail:
             console.print(f"{row.node}: {row.detail}", highlight=False, soft_wrap=True, markup=False)
-        if row.log and row.state in ("running", "failed", "stopped"):
-            console.print(f"  log: {row.log}", highlight=False, soft_wrap=True, markup=False)
+        if row.log and row.state in ("running", "failed"):
+            console.print(f"{row.node} log: {row.log}", highlight=False, soft_wrap=True, markup=False)
     if complaint:
         console.print(f"Slurm could not be asked: {complaint}", style="yellow", highlight=False, soft_wrap=True, markup=False)
 
@@ -223,7 +236,7 @@ def watch(run: RunDir, console: Console) -> None:
     with Live(console=console, auto_refresh=False) as live:
         while True:
             found, complaint = rows(run)
-            live.update(table(run, found, {}), refresh=True)
+            live.update(table(run, found, {}, console.width), refresh=True)
             if not complaint and not any(row.state in ("running", "pending") for row in found):
                 break
             time.sleep(2)
@@ -286,7 +299,8 @@ class LiveTable:
         self.states = states
         if self.live:
             running = {node: time.time() - since for node, since in self.began.items()}
-            self.live.update(table(self.run, [described(self.run, n, states[n.name]) for n in self.nodes], {**self.took, **running}))
+            found = [described(self.run, n, states[n.name]) for n in self.nodes]
+            self.live.update(table(self.run, found, {**self.took, **running}, self.console.width))
         else:
             self._say([n for n in changed if states[n] != "waiting"])
 

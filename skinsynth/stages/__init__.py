@@ -34,6 +34,7 @@ def run_node(node: str, path: str, task: Task = WHOLE) -> int:
     run = RunDir(Path(path))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("submitit").propagate = False  # it has a handler of its own
     try:
         cfg = run.config()
         if run.is_done(node):
