@@ -158,6 +158,94 @@ def config(config: ConfigFile, overrides: Overrides = None,
     typer.echo(configs.dump(cfg), nl=False)
 
 
+@app.command()
+def estimate(config: ConfigFile, overrides: Overrides = None,
+             earlier: Annotated[str | None, typer.Option("--from", metavar="RUN", help="Take the speeds that this earlier run measured.")] = None,
+             as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False) -> None:
+    """What a run will take, stage by stage, before anything is submitted: images, shards, bytes, hours, time against its limit.
+
+    Speeds come from an earlier run, or from published figures, and each says which. Examples:
+
+    skinsynth estimate configs/isic2020-sd15.yaml cluster=slurm
+
+    skinsynth estimate configs/isic2020-sd15.yaml cluster=slurm --from runs/isic-small
+
+    skinsynth estimate configs/demo.yaml --json | jq '.stages[] | {node, hours, warnings}'
+    """
+    import json
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from skinsynth import config as configs
+    from skinsynth import estimate as estimating
+    from skinsynth.run import RunDir
+
+    cfg = configs.load(config, overrides)
+    found = estimating.estimate(cfg, RunDir(Path(earlier)) if earlier else None)
+    if as_json:
+        typer.echo(json.dumps(estimating.as_json(cfg, found), indent=1))
+    else:
+        estimating.show(Console(), found)
+
+
+@app.command()
+def doctor(config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="YAML file; without one only this machine is looked at")] = None,
+           overrides: Overrides = None,
+           submit: Annotated[bool, typer.Option("--submit", help="Also look at the compute nodes, by one short Slurm job.")] = False,
+           wait: Annotated[float, typer.Option(help="Seconds that this job may take, its time in the queue included.")] = 600,
+           checksums: Annotated[bool, typer.Option("--checksums", help="Also read all shards that are there and compare their sha256.")] = False,
+           as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False) -> None:
+    """Find out what would keep a run from working here: one line for each check, and what to do. Ends with 1 where one fails.
+
+    Examples:
+
+    skinsynth doctor
+
+    skinsynth doctor configs/isic2020-sd15.yaml cluster=slurm
+
+    skinsynth doctor configs/isic2020-sd15.yaml cluster=slurm --submit --wait 1800
+    """
+    import json
+    from dataclasses import asdict
+
+    from skinsynth.doctor import check, login
+    from skinsynth.doctor import submit as job
+    from skinsynth.errors import UserError
+
+    if submit and not config:
+        raise UserError("--submit needs a CONFIG, for the resources of finetune and for the folders to look at")
+    found, cfg = login.login(config, overrides, checksums)
+    if not as_json:
+        typer.echo("\n".join(map(str, found)))
+    try:
+        on_nodes = job.look(cfg, wait, lambda line: typer.echo(line, err=True)) if submit and cfg else []
+    except KeyboardInterrupt:
+        typer.echo("stopped; the job is cancelled", err=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in found + on_nodes], indent=1))
+    elif on_nodes:
+        typer.echo("\n".join(map(str, job.together(on_nodes))))
+    raise typer.Exit(int(check.failed(found + on_nodes)))
+
+
+@app.command()
+def pull(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Fetch the base model and the classifier of a configuration into the local Hugging Face cache, where there is internet.
+
+    What is there already is not fetched again, and of a repository only what is read. Examples:
+
+    skinsynth pull configs/isic2020-sd15.yaml
+
+    skinsynth pull configs/isic2020-sd15.yaml model.base=owner/name
+    """
+    from skinsynth import config as configs
+    from skinsynth.models import hub
+
+    hub.pull(configs.load(config, overrides), typer.echo)
+
+
 def _run_folder(path: str) -> RunDir:
     from pathlib import Path
 

@@ -280,7 +280,9 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"configuration {path} does not exist (the shipped ones are in configs/)")
     try:
         raw = OmegaConf.to_container(OmegaConf.load(path))
-        dots = OmegaConf.to_container(OmegaConf.from_dotlist([_dot(item) for item in overrides or []]))
+        items = [_dot(item) for item in overrides or []]
+        whole = [item for item in items if item.startswith("cluster=")]  # cluster=slurm cluster.account=x: the file first, then the key
+        dots = [OmegaConf.to_container(OmegaConf.from_dotlist(part)) for part in (whole, [item for item in items if item not in whole])]
     except (OmegaConfBaseException, ValueError) as error:
         raise UserError(f"{path}: {_first_line(error)}") from None
     except Exception as error:  # yaml's own errors have no common base that omegaconf exports
@@ -288,7 +290,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected 'key: value' pairs at the top, found {type(raw).__name__}")
     base: Any = OmegaConf.structured(Config)
-    for layer, where in ((raw, str(path)), (dots, "command line")):
+    for layer, where in ((raw, str(path)), *((part, "command line") for part in dots)):
         base = _merge(base, _cluster(_rename(layer, "class", "class_"), where), where)
     config: Config = OmegaConf.to_object(base)  # type: ignore[assignment]
     check(config)

@@ -280,7 +280,7 @@ def sha256_folder(path: Path, pattern: str = "**/*") -> str:
 def code_version() -> str:
     """The release, with the commit where the code lies in a git checkout."""
     here = Path(__file__).resolve().parent.parent
-    if (here / ".git").exists():
+    if (here / ".git").exists() and shutil.which("git"):  # a compute node may have none
         got = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
         if got.returncode == 0:
             return f"{skinsynth.__version__}+{got.stdout.strip()}"

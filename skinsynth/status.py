@@ -164,7 +164,7 @@ def _ending(run: RunDir, node: Node, jobs: list[slurm.Job]) -> tuple[str, str]:
         return "stopped", "its jobs ended, but it is not complete: launch again"
     cancelled = all(job.state == "CANCELLED" for job in bad)
     if cancelled and any(not run.is_done(need) for need in node.needs) and not (run.node(node.name) / "progress").exists():
-        return "stopped", f"cancelled by Slurm, since {' and '.join(n for n in node.needs if not run.is_done(n))} did not finish"
+        return "stopped", f"cancelled, since {' and '.join(n for n in node.needs if not run.is_done(n))} did not finish"
     return ("stopped" if cancelled else "failed"), f"Slurm: {', '.join(sorted({job.state for job in bad}))}"
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch comes: other work on the cores must not make the tests crawl
 ROOT = Path(__file__).resolve().parent.parent
+DEVCLUSTER = ROOT / "slurm" / "devcluster"
 REAL = ROOT.parent / "shared" / "isic"
 
 SMALL = {  # the demo, cut to seconds
@@ -60,3 +63,37 @@ def chain(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = skinsynth("launch", "configs/demo.yaml", *overrides(drawn, folder))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder
+
+
+# ---- a Slurm: our devcluster where we may start one, else a site's own ----
+
+def devcluster(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(DEVCLUSTER), *arguments], env=env, capture_output=True, text=True, timeout=150, check=False)
+
+
+def site_slurm_answers() -> bool:
+    try:
+        return shutil.which("sbatch") is not None and subprocess.run(["sinfo"], capture_output=True, timeout=20, check=False).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment in which sbatch, sacct ... work. Has SKINSYNTH_DEVCLUSTER where the Slurm is ours."""
+    if os.getuid() != 0 and site_slurm_answers():
+        yield dict(os.environ)
+        return
+    if os.getuid() != 0 or not Path("/etc/debian_version").exists():
+        reason = "no Slurm here: neither root on Debian or Ubuntu, to start slurm/devcluster, nor an sbatch with a controller that answers"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    env = os.environ | {"SKINSYNTH_DEVCLUSTER": str(tmp_path_factory.mktemp("slurm"))}
+    started = devcluster("up", env=env)
+    if started.returncode:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"slurm/devcluster up failed: {started.stdout}{started.stderr}")
+    try:
+        printed = devcluster("env", env=env).stdout
+        lines = subprocess.run(["sh", "-c", f"{printed}\nenv -0"], env=env, capture_output=True, text=True, check=True).stdout.split("\0")
+        yield dict(line.split("=", 1) for line in lines if "=" in line)
+    finally:
+        devcluster("down", "--wipe", env=env)

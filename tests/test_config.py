@@ -70,3 +70,10 @@ def test_difference_leaves_out_what_changes_no_result() -> None:
     assert config.difference(one, other) == []
     other.finetune.steps = 17
     assert config.difference(one, other) == ["finetune.steps: 17 -> 1000"]
+
+
+def test_a_cluster_file_and_single_keys_of_it_go_together() -> None:
+    for order in (["cluster=slurm", "cluster.partition=gpu"], ["cluster.partition=gpu", "cluster=slurm"]):
+        cluster = config.load("configs/demo.yaml", order).cluster
+        assert (cluster.kind, cluster.partition) == ("slurm", "gpu")
+        assert cluster.of("finetune").nodes == 2

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from skinsynth.errors import UserError
+from skinsynth.models import hub
 from skinsynth.run import sha256_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,7 +28,8 @@ def load_pipeline(folder: Path, precision: str = "fp32") -> Any:
     transformers_logging.disable_progress_bar()
     try:
         pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=DTYPES[precision], safety_checker=None, feature_extractor=None,
-                                                       requires_safety_checker=False, local_files_only=True, use_safetensors=True)
+                                                       requires_safety_checker=False, local_files_only=True, use_safetensors=True,
+                                                       variant=hub.variant(folder))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"base model {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
     pipe.set_progress_bar_config(disable=True)

@@ -30,11 +30,11 @@ class Extractor:
         """``base``: as in ``model.base``. Raises ``UserError`` where the folder holds no VAE."""
         from diffusers import AutoencoderKL
 
-        from skinsynth.models.hub import resolve_base
+        from skinsynth.models import hub
 
-        folder = resolve_base(base)
+        folder = hub.resolve_base(base)
         try:
-            vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", local_files_only=True, use_safetensors=True)
+            vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", local_files_only=True, use_safetensors=True, variant=hub.variant(folder))
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"the VAE in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
         self.encoder, self.batch, self.device = vae.encoder.float().to(device).eval(), batch, device

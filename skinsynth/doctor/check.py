@@ -1,0 +1,75 @@
+"""What a check says, and the checks that the login node and a compute node share."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from skinsynth import stages
+from skinsynth.config import Config
+from skinsynth.errors import UserError
+from skinsynth.models import hub
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line: what was looked at, what was found, and what to do about it. ``where``: the rank and node, where it was one."""
+
+    state: str
+    name: str
+    found: str
+    todo: str = ""
+    where: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.state:<5} {self.name:<18} {f'{self.where}: ' if self.where else ''}{self.found}{f' -> {self.todo}' if self.todo else ''}"
+
+
+def failed(checks: list[Check]) -> bool:
+    return any(check.state == FAIL for check in checks)
+
+
+def guarded(name: str, look: Callable[[], Iterator[Check]]) -> Iterator[Check]:
+    """A check that breaks is a check that fails."""
+    try:
+        yield from look()
+    except Exception as error:
+        yield Check(FAIL, name, stages.explain(error))
+
+
+def models(cfg: Config, pull: str = "skinsynth pull CONFIG") -> Iterator[Check]:
+    """``pull``: the command that fetches them."""
+    for key, name, find in (("model.base", cfg.model.base, hub.resolve_base), ("classify.model", cfg.classify.model, hub.resolve_classifier)):
+        try:
+            yield Check(OK, key, f"{name}: {find(name) or 'built from the configuration'}")
+        except UserError as error:
+            yield Check(FAIL, key, str(error), f"{pull} (where there is internet)")
+
+
+def data(cfg: Config) -> Iterator[Check]:
+    data = cfg.data
+    pair = ("metadata", "images") if data.metadata or data.images else ("instance_data_dir", "class_data_dir")
+    for key in (*pair, *(["duplicates"] if data.duplicates else [])):
+        path = getattr(data, key)
+        there = bool(path) and (Path(path).is_file() if key in ("metadata", "duplicates") else Path(path).is_dir())
+        found = f"{path} is there" if there else f"{path} is not there" if path else "is not set"
+        yield Check(OK if there else FAIL, f"data.{key}", found, "" if there else f"give data.{key}=...")
+
+
+def existing(path: Path) -> Path:
+    """The folder itself, or the nearest above it that is there."""
+    path = path.resolve()
+    return path if path.exists() else existing(path.parent)
+
+
+def writable(name: str, path: Path, folder: Path) -> Check:
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"skinsynth")
+        return Check(OK, name, f"{path} can be written" + ("" if path.resolve() == folder.resolve() else f" (it is made in {folder})"))
+    except OSError as error:
+        return Check(FAIL, name, f"{path} cannot be written: {error.strerror} ({folder})", "mend its permissions, or choose another folder")

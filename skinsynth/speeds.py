@@ -1,0 +1,135 @@
+"""How fast each stage is, and who says so: an earlier run that measured it, or published figures. No torch here."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from skinsynth import stages
+from skinsynth.config import Config
+from skinsynth.run import RunDir, read_json
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Images (samples, where it trains) per second of one task or rank."""
+
+    per_second: float
+    source: str
+
+
+A100 = "one A100, Stable Diffusion 1.5 or 2 at 512 px"
+STATED = {  # stage -> images per second of one GPU at 512 px, and who says so
+    # MosaicML's diffusion, SD 2: encoding on the fly costs 1.4 times what training on latents does, so 0.4 / 36 s an image
+    "encode": (90.0, f"stated by MosaicML for {A100} (36 images/s with latents made before, 1.4 x slower without)"),
+    # MosaicML's diffusion: UNet of SD 2 on latents made before, 512 px, near-linear to 128 GPUs
+    "finetune": (36.0, f"stated by MosaicML for {A100}, latents made before"),
+    # published for SD 1.5 at 512 px, 50 steps, with SDPA attention and nothing compiled (0.94 compiled and channels-last)
+    "generate": (0.63, f"published for {A100}, 50 steps, SDPA"),
+}
+STATED_SIZE, STATED_STEPS = 512, 50
+
+
+def gpus(cfg: Config, stage: str) -> int:
+    """GPUs of each node of a stage, asked for by ``gpus_per_node`` or by a ``gres`` such as gpu:a100:4."""
+    gres = re.search(r"gpu(?::[A-Za-z]\w*)?(?::(\d+))?(?:,|$)", str(cfg.cluster.site(stage).get("gres") or ""))
+    return cfg.cluster.of(stage).gpus_per_node or (int(gres[1] or 1) if gres else 0)
+
+
+def rate(cfg: Config, node: str, earlier: RunDir | None) -> Rate | None:
+    """Measured by the earlier run where that did the same kind of work, else as stated for a GPU; None where nothing is known."""
+    found = measured(cfg, node, earlier) if earlier else None
+    stage = node.split("/")[0]
+    return stated(cfg, stage) if not found and gpus(cfg, stage) and stage in STATED else found
+
+
+def stated(cfg: Config, stage: str) -> Rate:
+    """The published figure, scaled by pixels and steps; whatever else differs is named."""
+    (per_second, source), size, steps = STATED[stage], cfg.prepare.size, cfg.generate.steps
+    scale = (STATED_SIZE / size) ** 2
+    guesses = [f"scaled to {size} px"] if size != STATED_SIZE else []
+    if stage == "generate":
+        scale *= STATED_STEPS / steps
+        guesses += [f"scaled to {steps} steps"] if steps != STATED_STEPS else []
+    if stage == "encode" and cfg.encode.flip:
+        scale /= 2
+        guesses += ["halved for the mirror images"]
+    if stage == "finetune":
+        batch = cfg.finetune.micro_batch or cfg.finetune.global_batch // rank_count(cfg, stage)
+        guesses += [f"batches of {batch} a GPU will be slower"] if batch < 16 else []
+        guesses += ["so will gradient checkpointing"] if cfg.finetune.gradient_checkpointing else []
+    guesses += ["the built-in base model is much smaller"] if cfg.model.base == "builtin" else []
+    return Rate(per_second * scale, f"{source}; here a guess: {', '.join(guesses)}" if guesses else source)
+
+
+def measured(cfg: Config, node: str, earlier: RunDir) -> Rate | None:
+    """The speed of a node in an earlier run, scaled to this one by pixels and steps."""
+    stage, old = node.split("/")[0], earlier.config()
+    if bool(gpus(old, stage)) != bool(gpus(cfg, stage)) or _model(old, stage) != _model(cfg, stage):
+        return None
+    arms = [f"classify/{arm}" for arm in old.classify.arms]
+    names = [node] if stage != "classify" or node in arms else arms
+    speeds = [speed for name in names if (speed := _speed(earlier, old, name))]
+    if not speeds:
+        return None
+    count, size = (rank_count(old, stage) if stage in stages.GANGS else old.cluster.of(stage).array), gpus(old, stage)
+    place = f"GPUs a node: {size}" if size else f"no GPU, CPU threads each: {old.cluster.threads_of(stage)}"
+    source = f"measured in {earlier.path} ({'ranks' if stage in stages.GANGS else 'tasks'}: {count}, {place})"
+    scale, changes = _scale(old, cfg, stage)
+    return Rate(statistics.mean(speeds) * scale, f"{source}; here a guess: {', '.join(changes)}" if changes else source)
+
+
+def _model(cfg: Config, stage: str) -> tuple[Any, ...]:
+    """What must be the same for a speed to mean anything."""
+    c = cfg.classify
+    if stage == "classify":
+        return (c.model, c.hidden_size, c.layers, c.heads, c.patch) if c.model == "small" else (c.model,)
+    return () if stage in ("prepare", "report") else (cfg.model.base,)
+
+
+def rank_count(cfg: Config, stage: str) -> int:
+    """Processes of one job of the stage."""
+    wanted = cfg.cluster.of(stage)
+    return wanted.nodes * wanted.tasks_per_node if stage in stages.GANGS else 1
+
+
+def _speed(run: RunDir, cfg: Config, node: str) -> float | None:
+    """Images a second of one task or rank: from the progress files, or where those only saw the end from ``metrics.jsonl``."""
+    parts = [part for path in (run.node(node) / "progress").glob("*.json") if (part := _read(path))]
+    done, spent = sum(p["done"] - p["begun_at"] for p in parts), sum(p["now"] - p["start"] for p in parts)
+    stage = node.split("/")[0]
+    training = {"finetune": cfg.finetune, "classify": cfg.classify}.get(stage)
+    if done > 0 and spent > 0:
+        return done / spent * (training.global_batch / rank_count(cfg, stage) if training else 1)
+    path = run.node(node) / "metrics.jsonl"
+    rows = path.read_text().splitlines() if training and path.is_file() else []
+    return statistics.median(json.loads(row)["samples_per_second"] for row in rows if row.endswith("}")) / rank_count(cfg, stage) if rows else None
+
+
+def _read(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except ValueError:  # progress files are not fsynced: a power cut may leave one empty
+        return None
+
+
+def _scale(old: Config, new: Config, stage: str) -> tuple[float, list[str]]:
+    """By how much the new work is faster, and what makes that a guess. By threads and ranks nothing is scaled: it is only said."""
+    by_pixels = stage in ("encode", "finetune", "generate", "screen") or (stage == "classify" and new.classify.model == "small")
+    found = [("px", old.prepare.size, new.prepare.size, 2 if by_pixels else 0)]
+    if stage == "generate":
+        found.append(("steps", old.generate.steps, new.generate.steps, 1))
+    if stage == "encode":
+        found.append(("pictures an image", 1 + old.encode.flip, 1 + new.encode.flip, 1))
+    if not gpus(new, stage):
+        found.append(("CPU threads", old.cluster.threads_of(stage), new.cluster.threads_of(stage), 0))
+    if stage in stages.GANGS:
+        found.append(("ranks", rank_count(old, stage), rank_count(new, stage), 0))
+    changed = [item for item in found if item[1] != item[2]]
+    words = [f"{'scaled from' if power else 'it had'} {was} {what}, here {now}" for what, was, now, power in changed]
+    return prod((was / now) ** power for _, was, now, power in changed), words

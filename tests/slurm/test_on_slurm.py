@@ -1,0 +1,232 @@
+"""On the real Slurm: the whole chain; a campaign of everything that may go wrong, against an undisturbed run; an array with failing tasks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import DEVCLUSTER, ROOT, overrides
+
+from skinsynth import config
+from skinsynth.run import RunDir, read_json
+
+pytestmark = pytest.mark.slurm
+Environment = dict[str, str]
+
+
+def command(env: Environment, *arguments: str, seconds: float = 120) -> str:
+    done = subprocess.run(arguments, cwd=ROOT, env={**env, "COLUMNS": "160"}, text=True, capture_output=True, timeout=seconds, check=False)
+    assert done.returncode == 0, f"{arguments}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def skinsynth_on(env: Environment, *arguments: str) -> str:
+    return command(env, sys.executable, "-m", "skinsynth", *arguments)
+
+
+def until(what: str, true: Callable[[], object], seconds: float = 120) -> None:
+    end = time.time() + seconds
+    while not true():
+        assert time.time() < end, f"{what}: not within {seconds} s"
+        time.sleep(0.2)
+
+
+def states(env: Environment, run: RunDir) -> dict[str, dict[str, object]]:
+    found = json.loads(skinsynth_on(env, "status", str(run.path), "--json"))
+    assert found["slurm"] is None
+    return {row["node"]: row for row in found["stages"]}
+
+
+def test_the_chain_from_launch_to_report_over_four_nodes(slurm: Environment, chain: Path, drawn: Path, tmp_path: Path) -> None:
+    """finetune on 2 nodes x 2 tasks under ZeRO-2. The launcher submits without torch; the sets that do not depend on the number of ranks
+    are those of the local run."""
+    arguments = ["launch", "configs/demo.yaml", *overrides(drawn, tmp_path), "cluster=devcluster"]
+    code = f"import sys; sys.argv = ['skinsynth', *{arguments!r}]\nfrom skinsynth.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    said = command(slurm, sys.executable, "-c", code + "print('heavy:', sorted({'torch', 'diffusers', 'cv2'} & set(sys.modules)))")
+    assert "heavy: []" in said
+    assert "finetune             submitted as" in said
+    run = RunDir(tmp_path / "run")
+    until("the report", lambda: run.is_done("report") or "failed" in {row["state"] for row in states(slurm, run).values()}, 170)
+    assert {row["state"] for row in states(slurm, run).values()} == {"done"}
+    logs = "".join(p.read_text() for p in (run.node("finetune") / "submit").glob("*_log.out"))
+    assert "global_rank=3(4)" in logs
+    assert "local_rank=1(2), node=1(2)" in logs
+    assert read_json(max((run.node("finetune") / "checkpoints").glob("step-*")) / "complete.json")["topology"] == {"ranks": 4, "zero": 2}
+    ours, theirs = (read_json(folder / "shards/small-train/manifest.json") for folder in (tmp_path, chain))
+    assert [shard["sha256"] for shard in ours["shards"]] == [shard["sha256"] for shard in theirs["shards"]]
+    report = read_json(run.path / "report/report.json")
+    assert report["synthetic"]["generated"] == 27
+    assert skinsynth_on(slurm, "logs", str(run.path), "generate", "--task", "1").count("Job completed successfully") == 1
+    assert "all 8 stages" in skinsynth_on(slurm, *arguments)
+
+
+# ---- the campaign: each disturbance in turn, for a gang (finetune) and for an array (generate) at once ----
+
+LONG = {"finetune.steps": 48, "finetune.checkpoint_every": 4, "generate.classes.benign.count": 24, "generate.classes.malignant.count": 24,
+        "generate.shard_size": 8, "generate.steps": 20}
+
+
+def begun(drawn: Path, chain: Path, folder: Path) -> tuple[list[str], RunDir]:
+    """A run whose data are prepared and encoded already."""
+    items = overrides(drawn, folder, **{**LONG, "data.shards": folder / "shards"})
+    run = RunDir(folder / "run")
+    run.create(config.load("configs/demo.yaml", items))
+    shutil.copytree(chain / "shards", folder / "shards", ignore=shutil.ignore_patterns("*-synthetic"), copy_function=os.link)
+    for node in ("prepare", "encode"):
+        shutil.copytree(chain / "run" / node, run.node(node))
+        path = run.done_path(node)
+        path.write_text(path.read_text().replace(str(chain), str(folder)))
+    return items, run
+
+
+@pytest.fixture(scope="session")
+def undisturbed(drawn: Path, chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """finetune on two ranks and generate in one task, on this machine, to hold against."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    _, run = begun(drawn, chain, folder)
+    ranks = [subprocess.Popen([sys.executable, "-m", "jobs.finetune", str(run.path)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                              env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                                   "MASTER_PORT": "29731", "OMP_NUM_THREADS": "1"}) for rank in range(2)]
+    assert [rank.wait(170) for rank in ranks] == [0, 0]
+    command(dict(os.environ), sys.executable, "-m", "jobs.generate", str(run.path), seconds=170)
+    return folder
+
+
+class Campaign:
+    """One stage under way on Slurm."""
+
+    def __init__(self, env: Environment, run: RunDir, node: str):
+        self.env, self.run, self.node = env, run, node
+
+    @property
+    def job(self) -> str:
+        """The first of the stage's jobs that is with Slurm."""
+        ids = {job["id"] for job in read_json(self.run.path / "jobs.json") if job["node"] == self.node}
+        lines = command(self.env, "squeue", "-h", "-r", "--format=%i %T").splitlines()
+        return next((i for i, state in (line.split() for line in lines) if i in ids and state == "RUNNING"), "")
+
+    def field(self, name: str, job: str) -> str:
+        text = command(self.env, "scontrol", "show", "job", job, "--oneliner")
+        return dict(pair.split("=", 1) for pair in text.split() if "=" in pair).get(name, "")
+
+    def progress(self) -> int:
+        found = [read_json(p) for p in (self.run.node(self.node) / "progress").glob("*.json")]
+        return sum(p["done"] for p in found)
+
+    def at_work(self) -> str:
+        """Waits until the stage got further than it was; the job's id."""
+        before = self.progress()
+        until(f"{self.node} at work", lambda: self.job and (self.progress() != before or self.run.is_done(self.node)), 90)
+        assert not self.run.is_done(self.node), f"{self.node} was done before all disturbances were over"
+        return self.job
+
+    def restarts(self, job: str) -> int:
+        return int(self.field("Restarts", job))
+
+    def endure(self, disturbances: dict[str, Callable[[str], object]]) -> None:
+        """One after the other, each as soon as the stage is at work again."""
+        for name, how in disturbances.items():
+            job = self.at_work()
+            before = self.restarts(job)
+            print(f"{time.strftime('%H:%M:%S')} {self.node}, job {job}: {name}", flush=True)
+            how(job)
+            until(f"{self.node} restarted after {name}", lambda job=job, before=before: self.restarts(job) > before and self.job, 90)
+            if name == "a signal":  # nobody else is at it yet
+                assert self.restarts(job) == before + 1, "one disturbance, one restart"
+        until(f"{self.node} ends", lambda: self.run.is_done(self.node), 120)
+
+
+def pids_of(env: Environment, job: str) -> list[int]:
+    import psutil
+
+    number = job.split("_")[0]
+    found = []
+    for process in psutil.process_iter():
+        try:
+            own = process.environ()
+            if "submitit.core._submit" in " ".join(process.cmdline()) and own.get("SLURM_CONF") == env.get("SLURM_CONF") and (
+                    own.get("SLURM_ARRAY_JOB_ID", own.get("SLURM_JOB_ID")) == number) and "SLURM_PROCID" in own:
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return sorted(found)
+
+
+def disturbances(env: Environment) -> dict[str, Callable[[str], object]]:
+    def host(job: str) -> str:
+        """Where its batch script runs; nothing while it is being requeued (the other stage's crash may have hit it too)."""
+        return command(env, "squeue", "-h", f"--jobs={job}", "--format=%B").strip()
+
+    def state(node: str) -> str:
+        return command(env, "sinfo", "-h", "-N", f"--nodes={node}", "--format=%T").split()[0]
+
+    def crash(job: str) -> None:
+        node = host(job)
+        if node != "n/a":
+            command(env, str(DEVCLUSTER), "node-kill", node)
+            command(env, str(DEVCLUSTER), "node-start", node)
+
+    def down(job: str) -> None:
+        node = host(job)
+        if node == "n/a":
+            return
+        command(env, "scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+        until("the node comes back", lambda: "down" not in state(node) or subprocess.run(
+            ["scontrol", "update", f"nodename={node}", "state=resume"], env=env, capture_output=True, check=False).returncode == 0, 60)
+
+    def preempt(job: str) -> None:
+        command(env, "sbatch", "--partition=main", "--nodes=4", "--exclusive", "--time=1", "--output=/dev/null", "--wrap", "sleep 1")
+
+    return {
+        "a signal": lambda job: command(env, "scancel", "--signal=USR2", job),
+        "kill -9 of a rank": lambda job: os.kill(pids_of(env, job)[-1], 9),
+        "scontrol requeue": lambda job: command(env, "scontrol", "requeue", job),
+        "preemption": preempt,
+        "the node set down": down,
+        "slurmd and its steps killed": crash,
+    }
+
+
+@pytest.mark.timeout(600)
+def test_whatever_happens_it_ends_with_the_same(slurm: Environment, undisturbed: Path, drawn: Path, chain: Path, tmp_path: Path) -> None:
+    if "SKINSYNTH_DEVCLUSTER" not in slurm:
+        pytest.skip("nodes can be killed on our own devcluster only")
+    runs = {}
+    for node in ("finetune", "generate"):
+        items, run = begun(drawn, chain, tmp_path / node)
+        if node == "generate":
+            shutil.copytree(undisturbed / "run/finetune/weights", run.weights, copy_function=os.link)
+            run.finish("finetune", {"steps": 48, "loss": 0.0}, [run.weights / "lineage.json"])
+        held = [f"cluster.stages.{stage}.extra={{hold: true}}" for stage in ("classify", "screen", "generate") if stage != node]
+        skinsynth_on(slurm, "launch", "configs/demo.yaml", *items, "cluster=devcluster", "cluster.partition=scavenge", "cluster.max_restarts=12",
+                     "cluster.stages.finetune.tasks_per_node=1", "cluster.stages.generate.array=2", *held)
+        runs[node] = run
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda item: Campaign(slurm, item[1], item[0]).endure(disturbances(slurm)), runs.items()))
+    for run in runs.values():
+        skinsynth_on(slurm, "cancel", str(run.path))
+    assert Path(runs["finetune"].path / "finetune/restarts/0.json").exists()
+    same_shards(tmp_path / "generate", undisturbed)
+    same_losses(runs["finetune"], RunDir(undisturbed / "run"))
+
+
+def same_shards(made: Path, expected: Path) -> None:
+    tars = [{p.name: p.read_bytes() for p in (folder / "shards/run-synthetic").glob("*.tar")} for folder in (made, expected)]
+    assert len(tars[0]) == 6
+    assert tars[0] == tars[1]
+    assert not list((made / "shards/run-synthetic").glob(".*tmp"))
+
+
+def same_losses(made: RunDir, expected: RunDir) -> None:
+    mine, theirs = ([json.loads(line) for line in (run.node("finetune") / "metrics.jsonl").read_text().splitlines()] for run in (made, expected))
+    assert [row["step"] for row in mine] == list(range(1, 49))
+    assert [row["loss"] for row in mine] == [row["loss"] for row in theirs]
+    assert read_json(made.weights / "lineage.json")["weights_sha256"] == read_json(expected.weights / "lineage.json")["weights_sha256"]

@@ -1,0 +1,231 @@
+"""What is submitted, byte for byte, and what is said when Slurm says no."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, overrides, skinsynth
+
+from skinsynth import config, slurm
+from skinsynth.chain import chain
+from skinsynth.run import RunDir, Task, write_json
+
+GOLDEN = Path(__file__).parent / "golden"
+NODES = ("prepare", "encode", "finetune", "generate", "screen", "classify/baseline", "classify/hybrid", "report")
+
+
+def run_skinsynth(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "skinsynth", *arguments], cwd=ROOT, text=True, capture_output=True, timeout=120,
+                          env={**env, "COLUMNS": "160"}, check=False)
+
+
+def queue(env: dict[str, str]) -> list[str]:
+    return subprocess.run(["squeue", "-h"], env=env, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_golden_sbatch_files(node: str, tmp_path: Path) -> None:
+    """Delete a golden file and run this again to take the new text; the change is then seen in review."""
+    cfg = config.load("configs/demo.yaml", ["cluster=slurm", "run=runs/golden", "cluster.partition=gpu", "cluster.account=derma",
+                                            "cluster.extra={reservation: skin}", "cluster.stages.finetune.constraint=a100"])
+    run = RunDir(Path(cfg.run))
+    tasks = 1 if node.startswith(("finetune", "classify")) else cfg.cluster.of(node).array
+    needs = next(n.needs for n in chain(cfg) if n.name == node)
+    text = slurm.script(cfg, run, node, tasks, [str(NODES.index(n) + 100) for n in needs])
+    text = text.replace(str(ROOT), "ROOT").replace(str(ROOT.resolve()), "ROOT")
+    text = re.sub(r"-golden-[0-9a-f]{6}", "-golden-HASH", text)
+    text = re.sub(r"\S+/python[0-9.]*", "PYTHON", text)
+    path = GOLDEN / f"{node.replace('/', '-')}.sbatch"
+    if not path.exists():
+        path.write_text(text)
+        pytest.fail(f"{path} was not there; it is now: look at it, and commit it")
+    assert text == path.read_text()
+
+
+def test_dry_run_shows_every_script_and_writes_nothing(tmp_path: Path) -> None:
+    done = skinsynth("launch", "configs/demo.yaml", "cluster=slurm", f"run={tmp_path / 'run'}", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("#!/bin/bash") == 8
+    assert "--array=0-31%16" in done.stdout
+    assert "afterok:$screen:$classify_baseline:$classify_hybrid" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_misspelt_stage_of_a_cluster_is_told() -> None:
+    done = skinsynth("config", "configs/demo.yaml", "cluster.stages.finetun.nodes=2")
+    assert done.returncode == 1
+    assert "cluster.stages.finetun: there is no such stage" in done.stderr
+    assert "did you mean finetune?" in done.stderr
+
+
+def test_a_stages_own_site_keys_go_before_the_clusters() -> None:
+    cluster = config.load("configs/demo.yaml", ["cluster=slurm", "cluster.partition=gpu", "cluster.stages.prepare.partition=cpu",
+                                                "cluster.extra={nice: 5}", "cluster.stages.prepare.extra={reservation: r}"]).cluster
+    assert cluster.site("prepare")["partition"] == "cpu"
+    assert cluster.site("encode")["partition"] == "gpu"
+    assert cluster.site("prepare")["extra"] == {"nice": 5, "reservation": "r"}
+
+
+def test_without_sbatch_launch_says_where_to_go(drawn: Path, tmp_path: Path) -> None:
+    done = run_skinsynth({**os.environ, "PATH": str(tmp_path)}, "launch", "configs/demo.yaml", *overrides(drawn, tmp_path), "cluster=slurm")
+    assert done.returncode == 1
+    assert "squeue is not there: this needs a login node" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(("wrong", "words"), [
+    ("cluster.partition=nowhere", "invalid partition specified: nowhere"),
+    ("cluster.account=nobody", "Invalid account"),
+    ("cluster.partition=short", "time limit is invalid"),
+    ("cluster.stages.prepare.extra={nodelist: node99}", "Invalid node name"),
+])
+def test_slurms_own_words_are_in_the_message(slurm: dict[str, str], drawn: Path, tmp_path: Path, wrong: str, words: str) -> None:
+    done = run_skinsynth(slurm, "launch", "configs/demo.yaml", *overrides(drawn, tmp_path), "cluster=devcluster", wrong)
+    assert done.returncode == 1
+    assert "prepare could not be submitted" in done.stderr
+    assert words.lower() in done.stderr.lower()
+    assert "Traceback" not in done.stderr
+    assert not any(str(tmp_path) in line for line in queue(slurm))
+
+
+@pytest.mark.slurm
+def test_when_the_third_is_refused_the_first_two_are_taken_back(slurm: dict[str, str], drawn: Path, tmp_path: Path) -> None:
+    """finetune asks for more nodes than there are."""
+    before = set(queue(slurm))
+    done = run_skinsynth(slurm, "launch", "configs/demo.yaml", *overrides(drawn, tmp_path), "cluster=devcluster", "cluster.extra={hold: true}",
+                         "cluster.stages.finetune.nodes=9")
+    assert done.returncode == 1
+    assert "finetune could not be submitted" in done.stderr
+    assert "Node count specification invalid" in done.stderr or "More processors requested" in done.stderr or "node configuration" in done.stderr
+    assert "cancelled what had been submitted" in done.stdout
+    assert set(queue(slurm)) <= before
+    status = run_skinsynth(slurm, "status", str(tmp_path / "run"))
+    assert "waiting" in status.stdout
+    assert "pending" not in status.stdout
+
+
+@pytest.mark.slurm
+def test_launch_again_keeps_what_waits_and_takes_strays_back(slurm: dict[str, str], drawn: Path, tmp_path: Path) -> None:
+    arguments = ["launch", "configs/demo.yaml", *overrides(drawn, tmp_path), "cluster=devcluster", "cluster.extra={hold: true}"]
+    first = run_skinsynth(slurm, *arguments)
+    assert first.returncode == 0, first.stderr
+    run = RunDir(tmp_path / "run")
+    jobs = slurm_jobs(run)
+    second = run_skinsynth(slurm, *arguments)
+    assert second.stdout.count("with Slurm already") == 8, second.stdout
+    assert slurm_jobs(run) == jobs
+    write_json(run.path / "jobs.json", [job for job in jobs if job["node"] != "encode"])  # as if the launch had died right after sbatch
+    third = run_skinsynth(slurm, *arguments)
+    stray = next(job["id"] for job in jobs if job["node"] == "encode")
+    assert f"cancelling what a launch that died had submitted: {stray}" in third.stdout
+    assert "encode               submitted as" in third.stdout
+    assert "finetune             submitted as" in third.stdout, "its job waited for one that is no more"
+    assert "prepare              with Slurm already" in third.stdout
+    local = run_skinsynth(slurm, "launch", "configs/demo.yaml", *overrides(drawn, tmp_path), "cluster=local")
+    assert local.returncode == 1
+    assert "are with Slurm" in local.stderr
+    shown = run_skinsynth(slurm, "status", str(run.path))
+    assert "JobHeldUser" in shown.stdout
+    gone = run_skinsynth(slurm, "cancel", str(run.path))
+    assert gone.returncode == 0
+    assert "cancelled" in gone.stdout
+    assert not slurm_active(slurm, run)
+    after = run_skinsynth(slurm, "status", str(run.path))
+    assert "Slurm: CANCELLED" in after.stdout
+
+
+@pytest.mark.slurm
+def test_a_controller_that_is_down_is_told(slurm: dict[str, str], drawn: Path, tmp_path: Path) -> None:
+    """Another configuration, whose controller listens nowhere: as if it were down."""
+    conf = tmp_path / "slurm.conf"
+    text = Path(slurm["SLURM_CONF"]).read_text()
+    conf.write_text(re.sub(r"SlurmctldPort=\d+", "SlurmctldPort=9", text) + "\n")
+    env = {**slurm, "SLURM_CONF": str(conf)}
+    arguments = ["launch", "configs/demo.yaml", *overrides(drawn, tmp_path), "cluster=devcluster"]
+    done = run_skinsynth(env, *arguments)
+    assert done.returncode == 1
+    assert "squeue: slurm_load_jobs error: Unable to contact slurm controller" in done.stderr
+    run = RunDir(tmp_path / "run")
+    write_json(run.path / "jobs.json", [{"node": "prepare", "id": "1", "task": 0, "tasks": 1}])
+    shown = run_skinsynth(env, "status", str(run.path))
+    assert shown.returncode == 0
+    assert "Unable to contact slurm controller" in shown.stdout
+    assert "unknown" in shown.stdout
+
+
+@pytest.mark.slurm
+def test_without_accounting_the_controller_is_asked(slurm: dict[str, str], drawn: Path, tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("squeue", "scontrol", "sbatch", "srun", "scancel"):
+        (tools / name).symlink_to(f"/usr/bin/{name}")
+    env = {**slurm, "PATH": str(tools)}
+    arguments = [*overrides(drawn, tmp_path), "cluster=devcluster", "cluster.extra={hold: true}"]
+    assert run_skinsynth(slurm, "launch", "configs/demo.yaml", *arguments).returncode == 0
+    assert run_skinsynth(env, "cancel", str(tmp_path / "run")).returncode == 0
+    shown = run_skinsynth(env, "status", str(tmp_path / "run"))
+    assert "Slurm: CANCELLED" in shown.stdout, shown.stdout + shown.stderr
+
+
+@pytest.mark.slurm
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_run_folder_that_cannot_be_written(slurm: dict[str, str], drawn: Path, tmp_path: Path) -> None:
+    where = tmp_path / "ro"
+    where.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(where)], capture_output=True, check=False).returncode:
+        pytest.skip("a file system cannot be mounted here")
+    try:
+        done = run_skinsynth(slurm, "launch", "configs/demo.yaml", *overrides(drawn, where), "cluster=devcluster")
+    finally:
+        subprocess.run(["umount", str(where)], check=True)
+    assert done.returncode == 1
+    assert f"the run folder {where / 'run'} cannot be written: Read-only file system" in done.stderr
+
+
+def test_a_task_that_gets_no_further_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from skinsynth.errors import UserError
+    from skinsynth.run import Progress
+
+    run = RunDir(tmp_path)
+    for restart in range(3):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        run.begin_task("generate", 0, 3)
+        Progress(run, "generate", 0, 100 - 10 * restart, "images")  # ten more are committed each time
+    for restart in range(3, 6):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        run.begin_task("generate", 0, 3)
+        Progress(run, "generate", 0, 80, "images")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "6")
+    run.begin_task("generate", 0, 3)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "7")
+    with pytest.raises(UserError, match="4 times in a row without getting any further"):
+        run.begin_task("generate", 0, 3)
+    monkeypatch.delenv("SLURM_RESTART_COUNT")  # a new job counts anew
+    run.begin_task("generate", 0, 3)
+
+
+def test_tasks_that_did_their_share_are_remembered(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for index in (0, 2):
+        run.finish_task("generate", Task(index, 4))
+    assert run.unfinished("generate", 4) == [1, 3]
+    assert run.unfinished("generate", 3) == [0, 1, 2], "cut in another way"
+
+
+def slurm_jobs(run: RunDir) -> list[dict[str, object]]:
+    from skinsynth.run import read_json
+
+    found: list[dict[str, object]] = read_json(run.path / "jobs.json")
+    return found
+
+
+def slurm_active(env: dict[str, str], run: RunDir) -> list[str]:
+    names = ",".join(slurm.job_name(run, node) for node in NODES)
+    return subprocess.run(["squeue", "-h", f"--name={names}", "--states=PENDING,RUNNING"], env=env, capture_output=True, text=True, timeout=30,
+                          check=True).stdout.splitlines()

@@ -1,0 +1,176 @@
+"""Estimates: numbers that can be worked out by hand, sizes beside those of a real small run, and what each speed is said to come from."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, overrides, skinsynth
+
+from skinsynth import config, speeds
+from skinsynth.errors import UserError
+from skinsynth.estimate import Stage, estimate
+from skinsynth.run import RunDir
+
+SLURM = """
+kind: slurm
+stages:
+  default: {gpus_per_node: 1}
+  finetune: {nodes: 2, tasks_per_node: 4, gpus_per_node: 4}
+  generate: {array: 4, gpus_per_node: 1, minutes: 120}
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> str:
+    (tmp_path / "mine.yaml").write_text(SLURM)
+    return f"cluster={tmp_path / 'mine.yaml'}"
+
+
+def stages(path: str, *items: str, earlier: Path | None = None) -> dict[str, Stage]:
+    return {stage.node: stage for stage in estimate(config.load(path, list(items)), RunDir(earlier) if earlier else None)}
+
+
+def generating(*more: str) -> list[str]:
+    """Sixteen thousand images in sixteen shards."""
+    return ["generate.classes.benign.count=8000", "generate.classes.malignant.count=8000", "generate.shard_size=1000", *more]
+
+
+def test_published_speed_by_hand(cluster: str) -> None:
+    """Four tasks of four shards at 0.63 images a second."""
+    found = stages("configs/isic2020-sd15.yaml", cluster, *generating())["generate"]
+    assert (found.amount, found.shards, found.tasks, found.ranks, found.devices) == (16000, 16, 4, 1, 4)
+    assert found.seconds == pytest.approx(4000 / 0.63)
+    assert found.hours == pytest.approx(16000 / 0.63 / 3600)
+    assert found.device == "gpu"
+    assert "A100" in found.source
+    assert "guess" not in found.source
+
+
+def test_too_long_for_the_limit(cluster: str) -> None:
+    (told,) = stages("configs/isic2020-sd15.yaml", cluster, *generating("generate.steps=200"))["generate"].warnings
+    assert told == "a task needs about 7.1 h, its limit is 2 h: Slurm will restart it 3 times; give more tasks (array) or time (minutes)"
+    slow = stages("configs/isic2020-sd15.yaml", cluster, *generating("generate.steps=500"))["generate"]
+    assert any("one shard alone needs 4.4 h" in told and "smaller generate.shard_size" in told for told in slow.warnings)
+
+
+def test_idle_tasks_and_a_batch_that_does_not_fit(cluster: str) -> None:
+    found = stages("configs/isic2020-sd15.yaml", cluster, *generating("generate.shard_size=8000", "finetune.global_batch=12"))
+    assert "4 tasks share 2 shards: 2 have nothing to do" in found["generate"].warnings
+    assert any("finetune.global_batch=12 cannot be shared by 8 ranks" in told for told in found["finetune"].warnings)
+
+
+def test_another_size_is_a_guess_by_pixels_and_steps(cluster: str) -> None:
+    found = stages("configs/isic2020-sd15.yaml", cluster, *generating("prepare.size=256", "generate.steps=25"))["generate"]
+    assert found.rate == pytest.approx(0.63 * 4 * 2)
+    assert "guess: scaled to 256 px, scaled to 25 steps" in found.source
+    assert "built-in base model is much smaller" in stages("configs/demo.yaml", cluster)["generate"].source
+
+
+def test_without_a_gpu_or_a_measurement_nothing_is_claimed() -> None:
+    for stage in stages("configs/demo.yaml").values():
+        assert (stage.rate, stage.seconds, stage.hours, stage.source) == (None, None, None, "unknown")
+
+
+def test_a_gres_asks_for_gpus_too() -> None:
+    cfg = config.load("configs/demo.yaml")
+    for gres, count in (("gpu:4", 4), ("gpu", 1), ("gpu:a100:2", 2), ("gpu:a100", 1), ("nvme:1,gpu:3", 3), ("nvme:1", 0)):
+        cfg.cluster.gres = gres
+        assert speeds.gpus(cfg, "encode") == count, gres
+
+
+def test_real_images_that_cannot_be_counted(tmp_path: Path) -> None:
+    found = stages("configs/demo.yaml", f"data.metadata={tmp_path / 'none.csv'}")
+    assert found["prepare"].amount is found["prepare"].bytes is found["encode"].amount is found["screen"].shards is None
+    assert "none.csv does not exist" in found["prepare"].warnings[0]
+    assert found["generate"].amount == 400
+
+
+def test_counts_and_sizes_beside_what_a_run_made(chain: Path, drawn: Path) -> None:
+    """Counts to the image, or within the few that whole groups move between splits; sizes within a factor of two."""
+    run, shards = RunDir(chain / "run"), chain / "shards"
+    found = stages("configs/demo.yaml", *overrides(drawn, chain), earlier=run.path)
+    made = {name: json.loads((shards / f"{name}/manifest.json").read_text())
+            for name in ("small-train", "small-val", "small-test", "run-latents", "run-synthetic")}
+    real = sum(made[name]["count"] for name in ("small-train", "small-val", "small-test"))
+    assert found["generate"].amount == made["run-synthetic"]["count"] == 27
+    assert found["generate"].shards == len(made["run-synthetic"]["shards"])
+    assert real <= found["prepare"].amount <= real + 10  # the unreadable ones are found only when they are read
+    assert found["screen"].amount == found["prepare"].amount + 27
+    assert found["encode"].amount == pytest.approx(made["run-latents"]["count"], abs=12)
+    for node, folders in (("generate", ["run-synthetic"]), ("encode", ["run-latents"]), ("prepare", ["small-train", "small-val", "small-test"])):
+        there = sum(path.stat().st_size for name in folders for path in (shards / name).rglob("*") if path.is_file())
+        assert there / 2 < found[node].bytes < there * 2, node
+    for node in ("finetune", "classify/hybrid"):
+        there = sum(path.stat().st_size for path in run.node(node).rglob("*") if path.is_file())
+        assert there / 2 < found[node].bytes < there * 3, node  # at most: with a checkpoint more while it is written
+
+
+def test_measured_speed_is_the_runs_own_and_says_so(chain: Path, drawn: Path) -> None:
+    run = RunDir(chain / "run")
+    found = stages("configs/demo.yaml", *overrides(drawn, chain), earlier=run.path)
+    parts = [json.loads(path.read_text()) for path in run.node("generate").glob("progress/*.json")]
+    spent = sum(part["now"] - part["start"] for part in parts)
+    assert found["generate"].rate == pytest.approx(27 / spent)
+    assert found["generate"].hours == pytest.approx(spent / 3600 * found["generate"].devices / 2)
+    assert found["generate"].source.startswith(f"measured in {run.path} (tasks: 2, no GPU")
+    assert "guess" not in found["generate"].source
+    part = json.loads(run.progress_path("finetune", 0).read_text())
+    assert found["finetune"].seconds == pytest.approx(part["now"] - part["start"])
+
+
+def test_measured_speed_of_other_work(chain: Path, drawn: Path, cluster: str) -> None:
+    """Scaled by pixels and steps and called a guess; a CPU's says nothing of a GPU, one model's nothing of another."""
+    before = stages("configs/demo.yaml", *overrides(drawn, chain), earlier=chain / "run")["generate"]
+    larger = stages("configs/demo.yaml", *overrides(drawn, chain), "prepare.size=128", "generate.steps=8", earlier=chain / "run")["generate"]
+    assert before.rate is not None
+    assert larger.rate == pytest.approx(before.rate / 4 / 2)
+    assert "here a guess: scaled from 64 px, here 128, scaled from 4 steps, here 8" in larger.source
+    gpu = stages("configs/demo.yaml", *overrides(drawn, chain), cluster, earlier=chain / "run")
+    assert "published" in gpu["generate"].source
+    assert gpu["screen"].source == "unknown"
+    other = stages("configs/demo.yaml", *overrides(drawn, chain), "classify.layers=5", earlier=chain / "run")
+    assert other["classify/hybrid"].source == "unknown"
+
+
+def test_a_resumed_stage_is_measured_by_its_losses(chain: Path, drawn: Path, tmp_path: Path) -> None:
+    """A launch that found all done leaves a progress file that saw nothing."""
+    run = RunDir(tmp_path)
+    (tmp_path / "config.yaml").write_bytes((chain / "run" / "config.yaml").read_bytes())
+    (tmp_path / "finetune" / "progress").mkdir(parents=True)
+    (tmp_path / "finetune" / "progress" / "0.json").write_text(
+        '{"done": 8, "total": 8, "unit": "steps", "begun_at": 8, "start": 1.0, "now": 1.0}')
+    (tmp_path / "finetune" / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "samples_per_second": {s}}}\n' for i, s in enumerate((1, 6, 8))))
+    found = speeds.measured(config.load("configs/demo.yaml", overrides(drawn, chain)), "finetune", run)
+    assert found is not None
+    assert found.per_second == 3  # of each of two ranks
+
+
+def test_from_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run folder"):
+        stages("configs/demo.yaml", earlier=tmp_path)
+
+
+def test_the_command(chain: Path, drawn: Path) -> None:
+    arguments = ("estimate", "configs/demo.yaml", *overrides(drawn, chain), "generate.classes.benign.count=40000")
+    shown = skinsynth(*arguments, "--from", str(chain / "run"))
+    assert shown.returncode == 0, shown.stderr
+    assert "40,014 images" in shown.stdout
+    assert f"[1] images a second of one task or rank, measured in {chain / 'run'}" in shown.stdout
+    told = json.loads(skinsynth(*arguments, "--json").stdout)
+    assert [stage["node"] for stage in told["stages"]][:4] == ["prepare", "encode", "finetune", "generate"]
+    assert told["bytes"] == sum(stage["bytes"] for stage in told["stages"])
+
+
+def test_no_torch_is_imported(drawn: Path, tmp_path: Path) -> None:
+    code = f"""
+import sys
+from skinsynth import config, estimate
+estimate.estimate(config.load("configs/demo.yaml", {overrides(drawn, tmp_path)!r}))
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,175 @@
+"""Models: what lies here, what is fetched. The hub is a small server on this machine that answers as the real one does; nothing goes out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from skinsynth.errors import UserError
+from skinsynth.models import hub
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+BASE, HALF, CLASSIFIER = "someone/base", "someone/half", "someone/classifier"
+
+
+def answers(repositories: dict[str, dict[str, bytes]], asked: list[str]) -> type[BaseHTTPRequestHandler]:
+    """The few pages of the hub that ``huggingface_hub`` reads. ``asked``: the files that were downloaded."""
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path = self.path.split("?")[0].strip("/")
+            for name, files in repositories.items():
+                if path.startswith(f"api/models/{name}/tree/"):
+                    return self.send(json.dumps([{"type": "file", "path": f, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
+                                                 for f, d in files.items()]).encode())
+                if path in (f"api/models/{name}", f"api/models/{name}/revision/main"):
+                    return self.send(json.dumps({"id": name, "sha": COMMIT, "siblings": [{"rfilename": f} for f in files]}).encode())
+                file = path.removeprefix(f"{name}/resolve/{COMMIT}/")
+                if file in files:
+                    asked.extend([file] if self.command == "GET" else [])
+                    return self.send(files[file])
+            return self.send(b'{"error": "Repository not found"}', 404)
+
+        do_HEAD = do_GET
+
+        def send(self, data: bytes, status: int = 200) -> None:
+            self.send_response(status)
+            headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Content-Length": str(len(data))}
+            if status == 404:
+                headers |= {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
+            for key, value in headers.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data)
+
+        def log_message(self, *words: Any) -> None:
+            pass
+
+    return Hub
+
+
+@pytest.fixture(scope="module")
+def repositories() -> dict[str, dict[str, bytes]]:
+    """A base model with what other tools put beside it, one in half precision only, and a classifier."""
+    folder = hub.resolve_base("builtin")
+    base = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    half = {name.replace(".safetensors", ".fp16.safetensors"): data for name, data in base.items()}
+    beside = dict.fromkeys(["everything.ckpt", "everything.safetensors", "unet/diffusion_pytorch_model.bin", "unet/model.non_ema.safetensors",
+                            "safety_checker/model.safetensors", "safety_checker/config.json", "README.md"], b"x")
+    doubled = {name: data for name, data in half.items() if name.endswith(".safetensors")}
+    classifier = {"config.json": b"{}", "model.safetensors": b"x", "pytorch_model.bin": b"x", "flax_model.msgpack": b"x"}
+    return {BASE: {**base, **beside, **doubled}, HALF: half, CLASSIFIER: classifier}
+
+
+@pytest.fixture
+def internet(repositories: dict[str, dict[str, bytes]], tmp_path: Path) -> Iterator[tuple[dict[str, str], list[str]]]:
+    """Environment variables that lead to the small hub, with an empty cache; and the list of what is downloaded."""
+    asked: list[str] = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), answers(repositories, asked))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}, asked
+    server.shutdown()
+    server.server_close()
+
+
+def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+                          env={**os.environ, "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", **env})
+
+
+def pull(env: dict[str, str], *overrides: str) -> subprocess.CompletedProcess[str]:
+    return run("-m", "skinsynth", "pull", "configs/demo.yaml", *overrides, **env)
+
+
+def test_the_demo_needs_nothing(tmp_path: Path) -> None:
+    done = pull({"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["model.base=builtin: nothing to fetch", "classify.model=small: nothing to fetch"]
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_is_read_is_fetched_once_and_nothing_else(internet: tuple[dict[str, str], list[str]]) -> None:
+    env, asked = internet
+    models = (f"model.base={BASE}", f"classify.model={CLASSIFIER}")
+    done = pull(env, *models)
+    assert done.returncode == 0, done.stderr
+    assert {"unet/diffusion_pytorch_model.safetensors", "tokenizer/merges.txt", "scheduler/scheduler_config.json", "model.safetensors"} <= set(asked)
+    unwanted = ("fp16", "non_ema", ".bin", ".ckpt", "safety_checker", "everything", "msgpack", "README")
+    assert [name for name in asked if any(word in name for word in unwanted)] == []
+    asked.clear()
+    again = pull(env, *models)
+    assert again.stdout.count("there already") == 2
+    assert asked == []
+
+
+def test_fetched_in_half_precision_and_loaded_offline(internet: tuple[dict[str, str], list[str]]) -> None:
+    env, _ = internet
+    assert pull(env, f"model.base={HALF}").returncode == 0
+    code = ("from skinsynth.models import diffusion, hub; folder = hub.resolve_base('someone/half');"
+            "print(hub.variant(folder), next(diffusion.load_pipeline(folder).unet.parameters()).dtype)")
+    done = run("-c", code, **{**env, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert done.stdout.strip() == "fp16 torch.float32", done.stderr
+
+
+def test_a_cache_that_lacks_a_file_is_not_taken_for_whole(internet: tuple[dict[str, str], list[str]]) -> None:
+    env, _ = internet
+    assert pull(env, f"model.base={BASE}").returncode == 0
+    weights = next(Path(env["HF_HOME"]).glob("hub/*/snapshots/*/unet/*.safetensors"))
+    weights.unlink()
+    told = run("-c", f"from skinsynth.models import hub; hub.resolve_base('{BASE}')", **{**env, "HF_HUB_OFFLINE": "1"})
+    assert "missing unet/*.safetensors" in told.stderr
+    assert pull(env, f"model.base={BASE}").returncode == 0
+    assert weights.is_file()
+
+
+@pytest.mark.parametrize("how", ["offline", "closed port"])
+def test_no_internet_is_one_clear_message(how: str, tmp_path: Path) -> None:
+    with socket.socket() as closed:  # bound but not listening: whoever connects is refused
+        closed.bind(("127.0.0.1", 0))
+        env = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{closed.getsockname()[1]}"}
+        done = pull({**env, "HF_HUB_OFFLINE": str(int(how == "offline"))}, "model.base=nobody/nothing")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()
+    assert len(last) == 1, done.stderr
+    assert last[0].startswith("error: model.base=nobody/nothing cannot be fetched; the hub's client says: ")
+    assert ("HF_HUB_OFFLINE" if how == "offline" else "Connection refused") in last[0]
+    assert "login node" in last[0]
+
+
+def test_a_model_that_the_hub_does_not_have(internet: tuple[dict[str, str], list[str]]) -> None:
+    done = pull(internet[0], "model.base=nobody/nothing")
+    assert done.returncode == 1
+    assert "nobody/nothing cannot be fetched" in done.stderr
+    assert "Repository not found" in done.stderr or "Repository Not Found" in done.stderr
+
+
+def test_a_classifier_folder(tmp_path: Path) -> None:
+    assert hub.resolve_classifier("small") is None
+    with pytest.raises(UserError, match="no such folder"):
+        hub.resolve_classifier("./none")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"missing \*\.safetensors"):
+        hub.resolve_classifier(str(tmp_path))
+    shutil.copy(next(hub.resolve_base("builtin").glob("vae/*.safetensors")), tmp_path / "model.safetensors")
+    assert hub.resolve_classifier(str(tmp_path)) == tmp_path
+
+
+def test_parameters_are_counted_from_the_headers() -> None:
+    from safetensors.numpy import load_file
+
+    folder = hub.resolve_base("builtin") / "vae"
+    assert hub.parameters(folder) == sum(a.size for p in folder.glob("*.safetensors") for a in load_file(p).values()) > 0
