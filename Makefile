@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint clean-demo
+.PHONY: install demo test soak lint clean-demo
 install: .venv/installed
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
@@ -26,3 +26,7 @@ lint: install
 
 test: install lint
 	$(BIN)/python -m pytest
+
+# The long campaigns, by hand.
+soak: install
+	$(BIN)/python -m pytest -m soak --timeout 1800

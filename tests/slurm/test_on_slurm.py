@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -100,6 +99,11 @@ def undisturbed(drawn: Path, chain: Path, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
+def restarts(env: Environment, job: str) -> int:
+    text = command(env, "scontrol", "show", "job", job, "--oneliner")
+    return int(dict(pair.split("=", 1) for pair in text.split() if "=" in pair)["Restarts"])
+
+
 class Campaign:
     """One stage under way on Slurm."""
 
@@ -113,10 +117,6 @@ class Campaign:
         lines = command(self.env, "squeue", "-h", "-r", "--format=%i %T").splitlines()
         return next((i for i, state in (line.split() for line in lines) if i in ids and state == "RUNNING"), "")
 
-    def field(self, name: str, job: str) -> str:
-        text = command(self.env, "scontrol", "show", "job", job, "--oneliner")
-        return dict(pair.split("=", 1) for pair in text.split() if "=" in pair).get(name, "")
-
     def progress(self) -> int:
         found = [read_json(p) for p in (self.run.node(self.node) / "progress").glob("*.json")]
         return sum(p["done"] for p in found)
@@ -128,19 +128,15 @@ class Campaign:
         assert not self.run.is_done(self.node), f"{self.node} was done before all disturbances were over"
         return self.job
 
-    def restarts(self, job: str) -> int:
-        return int(self.field("Restarts", job))
-
     def endure(self, disturbances: dict[str, Callable[[str], object]]) -> None:
         """One after the other, each as soon as the stage is at work again."""
         for name, how in disturbances.items():
             job = self.at_work()
-            before = self.restarts(job)
+            before = restarts(self.env, job)
             print(f"{time.strftime('%H:%M:%S')} {self.node}, job {job}: {name}", flush=True)
             how(job)
-            until(f"{self.node} restarted after {name}", lambda job=job, before=before: self.restarts(job) > before and self.job, 90)
-            if name == "a signal":  # nobody else is at it yet
-                assert self.restarts(job) == before + 1, "one disturbance, one restart"
+            until(f"{self.node} restarted after {name}", lambda job=job, before=before: restarts(self.env, job) > before and self.job, 90)
+            assert restarts(self.env, job) == before + 1, "one disturbance, one restart"
         until(f"{self.node} ends", lambda: self.run.is_done(self.node), 120)
 
 
@@ -162,33 +158,42 @@ def pids_of(env: Environment, job: str) -> list[int]:
 
 def disturbances(env: Environment) -> dict[str, Callable[[str], object]]:
     def host(job: str) -> str:
-        """Where its batch script runs; nothing while it is being requeued (the other stage's crash may have hit it too)."""
         return command(env, "squeue", "-h", f"--jobs={job}", "--format=%B").strip()
 
-    def state(node: str) -> str:
-        return command(env, "sinfo", "-h", "-N", f"--nodes={node}", "--format=%T").split()[0]
+    def all_nodes_up() -> bool:
+        """Brings back what was set down, or drained because a job could not be started there."""
+        found = dict(line.split() for line in command(env, "sinfo", "-h", "-N", "--partition=main", "--format=%N %T").splitlines())
+        lost = [node for node, state in found.items() if "down" in state or "drain" in state]
+        for node in lost:
+            subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], env=env, capture_output=True, check=False)
+        return not lost
 
     def crash(job: str) -> None:
         node = host(job)
-        if node != "n/a":
-            command(env, str(DEVCLUSTER), "node-kill", node)
-            command(env, str(DEVCLUSTER), "node-start", node)
+        command(env, str(DEVCLUSTER), "node-kill", node)
+        command(env, str(DEVCLUSTER), "node-start", node)
+        until("the node comes back", all_nodes_up, 60)
 
     def down(job: str) -> None:
-        node = host(job)
-        if node == "n/a":
-            return
-        command(env, "scontrol", "update", f"nodename={node}", "state=down", "reason=test")
-        until("the node comes back", lambda: "down" not in state(node) or subprocess.run(
-            ["scontrol", "update", f"nodename={node}", "state=resume"], env=env, capture_output=True, check=False).returncode == 0, 60)
+        command(env, "scontrol", "update", f"nodename={host(job)}", "state=down", "reason=test")
+        until("the node comes back", all_nodes_up, 60)
 
     def preempt(job: str) -> None:
+        until("all nodes are there", all_nodes_up, 60)
         command(env, "sbatch", "--partition=main", "--nodes=4", "--exclusive", "--time=1", "--output=/dev/null", "--wrap", "sleep 1")
+
+    def time_limit(job: str) -> None:
+        """The limit is drawn near: 60 s, of which the last 50 are those of the signal."""
+        before = restarts(env, job)
+        command(env, "scontrol", "update", f"jobid={job}", "timelimit=1")
+        until("the job is restarted", lambda: restarts(env, job) > before, 90)
+        command(env, "scontrol", "update", f"jobid={job}", "timelimit=60")
 
     return {
         "a signal": lambda job: command(env, "scancel", "--signal=USR2", job),
         "kill -9 of a rank": lambda job: os.kill(pids_of(env, job)[-1], 9),
         "scontrol requeue": lambda job: command(env, "scontrol", "requeue", job),
+        "the time limit": time_limit,
         "preemption": preempt,
         "the node set down": down,
         "slurmd and its steps killed": crash,
@@ -196,26 +201,29 @@ def disturbances(env: Environment) -> dict[str, Callable[[str], object]]:
 
 
 @pytest.mark.timeout(600)
-def test_whatever_happens_it_ends_with_the_same(slurm: Environment, undisturbed: Path, drawn: Path, chain: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("node", "chosen"), [
+    ("finetune", ("a signal", "kill -9 of a rank", "slurmd and its steps killed")),
+    ("generate", ("a signal", "preemption", "scontrol requeue")),
+    pytest.param("finetune", None, marks=pytest.mark.soak), pytest.param("generate", None, marks=pytest.mark.soak)])
+def test_whatever_happens_it_ends_with_the_same(slurm: Environment, undisturbed: Path, drawn: Path, chain: Path, tmp_path: Path, node: str,
+                                                chosen: tuple[str, ...] | None) -> None:
     if "SKINSYNTH_DEVCLUSTER" not in slurm:
         pytest.skip("nodes can be killed on our own devcluster only")
-    runs = {}
-    for node in ("finetune", "generate"):
-        items, run = begun(drawn, chain, tmp_path / node)
-        if node == "generate":
-            shutil.copytree(undisturbed / "run/finetune/weights", run.weights, copy_function=os.link)
-            run.finish("finetune", {"steps": 48, "loss": 0.0}, [run.weights / "lineage.json"])
-        held = [f"cluster.stages.{stage}.extra={{hold: true}}" for stage in ("classify", "screen", "generate") if stage != node]
-        skinsynth_on(slurm, "launch", "configs/demo.yaml", *items, "cluster=devcluster", "cluster.partition=scavenge", "cluster.max_restarts=12",
-                     "cluster.stages.finetune.tasks_per_node=1", "cluster.stages.generate.array=2", *held)
-        runs[node] = run
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda item: Campaign(slurm, item[1], item[0]).endure(disturbances(slurm)), runs.items()))
-    for run in runs.values():
-        skinsynth_on(slurm, "cancel", str(run.path))
-    assert Path(runs["finetune"].path / "finetune/restarts/0.json").exists()
-    same_shards(tmp_path / "generate", undisturbed)
-    same_losses(runs["finetune"], RunDir(undisturbed / "run"))
+    items, run = begun(drawn, chain, tmp_path)
+    if node == "generate":
+        shutil.copytree(undisturbed / "run/finetune/weights", run.weights, copy_function=os.link)
+        run.finish("finetune", {"steps": 48, "loss": 0.0}, [run.weights / "lineage.json"])
+    held = [f"cluster.stages.{stage}.extra={{hold: true}}" for stage in ("classify", "screen", "generate") if stage != node]
+    skinsynth_on(slurm, "launch", "configs/demo.yaml", *items, "cluster=devcluster", "cluster.partition=scavenge", "cluster.max_restarts=12",
+                 "cluster.signal_seconds=50", "cluster.stages.finetune.tasks_per_node=1", "cluster.stages.generate.array=1", *held)
+    ways = disturbances(slurm)
+    Campaign(slurm, run, node).endure({name: ways[name] for name in chosen or ways})
+    skinsynth_on(slurm, "cancel", str(run.path))
+    assert read_json(run.node(node) / "restarts/0.json")["restarts"] >= len(chosen or ways)
+    if node == "generate":
+        same_shards(tmp_path, undisturbed)
+    else:
+        same_losses(run, RunDir(undisturbed / "run"))
 
 
 def same_shards(made: Path, expected: Path) -> None:
@@ -230,3 +238,54 @@ def same_losses(made: RunDir, expected: RunDir) -> None:
     assert [row["step"] for row in mine] == list(range(1, 49))
     assert [row["loss"] for row in mine] == [row["loss"] for row in theirs]
     assert read_json(made.weights / "lineage.json")["weights_sha256"] == read_json(expected.weights / "lineage.json")["weights_sha256"]
+
+
+# ---- one failing, and what the same command does then ----
+
+@pytest.mark.parametrize("tasks", [12, pytest.param(200, marks=pytest.mark.soak)])
+def test_of_an_array_only_the_failing_tasks_run_again(slurm: Environment, drawn: Path, tmp_path: Path, tasks: int) -> None:
+    """Three shards of prepare cannot be written. What waits for it is cancelled; mended, launch submits those three tasks alone."""
+    items = overrides(drawn, tmp_path, **{"prepare.shard_size": 1})
+    arguments = ["launch", "configs/demo.yaml", *items, "cluster=devcluster", f"cluster.stages.prepare.array={tasks}",
+                 "cluster.stages.prepare.throttle=4", "cluster.stages.encode.extra={hold: true}", "cluster.stages.classify.extra={hold: true}"]
+    bad = [3, 7, 10]
+    run, train = RunDir(tmp_path / "run"), tmp_path / "shards/small-train"
+    for unit in bad:  # a folder is in the way of the shard
+        (train / f"{unit:05d}.tar" / "in-the-way").mkdir(parents=True)
+    skinsynth_on(slurm, *arguments)
+    until("prepare ended", lambda: states(slurm, run)["prepare"]["state"] == "failed", 60 + 3 * tasks)
+    found = states(slurm, run)
+    assert "3 tasks failed; task 3: Is a directory" in str(found["prepare"]["detail"])
+    assert found["prepare"]["tasks"] == {"COMPLETED": tasks - 3, "FAILED": 3}
+    assert found["encode"]["state"] == "stopped"
+    assert "cancelled, since prepare did not finish" in str(found["encode"]["detail"])
+    assert "00003.tar" in skinsynth_on(slurm, "logs", str(run.path), "prepare", "--task", "3")
+    first = {job["id"] for job in read_json(run.path / "jobs.json") if job["node"] == "prepare"}
+    for unit in bad:
+        shutil.rmtree(train / f"{unit:05d}.tar")
+    said = skinsynth_on(slurm, *arguments)
+    assert f"(tasks 3, 7, 10 of {tasks})" in said
+    again = {job["id"] for job in read_json(run.path / "jobs.json") if job["node"] == "prepare"} - first
+    assert len(again) == 3
+    until("prepare is done", lambda: run.is_done("prepare"), 60)
+    assert states(slurm, run)["encode"]["state"] == "pending"
+    skinsynth_on(slurm, "cancel", str(run.path))
+
+
+def test_a_stage_by_hand(slurm: Environment, drawn: Path, chain: Path, tmp_path: Path) -> None:
+    """`sbatch slurm/stage.sbatch` on a folder made by `config --write`; a signal leads to a requeue without submitit, too."""
+    items, run = begun(drawn, chain, tmp_path)
+    shown = skinsynth_on(slurm, "config", "configs/demo.yaml", *items, "--write")
+    assert "steps: 48" in shown
+    env = {**slurm, "SKINSYNTH_PYTHON": sys.executable}
+    job = command(env, "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", f"--output={tmp_path}/%j.out",
+                  "slurm/stage.sbatch", "finetune", str(run.path)).strip()
+    until("a checkpoint", lambda: list((run.node("finetune") / "checkpoints").glob("step-*/complete.json")), 90)
+    command(env, "scancel", "--signal=USR2", job)
+    until("it asked for another turn", lambda: restarts(env, job) == 1, 60)
+    command(env, "scancel", job)
+    log = (tmp_path / f"{job}.out").read_text()
+    assert "finetune stopped at step" in log
+    assert f"the step ended with status 75: asking Slurm to run job {job} again" in log
+    until("it is gone", lambda: job not in command(env, "squeue", "-h", "--format=%i"), 60)
+    assert restarts(env, job) == 1, "a cancelled job asks for no other turn"
