@@ -87,7 +87,7 @@ def test_the_prompt_matters(pipe: StableDiffusionPipeline) -> None:
     def brightness(words: str) -> float:
         return float(sample(pipe, [f"a dermoscopy image of a {words} skin"] * 6, seed=3, guidance=3.0).mean())
     bright = brightness("small tan skin lesion with regular border on very light")
-    assert bright > brightness("large black skin lesion with irregular border on dark") + 0.15
+    assert bright > brightness("large black skin lesion with irregular border on dark") + 0.07
 
 
 def test_the_autoencoder_keeps_pictures(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:

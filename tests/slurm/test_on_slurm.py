@@ -44,6 +44,7 @@ def states(env: Environment, run: RunDir) -> dict[str, dict[str, object]]:
     return {row["node"]: row for row in found["stages"]}
 
 
+@pytest.mark.timeout(420)
 def test_the_chain_from_launch_to_report_over_four_nodes(slurm: Environment, chain: Path, drawn: Path, tmp_path: Path) -> None:
     """finetune on 2 nodes x 2 tasks under ZeRO-2. The launcher submits without torch; the sets that do not depend on the number of ranks
     are those of the local run."""
@@ -53,7 +54,7 @@ def test_the_chain_from_launch_to_report_over_four_nodes(slurm: Environment, cha
     assert "heavy: []" in said
     assert "finetune             submitted as" in said
     run = RunDir(tmp_path / "run")
-    until("the report", lambda: run.is_done("report") or "failed" in {row["state"] for row in states(slurm, run).values()}, 170)
+    until("the report", lambda: run.is_done("report") or "failed" in {row["state"] for row in states(slurm, run).values()}, 400)
     assert {row["state"] for row in states(slurm, run).values()} == {"done"}
     logs = "".join(p.read_text() for p in (run.node("finetune") / "submit").glob("*_log.out"))
     assert "global_rank=3(4)" in logs
