@@ -29,7 +29,7 @@ def build(cfg: Classify, size: int, seed: int) -> Any:
             return AutoModelForImageClassification.from_pretrained(cfg.model, num_labels=2, ignore_mismatched_sizes=True, local_files_only=True,
                                                                    use_safetensors=True, **names)
         except (OSError, ValueError) as error:
-            where = "" if Path(cfg.model).exists() else f"; where there is internet, run: hf download {cfg.model}"
+            where = "" if Path(cfg.model).exists() else f"; where there is internet, run: skinsynth pull CONFIG (or: hf download {cfg.model})"
             raise UserError(f"classify.model={cfg.model} cannot be loaded: {str(error).splitlines()[0]}{where}") from None
     side = cfg.image_size or size
     if side % cfg.patch:

@@ -77,9 +77,10 @@ def _call(node: str, cfg: Config, run: RunDir, task: Task) -> None:
 
 def explain(error: BaseException) -> str:
     """The message for a person: what, where, what to do."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         where = f" while writing {error.filename}" if error.filename else ""
-        return f"no space left, or the quota is reached{where}: free some and start the same command again; nothing finished is lost"
+        return (f"no space left, or the quota or file limit is reached{where} ({error.strerror}): free some and start the same command again; "
+                "nothing finished is lost")
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}"
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

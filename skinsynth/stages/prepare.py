@@ -8,17 +8,15 @@ is one output shard of one split. The task that sees all shards present writes t
 from __future__ import annotations
 
 import csv
-import errno
 import fcntl
 import hashlib
 import io
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,28 +63,14 @@ def prepare(cfg: Config, run: RunDir, task: Task) -> None:
     """Makes the shards that are this task's and still missing; the last task writes the manifests.
 
     Raises:
-        UserError: unusable metadata or configuration, too many bad images, a full disk, a folder of another request.
+        UserError: unusable metadata or configuration, too many bad images, a folder of another request.
     """
-    with _disk_errors(cfg):
-        _check_paths(cfg)
-        folders = {split: run.dataset(cfg, split) for split in SPLITS}
-        plan = _shared_plan(cfg, folders)
-        _make_units(cfg, run, task, plan, folders)
-        if not any(missing_parts(folders[split], plan.shards(split)) for split in SPLITS):
-            _finish(cfg, run, plan, folders)
-
-
-@contextmanager
-def _disk_errors(cfg: Config) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = shutil.disk_usage(cfg.data.shards if Path(cfg.data.shards).is_dir() else ".").free
-            raise UserError(f"prepare: {cfg.data.shards} cannot be written: {error.strerror}{where}; {free / 1e9:.2f} GB are free. Make room or set "
-                            "data.shards to another disk, then give the same command: finished shards are kept") from None
-        raise UserError(f"prepare: the file system failed: {error.strerror or error}{where}. Mend it, then give the same command") from None
+    _check_paths(cfg)
+    folders = {split: run.dataset(cfg, split) for split in SPLITS}
+    plan = _shared_plan(cfg, folders)
+    _make_units(cfg, run, task, plan, folders)
+    if not any(missing_parts(folders[split], plan.shards(split)) for split in SPLITS):
+        _finish(cfg, run, plan, folders)
 
 
 def _check_paths(cfg: Config) -> None:
