@@ -80,24 +80,30 @@ def queued(names: Iterable[str]) -> dict[str, Job]:
 
 
 def ended(ids: Iterable[str]) -> dict[str, Job]:
-    """How jobs ended: asked of the accounting, or, where a site has none, of the controller, which forgets after some minutes.
+    """How jobs ended: asked of the accounting, and of the controller for what that does not know: a site may have none, it lags some
+    seconds behind, and the controller forgets after some minutes."""
+    wanted = set(ids)
+    found = _fates(wanted, _accounting(sorted({i.split("_")[0] for i in wanted}))) if wanted else {}
+    unknown = wanted - found.keys()
+    return found | _fates(unknown, [job for whole in sorted({i.split("_")[0] for i in unknown}) for job in _controller(whole)])
 
-    Tasks of an array that never ran have one line together, such as ``17_[3-199%20]``.
-    """
-    wanted = list(ids)
-    whole = sorted({i.split("_")[0] for i in wanted})
-    if not whole:
-        return {}
+
+def _fates(wanted: set[str], jobs: list[Job]) -> dict[str, Job]:
+    """Tasks of an array that never ran have one line together, such as ``17_[3-199%20]``."""
+    single = {job.id: job for job in jobs if "[" not in job.id}
+    together = {job.id.split("_")[0]: job for job in jobs if "[" in job.id}
+    fates = {i: single.get(i) or together.get(i.split("_")[0]) for i in wanted}
+    return {i: job for i, job in fates.items() if job}
+
+
+def _accounting(whole: list[str]) -> list[Job]:
     try:
         lines = ask("sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={','.join(whole)}",
                     "--format=JobID,State,NodeList,Reason").splitlines()
-        found = [Job(i, state.split()[0], reason, nodes) for i, state, nodes, reason in (line.split("|", 3) for line in lines)]
     except SlurmError:
-        found = [job for one in whole for job in _controller(one)]
-    single = {job.id: job for job in found if "[" not in job.id}
-    together = {job.id.split("_")[0]: job for job in found if "[" in job.id}
-    fates = {i: single.get(i) or together.get(i.split("_")[0]) for i in wanted}
-    return {i: job for i, job in fates.items() if job}
+        return []
+    found = [Job(i, state.split()[0], reason, nodes) for i, state, nodes, reason in (line.split("|", 3) for line in lines)]
+    return [job for job in found if job.state not in ("PENDING", "RUNNING", "REQUEUED")]  # squeue, which is newer, knows better
 
 
 def _controller(job: str) -> list[Job]:

@@ -159,12 +159,13 @@ def _with_slurm(run: RunDir, node: Node, jobs: list[slurm.Job | None], active: d
 
 
 def _ending(run: RunDir, node: Node, jobs: list[slurm.Job]) -> tuple[str, str]:
+    missing, begun = [need for need in node.needs if not run.is_done(need)], (run.node(node.name) / "progress").exists()
     bad = [job for job in jobs if job.state != "COMPLETED"]
+    cancelled = all(job.state == "CANCELLED" for job in bad)
+    if missing and not begun and cancelled:
+        return "stopped", f"cancelled, since {' and '.join(missing)} did not finish"
     if not bad:
         return "stopped", "its jobs ended, but it is not complete: launch again"
-    cancelled = all(job.state == "CANCELLED" for job in bad)
-    if cancelled and any(not run.is_done(need) for need in node.needs) and not (run.node(node.name) / "progress").exists():
-        return "stopped", f"cancelled, since {' and '.join(n for n in node.needs if not run.is_done(n))} did not finish"
     return ("stopped" if cancelled else "failed"), f"Slurm: {', '.join(sorted({job.state for job in bad}))}"
 
 
