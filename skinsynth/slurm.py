@@ -89,9 +89,9 @@ def ended(ids: Iterable[str]) -> dict[str, Job]:
 
 
 def _fates(wanted: set[str], jobs: list[Job]) -> dict[str, Job]:
-    """Tasks of an array that never ran have one line together, such as ``17_[3-199%20]``."""
-    single = {job.id: job for job in jobs if "[" not in job.id}
-    together = {job.id.split("_")[0]: job for job in jobs if "[" in job.id}
+    """Tasks of an array that never ran have one line together: ``17_[3-199%20]``, or ``17`` where none ran."""
+    single = {job.id: job for job in jobs}
+    together = {job.id.split("_")[0]: job for job in jobs if "[" in job.id or "_" not in job.id}
     fates = {i: single.get(i) or together.get(i.split("_")[0]) for i in wanted}
     return {i: job for i, job in fates.items() if job}
 

@@ -105,6 +105,7 @@ def export(cfg: Config, run: RunDir, pipe: Any, samples: Samples) -> None:
     """The diffusers folder, whole or not there; its lineage says what it descends from."""
     temp = run.weights.with_name(".weights.tmp")
     shutil.rmtree(temp, ignore_errors=True)
+    pipe.tokenizer.init_kwargs.pop("local_files_only", None)  # whether the hub could be reached must not be in the weights' hash
     pipe.save_pretrained(temp, safe_serialization=True)
     lineage = {"base": cfg.model.base, "base_sha256": samples.latents.manifest["base_sha256"], "weights_sha256": diffusion.weights_sha256(temp),
                "train": samples.train.folder.name, "train_sha256": sha256_file(samples.train.folder / "manifest.json"),
