@@ -114,8 +114,9 @@ def _controller(job: str) -> list[Job]:
     found = []
     for line in lines:
         pairs = dict(pair.split("=", 1) for pair in line.split() if "=" in pair)
-        task = pairs.get("ArrayTaskId", "")  # a number, or such as 3-199%20 for those that never ran
-        number = f"{pairs['ArrayJobId']}_{task if task.isdigit() else f'[{task}]'}" if task else pairs["JobId"]
+        task = pairs.get("ArrayTaskId", "")  # a number, or for those that never ran such as 3-199%20, or Slurm's "no value"
+        one = task.isdigit() and int(task) < 2**32 - 2
+        number = f"{pairs['ArrayJobId']}_{task if one else f'[{task}]'}" if task else pairs["JobId"]
         found.append(Job(number, pairs["JobState"], pairs.get("Reason", ""), pairs.get("NodeList", "")))
     return found
 
