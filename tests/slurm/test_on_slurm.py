@@ -201,11 +201,11 @@ def disturbances(env: Environment) -> dict[str, Callable[[str], object]]:
     }
 
 
+@pytest.mark.soak  # minutes each; make test has the signal (test_a_stage_by_hand), and local kills (test_finetune, test_chain)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("node", "chosen"), [
-    ("finetune", ("kill -9 of a rank", "slurmd and its steps killed")),  # test_a_stage_by_hand has the signal
-    ("generate", ("a signal", "preemption")),
-    pytest.param("finetune", None, marks=pytest.mark.soak), pytest.param("generate", None, marks=pytest.mark.soak)])
+    ("finetune", ("kill -9 of a rank", "slurmd and its steps killed")), ("generate", ("a signal", "preemption", "scontrol requeue")),
+    ("finetune", None), ("generate", None)])
 def test_whatever_happens_it_ends_with_the_same(slurm: Environment, undisturbed: Path, drawn: Path, chain: Path, tmp_path: Path, node: str,
                                                 chosen: tuple[str, ...] | None) -> None:
     if "SKINSYNTH_DEVCLUSTER" not in slurm:
