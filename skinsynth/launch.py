@@ -78,16 +78,15 @@ def cancel(run: RunDir, stage: str | None, console: Console) -> None:
     chosen = [name for name in names if stage in (None, name, name.split("/")[0])]
     if not chosen:
         raise UserError(f"{run.path} has no stage '{stage}'; there are {', '.join(names)}")
-    if slurm.submitted(run):
+    owner = run.lock_owner()
+    if owner is not None and stage:
+        raise UserError(f"a launch that is under way is stopped as a whole: skinsynth cancel {run.path}")
+    if owner is not None:
+        os.kill(owner, signal.SIGTERM)
+        console.print(f"told the launch (process {owner}) to stop; it saves its state first")
+    elif slurm.submitted(run):
         active = slurm.queued(slurm.job_name(run, name) for name in chosen)
         slurm.cancel(active)
         console.print(f"cancelled {slurm.span(list(active))}" if active else "nothing of it is with Slurm")
-        return
-    owner = run.lock_owner()
-    if owner is None:
-        console.print(f"nothing of {run.path} is running")
-    elif stage:
-        raise UserError(f"a local launch is stopped as a whole: skinsynth cancel {run.path}")
     else:
-        os.kill(owner, signal.SIGTERM)
-        console.print(f"told the launch (process {owner}) to stop; it saves its state first")
+        console.print(f"nothing of {run.path} is running")

@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -19,7 +18,7 @@ from skinsynth.chain import Node, StageJob
 from skinsynth.config import Config
 from skinsynth.errors import UserError
 from skinsynth.run import RunDir, birth, read_json, write_json
-from skinsynth.status import LiveTable
+from skinsynth.status import LiveTable, newest_log
 
 GRACE = 30  # seconds that a job has to save its state when the launch is stopped
 
@@ -49,7 +48,7 @@ class Local:
         finally:
             (self.run.path / "processes.json").unlink(missing_ok=True)
         if self.failed:
-            lines = [f"{node} failed: {message}\n  log: {self._log(node)}" for node, message in self.failed.items()]
+            lines = [f"{node} failed: {message}\n  log: {newest_log(self.run, node)}" for node, message in self.failed.items()]
             raise UserError("\n".join(lines) + "\nmend it and start the same command again: what is done is kept")
 
     def _advance(self) -> bool:
@@ -86,10 +85,6 @@ class Local:
             self.jobs[node.name] = [executor.submit(StageJob(node.name, str(self.run.path), i, count)) for i in range(count)]
         pids = [(name, int(job.job_id)) for name, jobs in self.jobs.items() for job in jobs]
         write_json(self.run.path / "processes.json", [{"node": name, "pid": pid, "born": birth(pid)} for name, pid in pids])
-
-    def _log(self, node: str) -> Path:
-        logs = sorted((self.run.node(node) / "submit").glob("*_log.out"), key=lambda p: p.stat().st_mtime)
-        return logs[-1] if logs else self.run.node(node) / "submit"
 
 
 def stop_processes(run: RunDir, console: Console, why: str) -> None:

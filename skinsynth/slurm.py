@@ -178,19 +178,29 @@ def script(cfg: Config, run: RunDir, node: str, tasks: int, dependency: list[str
 
 def submit(cfg: Config, run: RunDir, node: str, tasks: list[Task], dependency: list[str]) -> list[Submitted]:
     """One job for a gang, one array for the tasks of a unit stage."""
+    for task in tasks:
+        run.failed_path(node, task.index).unlink(missing_ok=True)
+    calls = [StageJob(node, str(run.path), task.index, task.count) for task in tasks]
+    ids = sbatch(cfg, run.node(node) / "submit", parameters(cfg, run, node, dependency), calls, node)
+    return [Submitted(node, number, task.index, task.count) for number, task in zip(ids, tasks, strict=True)]
+
+
+def sbatch(cfg: Config, folder: Path, wanted: dict[str, Any], calls: list[Any], what: str) -> list[str]:
+    """Has submitit submit the calls, as an array where there are several; the ids of their jobs.
+
+    Raises:
+        SlurmError: sbatch refused ``what``.
+    """
     from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError
 
-    executor = SlurmExecutor(run.node(node) / "submit", max_num_timeout=10**6, python=cfg.cluster.python)
-    executor.update_parameters(**parameters(cfg, run, node, dependency))
-    for task in tasks:
-        run.failed_path(node, task.index).unlink(missing_ok=True)
+    executor = SlurmExecutor(folder, max_num_timeout=10**6, python=cfg.cluster.python)
+    executor.update_parameters(**wanted)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
-            jobs = executor.submit_array([StageJob(node, str(run.path), task.index, task.count) for task in tasks])
+            return [job.job_id for job in executor.submit_array(calls)]
     except FailedJobError as error:
-        raise SlurmError(f"{node} could not be submitted; sbatch: {_words(str(error))}") from None
-    return [Submitted(node, job.job_id, task.index, task.count) for job, task in zip(jobs, tasks, strict=True)]
+        raise SlurmError(f"{what} could not be submitted; sbatch: {_words(str(error))}") from None
 
 
 def submit_chain(cfg: Config, run: RunDir, nodes: list[Node], console: Console) -> None:
@@ -228,11 +238,22 @@ def submit_chain(cfg: Config, run: RunDir, nodes: list[Node], console: Console) 
             share = "" if len(tasks) == tasks[0].count else f" (tasks {span([str(t.index) for t in tasks])} of {tasks[0].count})"
             console.print(f"{node.name:<20} submitted as {span([job.id for job in jobs])}{share}{after}", highlight=False)
     except BaseException:
-        cancel(job.id for job in new)
-        note(run, before)
-        if new:
-            console.print(f"cancelled what had been submitted: {span([job.id for job in new])}")
+        _take_back(run, new, before, console)
         raise
+
+
+def _take_back(run: RunDir, new: list[Submitted], before: list[Submitted], console: Console) -> None:
+    """Cancels what this launch submitted; where Slurm does not hear that either, names it and keeps it written down."""
+    if not new:
+        return
+    ids = [job.id for job in new]
+    try:
+        cancel(ids)
+    except SlurmError as error:
+        console.print(f"still with Slurm: {span(ids)}, since it could not be cancelled ({error}); 'skinsynth cancel {run.path}' does it later")
+        return
+    note(run, before)
+    console.print(f"cancelled what had been submitted: {span(ids)}")
 
 
 def _settled(names: list[str], console: Console, patience: float = 60) -> dict[str, Job]:

@@ -31,7 +31,7 @@ class Row:
     """One stage. ``rate`` is per second, ``left`` in seconds; both only while it runs."""
 
     node: str
-    state: str  # waiting, pending, running, failed, stopped, done
+    state: str  # waiting, pending, running, failed, stopped, done; unknown where Slurm does not answer
     detail: str = ""
     done: int = 0
     total: int = 0
@@ -76,7 +76,7 @@ def described(run: RunDir, node: Node, state: str, detail: str = "") -> Row:
             row.rate, row.left = found["rate"], found["left"]
     restarts = [_read(path) for path in (run.node(node.name) / "restarts").glob("*.json")]
     row.restarts = sum(r["restarts"] for r in restarts if r)
-    row.log = _newest_log(run, node.name)
+    row.log = newest_log(run, node.name)
     return row
 
 
@@ -89,7 +89,7 @@ def logs(run: RunDir, node: str, task: int | None = None) -> list[Path]:
     return [path for number in ids for path in sorted(folder.glob(f"{number}_*_log.out"))]
 
 
-def _newest_log(run: RunDir, node: str) -> str:
+def newest_log(run: RunDir, node: str) -> str:
     found = logs(run, node)
     return str(found[-1]) if found else ""
 
@@ -223,6 +223,10 @@ def _note(row: Row) -> str:
 def show(console: Console, run: RunDir, found: list[Row], complaint: str | None) -> None:
     """The table, and under it why something failed, and where the log is."""
     console.print(table(run, found, {}, console.width))
+    _explain(console, found, complaint)
+
+
+def _explain(console: Console, found: list[Row], complaint: str | None) -> None:
     for row in found:
         if row.state in ("failed", "stopped") and row.detail:
             console.print(f"{row.node}: {row.detail}", highlight=False, soft_wrap=True, markup=False)
@@ -241,7 +245,7 @@ def watch(run: RunDir, console: Console) -> None:
             if not complaint and not any(row.state in ("running", "pending") for row in found):
                 break
             time.sleep(2)
-    show(console, run, [row for row in found if row.detail], complaint)
+    _explain(console, found, complaint)
 
 
 def read_log(run: RunDir, node: str, task: int | None, follow: bool) -> Iterator[str]:

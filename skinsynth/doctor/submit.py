@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import shutil
 import time
 from collections.abc import Callable
@@ -73,16 +72,8 @@ def look(cfg: Config, wait: float, say: Callable[[str], None]) -> list[Check]:
 
 def _submit(cfg: Config, run: RunDir, folder: Path) -> tuple[str, str]:
     """The job's id and name."""
-    from submitit import SlurmExecutor
-    from submitit.core.utils import FailedJobError
-
-    executor = SlurmExecutor(folder, max_num_timeout=0, python=cfg.cluster.python)
-    executor.update_parameters(**job_parameters(cfg, run))
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
-            return executor.submit(NodeCheck(str(folder))).job_id, job_parameters(cfg, run)["job_name"]
-    except FailedJobError as error:
-        raise slurm.SlurmError(f"sbatch: {' '.join(str(error).split())}") from None
+    wanted = job_parameters(cfg, run)
+    return slurm.sbatch(cfg, folder, wanted, [NodeCheck(str(folder))], "the job")[0], wanted["job_name"]
 
 
 def job_parameters(cfg: Config, run: RunDir) -> dict[str, Any]:

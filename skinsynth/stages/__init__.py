@@ -47,7 +47,8 @@ def run_node(node: str, path: str, task: Task = WHOLE) -> int:
         return STOPPED
     except Exception as error:
         if lost_peer(error):  # that rank says why, if it could; a batch script asks Slurm for another turn
-            print(f"\n{node} stopped, since another rank went away: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"\n{node} stopped, since another rank went away:", file=sys.stderr)
+            traceback.print_exc()
             return STOPPED
         message = explain(error)
         print(f"\n{node} failed: {message}", file=sys.stderr)

@@ -13,7 +13,7 @@ from conftest import ROOT, overrides, skinsynth
 
 from skinsynth import config, slurm
 from skinsynth.chain import chain
-from skinsynth.run import RunDir, Task, write_json
+from skinsynth.run import RunDir, Task, read_json, write_json
 
 GOLDEN = Path(__file__).parent / "golden"
 NODES = ("prepare", "encode", "finetune", "generate", "screen", "classify/baseline", "classify/hybrid", "report")
@@ -22,10 +22,6 @@ NODES = ("prepare", "encode", "finetune", "generate", "screen", "classify/baseli
 def run_skinsynth(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "skinsynth", *arguments], cwd=ROOT, text=True, capture_output=True, timeout=120,
                           env={**env, "COLUMNS": "160"}, check=False)
-
-
-def queue(env: dict[str, str]) -> list[str]:
-    return subprocess.run(["squeue", "-h"], env=env, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
 
 
 @pytest.mark.parametrize("node", NODES)
@@ -91,20 +87,19 @@ def test_slurms_own_words_are_in_the_message(slurm: dict[str, str], drawn: Path,
     assert "prepare could not be submitted" in done.stderr
     assert words.lower() in done.stderr.lower()
     assert "Traceback" not in done.stderr
-    assert not any(str(tmp_path) in line for line in queue(slurm))
+    assert slurm_active(slurm, RunDir(tmp_path / "run")) == []
 
 
 @pytest.mark.slurm
 def test_when_the_third_is_refused_the_first_two_are_taken_back(slurm: dict[str, str], drawn: Path, tmp_path: Path) -> None:
     """finetune asks for more nodes than there are."""
-    before = set(queue(slurm))
     done = run_skinsynth(slurm, "launch", "configs/demo.yaml", *overrides(drawn, tmp_path), "cluster=devcluster", "cluster.extra={hold: true}",
                          "cluster.stages.finetune.nodes=9")
     assert done.returncode == 1
     assert "finetune could not be submitted" in done.stderr
     assert "Node count specification invalid" in done.stderr or "More processors requested" in done.stderr or "node configuration" in done.stderr
     assert "cancelled what had been submitted" in done.stdout
-    assert set(queue(slurm)) <= before
+    assert slurm_active(slurm, RunDir(tmp_path / "run")) == []
     status = run_skinsynth(slurm, "status", str(tmp_path / "run"))
     assert "waiting" in status.stdout
     assert "pending" not in status.stdout
@@ -117,6 +112,7 @@ def test_launch_again_keeps_what_waits_and_takes_strays_back(slurm: dict[str, st
     assert first.returncode == 0, first.stderr
     run = RunDir(tmp_path / "run")
     jobs = slurm_jobs(run)
+    assert len(slurm_active(slurm, run)) >= 8
     second = run_skinsynth(slurm, *arguments)
     assert second.stdout.count("with Slurm already") == 8, second.stdout
     assert slurm_jobs(run) == jobs
@@ -219,7 +215,6 @@ def test_tasks_that_did_their_share_are_remembered(tmp_path: Path) -> None:
 
 
 def slurm_jobs(run: RunDir) -> list[dict[str, object]]:
-    from skinsynth.run import read_json
 
     found: list[dict[str, object]] = read_json(run.path / "jobs.json")
     return found
