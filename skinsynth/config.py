@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ CLUSTERS = Path(__file__).resolve().parent.parent / "configs" / "cluster"
 def one_of(default: str, *others: str) -> Any:
     """A string field that takes one of the given values."""
     return field(default=default, metadata={"choices": (default, *others)})
+
+
+def free(knob: Any) -> Any:
+    """Marks a knob that changes how the work is done, not what comes out: it may change between launches of one run."""
+    return field(default=knob.default, metadata={**knob.metadata, "free": True})
 
 
 def at_least(default: Any, low: float, high: float = math.inf) -> Any:
@@ -78,7 +84,9 @@ class Model:
 @dataclass
 class Encode:
     batch: int = at_least(16, 1)
-    flip: bool = True  # also encode the mirrored image, so that training may draw either
+    flip: bool = True  # also the mirrored image, so that training may draw either
+    crops: int = at_least(1, 1)  # views of an image to draw from: the first is the image, each other a random crop of it
+    crop_scale: float = at_least(0.8, 0.1, 1)  # the smallest share of the side that a crop keeps
 
 
 @dataclass
@@ -105,29 +113,43 @@ class Training:
 
     steps: int = at_least(1000, 1)  # optimizer steps
     global_batch: int = at_least(8, 1)
-    micro_batch: int = at_least(0, 0)  # per rank and pass; 0: global batch / ranks, that is, no accumulation
+    micro_batch: int = free(at_least(0, 0))  # per rank and pass; 0: global batch / ranks, that is, no accumulation
     lr: float = at_least(2e-6, 0)
     weight_decay: float = at_least(0.01, 0)
     warmup_steps: int = at_least(0, 0)
     schedule: str = one_of("constant", "linear", "cosine")
     max_grad_norm: float = at_least(1.0, 0)
-    zero: int = at_least(2, 0, 3)  # DeepSpeed ZeRO stage; 0: plain data parallel
+    optimizer: str = one_of("adamw", "adamw8bit")  # adamw8bit: bitsandbytes, on a GPU, zero=0
+    ema_decay: float = at_least(0.0, 0, 0.999999)  # an exponential moving average of the weights is exported; 0: none
+    zero: int = free(at_least(2, 0, 3))  # DeepSpeed ZeRO stage; 0: plain data parallel
+    offload: str = free(one_of("none", "optimizer", "parameters"))  # to the host's memory; parameters: both, with zero=3
     precision: str = one_of("fp32", "bf16", "fp16")
-    checkpoint_every: int = at_least(200, 1)
-    keep: int = at_least(2, 1)  # complete checkpoints kept
-    log_every: int = at_least(10, 1)
+    explode: float = free(at_least(20.0, 1))  # stop where the loss of log_every steps is this many times the usual one
+    checkpoint_every: int = free(at_least(200, 1))
+    keep: int = free(at_least(2, 1))  # newest checkpoints kept
+    keep_every: int = free(at_least(0, 0))  # and those of every so many steps; 0: none
+    log_every: int = free(at_least(10, 1))
 
 
 @dataclass
 class Finetune(Training):
-    """DreamBooth (Ruiz et al. 2023) with prior preservation, several concepts at once."""
+    """DreamBooth (Ruiz et al. 2023) with prior preservation, several concepts at once; or text-to-image on captions from the metadata."""
 
-    concepts: dict[str, Concept] = field(default_factory=dict)
+    method: str = one_of("dreambooth", "text-to-image")
+    concepts: dict[str, Concept] = field(default_factory=dict)  # dreambooth
+    images: Images = field(default_factory=Images)  # text-to-image
+    train_text_encoder: bool = False
+    lora_rank: int = at_least(0, 0)  # 0: all weights are trained
+    lora_alpha: int | None = at_least(None, 1)  # None: the rank, that is, a scale of one
+    cache_latents: bool = True  # False: the VAE runs in every step
     prior_weight: float = at_least(1.0, 0)
+    prediction: str = one_of("model", "epsilon", "v_prediction")  # what the UNet is trained to predict; model: as the base was
+    noise_offset: float = at_least(0.0, 0)  # offset noise (Guttenberg 2023), for very dark or bright images
     snr_gamma: float | None = at_least(None, 0)  # min-SNR weighting (Hang et al. 2023); None: plain MSE
     snr_floor: float = at_least(0.0, 0)  # with snr_gamma: truncated SNR (Salimans and Ho 2022)
     caption_dropout: float = at_least(0.0, 0, 1)  # share of samples trained on the empty prompt
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = free(at_least(False, 0))
+    validate_every: int = free(at_least(0, 0))  # steps between previews; 0: at the end only
 
 
 @dataclass
@@ -176,7 +198,7 @@ class Classify(Training):
     global_batch: int = at_least(32, 1)
     lr: float = at_least(2e-5, 0)
     schedule: str = one_of("linear", "constant", "cosine")
-    zero: int = at_least(0, 0, 3)
+    zero: int = free(at_least(0, 0, 3))
     model: str = "google/vit-base-patch16-224-in21k"  # a folder, a hub id, or "small": a ViT from the keys below
     hidden_size: int = at_least(96, 8)
     layers: int = at_least(4, 1)
@@ -321,9 +343,19 @@ def flat(config: Config) -> dict[str, Any]:
 
 def difference(mine: Config, theirs: Config, ignore: tuple[str, ...] = ("cluster.", "run")) -> list[str]:
     """Lines ``key: theirs -> mine`` for every key that differs; keys that change no result are left out."""
-    new, old = flat(mine), flat(theirs)
-    keys = [k for k in sorted(new.keys() | old.keys()) if new.get(k) != old.get(k)]
+    new, old, unbound = flat(mine), flat(theirs), set(free_keys(Config()))
+    keys = [k for k in sorted(new.keys() | old.keys()) if new.get(k) != old.get(k) and k not in unbound]
     return [f"{k}: {old.get(k, '(not set)')} -> {new.get(k, '(not set)')}" for k in keys if not k.startswith(ignore)]
+
+
+def free_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """The names of the knobs that are marked ``free``."""
+    for f in fields(node):
+        name = f"{prefix}.{f.name}".lstrip(".")
+        if is_dataclass(getattr(node, f.name)):
+            yield from free_keys(getattr(node, f.name), name)
+        elif f.metadata.get("free"):
+            yield name
 
 
 def check(config: Config) -> None:
@@ -342,6 +374,12 @@ def check(config: Config) -> None:
     for section, training in (("finetune", config.finetune), ("classify", config.classify)):
         if training.micro_batch and training.global_batch % training.micro_batch:
             problems.append(f"{section}.global_batch={training.global_batch} is no multiple of micro_batch={training.micro_batch}")
+        if training.offload == "parameters" and training.zero != 3:
+            problems.append(f"{section}.offload=parameters needs {section}.zero=3: only ZeRO-3 shards parameters")
+        if training.offload == "optimizer" and not training.zero:
+            problems.append(f"{section}.offload=optimizer needs {section}.zero=1, 2 or 3")
+        if training.optimizer == "adamw8bit" and training.zero:
+            problems.append(f"{section}.optimizer=adamw8bit needs {section}.zero=0: its packed states cannot be sharded")
     for stage in config.cluster.stages:
         if stage not in ("default", *STAGES):
             near = difflib.get_close_matches(stage, STAGES, 1)

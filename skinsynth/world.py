@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+from skinsynth.errors import UserError
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -65,16 +67,26 @@ class World:
 
             dist.barrier()
 
-    def any(self, flag: bool) -> bool:
-        """True on all ranks when it is True on one. A collective: every rank must come here."""
+    def max(self, value: int) -> int:
+        """The highest of the ranks' values, on all of them. A collective: every rank must come here."""
         if self.size == 1:
-            return flag
+            return value
         import torch
         import torch.distributed as dist
 
-        told = torch.tensor(int(flag), dtype=torch.int32)  # on the CPU: gloo carries it, the GPU is not waited for
+        told = torch.tensor(value, dtype=torch.int32)  # on the CPU: gloo carries it, the GPU is not waited for
         dist.all_reduce(told, dist.ReduceOp.MAX)
-        return bool(told.item())
+        return int(told.item())
+
+    def together(self, error: BaseException | None) -> None:
+        """Raises on all ranks when one has an error: its own there, and on the others a ``UserError`` that tells it. A collective."""
+        if not self.max(error is not None):
+            return
+        told = self.gather(f"{type(error).__name__}: {error}" if error else "")
+        if error:
+            raise error
+        rank = next(rank for rank, words in enumerate(told) if words)
+        raise UserError(f"rank {rank} stopped: {told[rank]}")
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every rank, in rank order, on every rank. A collective."""

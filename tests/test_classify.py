@@ -19,7 +19,7 @@ from skinsynth.models import vit
 from skinsynth.quality.metrics import binary_metrics
 from skinsynth.run import RunDir
 from skinsynth.stages.classify import METRICS, Data, augment, check_held_out
-from skinsynth.train.loop import read_lines
+from skinsynth.train.log import read_lines
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from skinsynth.errors import UserError
 from skinsynth.models import diffusion, hub
 from skinsynth.run import RunDir, read_json
 from skinsynth.train.engine import micro_batch
-from skinsynth.train.loop import learning_rate, read_lines
+from skinsynth.train.log import read_lines
+from skinsynth.train.optimizer import learning_rate
 from skinsynth.world import World
 
 
@@ -167,8 +168,8 @@ def test_min_snr_weights_follow_the_paper() -> None:
     from diffusers import DDPMScheduler
 
     class Zero(torch.nn.Module):
-        def forward(self, x: torch.Tensor, t: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
-            return (torch.zeros_like(x),)
+        def forward(self, x: torch.Tensor, t: torch.Tensor, batch: object) -> torch.Tensor:
+            return torch.zeros_like(x)
 
     scheduler, t = DDPMScheduler(), torch.tensor([10, 900])
     batch = {"latents": torch.randn(2, 4, 4, 4), "noise": torch.ones(2, 4, 4, 4), "timestep": t, "text": torch.zeros(2, 1, 1),

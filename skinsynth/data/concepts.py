@@ -1,4 +1,4 @@
-"""Which training images each DreamBooth concept takes, and how its samples follow one another."""
+"""Which training images fine-tuning takes, with which prompts, and how its samples follow one another."""
 
 from __future__ import annotations
 
@@ -12,28 +12,44 @@ from skinsynth.errors import UserError
 
 @dataclass(frozen=True)
 class Source:
-    """Images that share a prompt: ``samples`` are numbers in the training split, ``prior`` marks class images."""
+    """``samples`` are numbers in the training split, ``prompts`` one for each of them; ``prior`` marks class images."""
 
     name: str
-    prompt: str
     samples: tuple[int, ...]
+    prompts: tuple[str, ...]
     prior: bool
 
 
 def sources(cfg: Config, train: Dataset) -> list[Source]:
-    """Instance images and, where a class prompt is given, class images of every concept.
+    """DreamBooth: instance images and, where a class prompt is given, class images of every concept. Text-to-image: one source of all
+    chosen images, each with the caption that prepare made from its metadata.
 
     Raises:
-        UserError: no concept at all, or a filter that no image passes.
+        UserError: no concept at all, a filter that no image passes, or fewer images than a global batch holds.
     """
+    found = [_captioned(cfg, train)] if cfg.finetune.method == "text-to-image" else _dreambooth(cfg, train)
+    count = len({i for source in found for i in source.samples})
+    if count < cfg.finetune.global_batch:
+        raise UserError(f"finetune.global_batch={cfg.finetune.global_batch}, but only {count} training images are chosen: lower it, or choose more "
+                        "(finetune.concepts, finetune.images)")
+    return found
+
+
+def _captioned(cfg: Config, train: Dataset) -> Source:
+    samples = _take(train, cfg.finetune.images, cfg.seed, "finetune.images")
+    return Source("captions", samples, tuple(train.json(i)["caption"] for i in samples), False)
+
+
+def _dreambooth(cfg: Config, train: Dataset) -> list[Source]:
     if not cfg.finetune.concepts:
         raise UserError("finetune.concepts is empty: give at least one concept with an instance_prompt")
     found = []
     for number, (name, concept) in enumerate(cfg.finetune.concepts.items()):
         key = f"finetune.concepts.{name}"
-        found.append(Source(name, concept.instance_prompt, _take(train, concept.instance, cfg.seed + number, f"{key}.instance"), False))
-        if concept.class_prompt:
-            found.append(Source(name, concept.class_prompt, _take(train, concept.class_, cfg.seed + number, f"{key}.class"), True))
+        kinds = [(concept.instance, concept.instance_prompt, "instance", False), (concept.class_, concept.class_prompt, "class", True)]
+        for images, prompt, kind, prior in kinds[: 2 if concept.class_prompt else 1]:
+            samples = _take(train, images, cfg.seed + number, f"{key}.{kind}")
+            found.append(Source(name, samples, (prompt,) * len(samples), prior))
     return found
 
 
@@ -42,9 +58,9 @@ def mixture(found: list[Source], seed: int) -> Mixture:
     return Mixture(tuple(len(s.samples) for s in found), tuple(1.0 for _ in found), seed)
 
 
-def prompts(cfg: Config) -> list[str]:
+def prompts(cfg: Config, found: list[Source]) -> list[str]:
     """Every prompt that fine-tuning or generation will need, once each; the empty one first."""
-    named = [p for c in cfg.finetune.concepts.values() for p in (c.instance_prompt, c.class_prompt)]
+    named = sorted({prompt for source in found for prompt in source.prompts})
     return list(dict.fromkeys(["", *named, cfg.generate.negative_prompt, *(p for g in cfg.generate.classes.values() for p in g.prompts)]))
 
 

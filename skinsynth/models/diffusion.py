@@ -71,6 +71,13 @@ def encode_images(vae: Any, images: np.ndarray) -> np.ndarray:
     return torch.stack([posterior.mean, posterior.std], 1).float().cpu().numpy()
 
 
+@torch.no_grad()
+def draw_latents(vae: Any, pixels: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
+    """uint8 (n, height, width, 3) and normal numbers (n, c, h, w) -> scaled latents, as drawn from the cached moments."""
+    posterior = vae.encode(pixels.permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1).latent_dist
+    return (posterior.mean + posterior.std * draw) * vae.config.scaling_factor
+
+
 @torch.inference_mode()
 def encode_prompts(pipe: Any, prompts: list[str]) -> torch.Tensor:
     """float32 (n, tokens, width): the text encoder's last hidden state, as the pipeline itself would make it. One prompt at a time,
@@ -79,17 +86,18 @@ def encode_prompts(pipe: Any, prompts: list[str]) -> torch.Tensor:
     return torch.cat(found).float().cpu()
 
 
-def diffusion_loss(unet: Any, scheduler: Any, batch: dict[str, torch.Tensor], snr_gamma: float | None = None,
+def diffusion_loss(model: Any, scheduler: Any, batch: dict[str, torch.Tensor], snr_gamma: float | None = None,
                    snr_floor: float = 0.0) -> torch.Tensor:
     """The weighted denoising loss of one batch, a scalar (Ho et al. 2020).
 
     ``snr_gamma`` caps the weight of a clean image's error (min-SNR, Hang et al. 2023), ``snr_floor`` keeps it from vanishing where
     there is nearly only noise (truncated SNR, Salimans and Ho 2022), where a picture's colours and shape are decided.
 
-    ``batch``: latents, noise float32 (n, c, h, w); timestep int64 (n,); text float32 (n, tokens, width); weight float32 (n,).
+    ``model(noisy, timestep, batch)`` is a ``Denoiser``. ``batch``: latents, noise float32 (n, c, h, w); timestep int64 (n,); weight
+    float32 (n,); and what the model is conditioned on.
     """
     noisy = scheduler.add_noise(batch["latents"], batch["noise"], batch["timestep"])
-    predicted = unet(noisy, batch["timestep"], encoder_hidden_states=batch["text"], return_dict=False)[0]
+    predicted = model(noisy, batch["timestep"], batch)
     v_prediction = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(batch["latents"], batch["noise"], batch["timestep"]) if v_prediction else batch["noise"]
     per_sample = F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import shutil
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,10 @@ from skinsynth.errors import UserError
 from skinsynth.models import vit
 from skinsynth.quality.metrics import binary_metrics
 from skinsynth.run import RunDir, read_json, write_bytes
+from skinsynth.train.checkpoint import Checkpoints
 from skinsynth.train.engine import Batch, Engine
-from skinsynth.train.loop import keep_lines, read_lines, train
+from skinsynth.train.log import keep_lines, read_lines
+from skinsynth.train.loop import train
 from skinsynth.world import World
 
 METRICS = ("accuracy", "balanced_accuracy", "auroc", "sensitivity", "specificity")
@@ -42,9 +45,12 @@ def classify(cfg: Config, run: RunDir, world: World, arm: str) -> None:
         raise UserError(f"classify.arms has no '{arm}'; there are {', '.join(cfg.classify.arms)}")
     data = Data(cfg, run, arm)
     model = vit.build(cfg.classify, cfg.prepare.size, cfg.seed)
-    engine = Engine(cfg.classify, world, model, "classify")
+    identity = {f.name: getattr(cfg.classify, f.name) for f in fields(cfg.classify) if not f.metadata.get("free") and f.name != "arms"}
+    checkpoints = Checkpoints(run.node(f"classify/{arm}") / "checkpoints", world, {**identity, "sources": cfg.classify.arms[arm].sources},
+                              cfg.classify.keep, cfg.classify.keep_every)
+    engine = Engine(cfg.classify, world, model, "classify", checkpoints.found)
     judge = Judge(cfg, run, arm, engine, data)
-    state = train(engine, run, f"classify/{arm}", data.batch, judge.loss, judge.evaluate, cfg.classify.evaluate_every)
+    state = train(engine, run, f"classify/{arm}", checkpoints, data, judge.loss, judge.evaluate, cfg.classify.evaluate_every)
     if world.is_main:
         judge.finish(state)
     world.barrier()
@@ -78,6 +84,12 @@ class Data:
         """images uint8 (n, 3, height, width), augmented; target int64 (n,)."""
         images, targets = zip(*(self._one(position) for position in positions), strict=True)
         return {"images": torch.from_numpy(np.stack(images)), "target": torch.tensor(targets)}
+
+    def keys(self, positions: range) -> list[str]:
+        """The names of the samples at those positions."""
+        places = [self.mixture.at(position) for position in positions]
+        found = [self.sources[self.names[number]] for number, _ in places]
+        return [dataset.keys[samples[index]] for (dataset, samples), (_, index) in zip(found, places, strict=True)]
 
     def _one(self, position: int) -> tuple[np.ndarray, int]:
         number, index = self.mixture.at(position)
@@ -129,7 +141,7 @@ class Judge:
     def evaluate(self, step: int, state: dict[str, Any]) -> None:
         """One line in ``epochs.jsonl``; keeps the weights when validation AUROC is the best so far. A collective."""
         scores = {name: self._scores(self.data.splits[name]) for name in ("val", "test")}
-        weights = self.engine.state_dict()
+        weights = self.engine.weights()
         if not self.world.is_main:
             return
         rows = {name: self._metrics(name, score) for name, score in scores.items()}

@@ -6,11 +6,13 @@ them, so that training on the cache is the same mathematics as encoding in each 
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 from safetensors.torch import save
 
 from skinsynth.config import Config
-from skinsynth.data import concepts
+from skinsynth.data import concepts, views
 from skinsynth.data.shards import Dataset, ShardWriter, claim, missing_parts, to_npy, write_manifest
 from skinsynth.models import diffusion, hub
 from skinsynth.run import Progress, RunDir, Task, sha256_file, write_bytes, write_json
@@ -18,10 +20,10 @@ from skinsynth.world import World
 
 
 def encode(cfg: Config, run: RunDir, task: Task) -> None:
-    """Writes ``<run>-latents``: one sample per chosen image, ``moments.npy`` float32 (variants, 2, channels, h, w), variants being
-    the image and, with ``encode.flip``, its mirror image; and ``encode/prompts.safetensors`` float32 (prompts, tokens, width).
+    """Writes ``<run>-latents``: one sample per chosen image, ``moments.npy`` float32 (views, 2, channels, h, w), views being the image and
+    crops of it, with ``encode.flip`` each with its mirror image; and ``encode/prompts.safetensors`` float32 (prompts, tokens, width).
 
-    Units are the shards of the training split.
+    Units are the shards of the training split. With ``finetune.cache_latents=false`` only the prompts are encoded.
 
     Raises:
         UserError: base model incomplete or of another image size, a concept without images.
@@ -30,34 +32,30 @@ def encode(cfg: Config, run: RunDir, task: Task) -> None:
     base = hub.resolve_base(cfg.model.base)
     pipe = diffusion.load_pipeline(base).to(World().device)
     diffusion.latent_shape(pipe, cfg.prepare.size)
-    wanted = sorted({i for source in concepts.sources(cfg, train) for i in source.samples})
-    folder, units = run.dataset(cfg, "latents"), len(train.manifest["shards"])
+    sources = concepts.sources(cfg, train)
+    wanted = sorted({i for source in sources for i in source.samples}) if cfg.finetune.cache_latents else []
+    folder, units = run.dataset(cfg, "latents"), len(train.manifest["shards"]) if wanted else 0
     base_sha256 = diffusion.weights_sha256(base)
-    claim(folder, {"base_sha256": base_sha256, "train_sha256": sha256_file(train.folder / "manifest.json"), "flip": cfg.encode.flip,
-                   "batch": cfg.encode.batch, "samples": [train.keys[i] for i in wanted]})
+    claim(folder, {"base_sha256": base_sha256, "train_sha256": sha256_file(train.folder / "manifest.json"), "seed": cfg.seed,
+                   **asdict(cfg.encode), "samples": [train.keys[i] for i in wanted]})
     mine = {unit: sorted(set(train.shard_samples(unit)) & set(wanted)) for unit in task.mine(missing_parts(folder, units))}
     progress = Progress(run, "encode", task.index, sum(len(samples) for samples in mine.values()), "images")
     for unit, samples in mine.items():
         with ShardWriter(folder, unit) as shard:
             for batch, count in diffusion.padded(samples, cfg.encode.batch):
-                moments = _moments(pipe.vae, np.stack([train.image(i) for i in batch]), cfg.encode.flip)
+                drawn = np.stack([views.views(train.image(i), train.keys[i], cfg.encode, cfg.seed) for i in batch], 1)
+                moments = np.stack([diffusion.encode_images(pipe.vae, view) for view in drawn], 1)
                 for i, values in zip(batch[:count], moments[:count], strict=True):
                     shard.add(train.keys[i], {"moments.npy": to_npy(values)})
                 progress.advance(count)
     if not missing_parts(folder, units):
-        _finish(cfg, run, pipe, units, base_sha256)
+        _finish(cfg, run, pipe, units, base_sha256, concepts.prompts(cfg, sources))
 
 
-def _moments(vae: object, images: np.ndarray, flip: bool) -> np.ndarray:
-    """float32 (n, variants, 2, channels, h, w)."""
-    variants = [images, images[:, :, ::-1].copy()] if flip else [images]
-    return np.stack([diffusion.encode_images(vae, v) for v in variants], 1)
-
-
-def _finish(cfg: Config, run: RunDir, pipe: object, units: int, base_sha256: str) -> None:
-    folder, texts = run.dataset(cfg, "latents"), concepts.prompts(cfg)
+def _finish(cfg: Config, run: RunDir, pipe: object, units: int, base_sha256: str, texts: list[str]) -> None:
+    folder = run.dataset(cfg, "latents")
     embeddings = run.node("encode") / "prompts.safetensors"
     write_bytes(embeddings, save({"embeddings": diffusion.encode_prompts(pipe, texts)}))
     write_json(run.node("encode") / "prompts.json", texts)
-    manifest = write_manifest(folder, units, kind="latents", base=cfg.model.base, base_sha256=base_sha256, flip=cfg.encode.flip)
+    manifest = write_manifest(folder, units, kind="latents", base=cfg.model.base, base_sha256=base_sha256, views=views.count(cfg.encode))
     run.finish("encode", {"images": manifest["count"], "prompts": len(texts)}, [folder / "manifest.json", embeddings])

@@ -1,93 +1,205 @@
-"""Checkpoints that are whole or not there: written beside, marked complete, renamed; torn ones are passed over.
+"""Checkpoints that are whole or not there, and that any number of ranks at any ZeRO stage reads.
 
 ::
 
-    checkpoints/step-00000200/   the engine's files, one set per rank where ZeRO shards them
-                    complete.json   step, sizes of all files, topology: written last, before the rename
+    checkpoints/step-00000200/   rank-00000.safetensors ...   whole float32 tensors, ``weight/<parameter>``, ``exp_avg/<parameter>``, dealt
+                                                              to the ranks that wrote; the names say nothing about who reads them
+                    complete.json   step, sizes and hashes of all files, state of the loop: written last, before the rename
+
+The ranks gather and copy to the host's memory at a step boundary; writing goes on in a thread while they train. DeepSpeed's own
+format is not used: it is pickled, and another number of ranks reads it only after a conversion.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
+import threading
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from skinsynth.errors import UserError
-from skinsynth.run import read_json, sync, write_json
-from skinsynth.train.engine import Engine
+from skinsynth.run import read_json, sha256_file, sync, write_json
 from skinsynth.world import World
+
+if TYPE_CHECKING:
+    from skinsynth.train.engine import Engine
 
 log = logging.getLogger(__name__)
 
 
-def save(folder: Path, step: int, engine: Engine, world: World, keep: int, state: dict[str, Any]) -> None:
-    """A collective: every rank calls it at the same step. ``state``: small JSON values of the loop."""
-    final, temp = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
-    if world.is_main:
-        shutil.rmtree(temp, ignore_errors=True)
-        temp.mkdir(parents=True)
-    world.barrier()
-    engine.save(temp)
-    world.barrier()
-    if world.is_main:
-        sizes = {str(p.relative_to(temp)): p.stat().st_size for p in sorted(temp.rglob("*")) if p.is_file()}
-        for name in sizes:
-            sync(temp / name)
-        write_json(temp / "complete.json", {"step": step, "files": sizes, "topology": engine.topology, "state": state})
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temp, final)
-        sync(folder)
-        _prune(folder, keep)
-    world.barrier()
+@dataclass
+class Checkpoint:
+    """A whole one, on disk."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    files: list[str]
+
+    @cached_property
+    def _index(self) -> dict[str, Any]:
+        opened = [safe_open(self.path / name, "pt") for name in self.files]
+        return {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (it is no dict)
+
+    def tensor(self, key: str, name: str) -> torch.Tensor:
+        """float32, on the CPU. Raises ``UserError`` where the checkpoint has no such tensor."""
+        if f"{key}/{name}" not in self._index:
+            raise UserError(f"checkpoint {self.path} has no '{key}' of '{name}': it was made by another model or method; delete it to begin again")
+        return self._index[f"{key}/{name}"].get_tensor(f"{key}/{name}")
+
+    def keys(self, name: str) -> list[str]:
+        """What is there of a parameter: ``weight``, ``exp_avg`` ..."""
+        return [full.split("/", 1)[0] for full in self._index if full.split("/", 1)[1] == name]
 
 
-def restore(folder: Path, engine: Engine, world: World) -> tuple[int, dict[str, Any]]:
-    """Loads the newest whole checkpoint; (0, {}) where there is none. A collective.
+@dataclass
+class Checkpoints:
+    """The folder of a training. ``identity``: what a checkpoint must have been made with; ``found``: the one to go on from.
+
+    Constructing it is a collective.
 
     Raises:
-        UserError: the checkpoint was written by another number of ranks or at another ZeRO stage.
+        UserError: the newest checkpoint was made with another ``identity``; the differences are listed.
     """
-    path = world.gather(str(_latest(folder) or ""))[0]  # rank 0 decides: file systems may show a new folder at different times
-    if not path:
-        return 0, {}
-    found = read_json(Path(path) / "complete.json")
-    if found["topology"] != engine.topology:
-        raise UserError(f"checkpoint {path} was written with {found['topology']}, this job has {engine.topology}: start it with the same "
-                        f"number of ranks and ZeRO stage, or delete {folder} to begin again")
-    engine.load(Path(path))
-    log.info("resumed from %s", path)
-    return found["step"], found["state"]
 
+    folder: Path
+    world: World
+    identity: dict[str, Any]
+    keep: int = 2
+    keep_every: int = 0
+    found: Checkpoint | None = field(init=False, default=None)
+    _thread: threading.Thread | None = field(init=False, default=None)
+    _error: BaseException | None = field(init=False, default=None)
 
-def _latest(folder: Path) -> Path | None:
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        problem = _torn(path)
-        if problem is None:
-            return path
-        log.warning("checkpoint %s is passed over: %s", path, problem)
-    return None
+    def __post_init__(self) -> None:
+        self.identity = json.loads(json.dumps(self.identity))  # as it will be read back
+        self.found = self._find()
 
+    # ---- reading ----
 
-def _torn(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None when it is whole."""
-    try:
+    def _find(self) -> Checkpoint | None:
+        names = self.world.gather([p.name for p in sorted(self.folder.glob("step-*"), reverse=True)])[0]  # as rank 0 sees the folder
+        for name in names:
+            path = self.folder / name
+            problems = [p for p in self.world.gather(self._problem(path)) if p]
+            if not problems:
+                return self._read(path)
+            if self.world.is_main:
+                log.warning("checkpoint %s is passed over: %s", path, problems[0])
+        return None
+
+    def _problem(self, path: Path) -> str | None:
+        """What is wrong with a checkpoint; None when it is whole. The ranks share the hashing."""
+        try:
+            found = read_json(path / "complete.json")
+        except ValueError:
+            return "complete.json cannot be read"
+        if found is None:
+            return "complete.json is missing"
+        for number, (name, facts) in enumerate(found["files"].items()):
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if (path / name).stat().st_size != facts["bytes"]:
+                return f"{name} has {(path / name).stat().st_size} bytes instead of {facts['bytes']}"
+            if number % self.world.size == self.world.rank and sha256_file(path / name) != facts["sha256"]:
+                return f"{name} has changed since it was written (its checksum differs)"
+        return None
+
+    def _read(self, path: Path) -> Checkpoint:
         found = read_json(path / "complete.json")
-    except ValueError:
-        return "complete.json cannot be read"
-    if found is None:
-        return "complete.json is missing"
-    for name, size in found["files"].items():
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if (path / name).stat().st_size != size:
-            return f"{name} has {(path / name).stat().st_size} bytes instead of {size}"
-    return None
+        theirs, mine = found["identity"], self.identity
+        differing = [f"{k}: {theirs.get(k, '(not set)')} -> {mine.get(k, '(not set)')}" for k in sorted(theirs.keys() | mine.keys())
+                     if theirs.get(k) != mine.get(k)]
+        if differing:
+            raise UserError(f"checkpoint {path} was made with another configuration:\n  " + "\n  ".join(differing) +
+                            f"\ntake another run folder, or delete {self.folder} to begin again")
+        log.info("going on from %s (written by %s)", path, found["topology"])
+        return Checkpoint(path, found["step"], found["state"], list(found["files"]))
 
+    # ---- writing ----
 
-def _prune(folder: Path, keep: int) -> None:
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    for stale in folder.glob(".step-*.tmp"):  # left by a gang that died while it saved
-        shutil.rmtree(stale, ignore_errors=True)
+    def save(self, step: int, engine: Engine, state: dict[str, Any]) -> None:
+        """A collective: every rank calls it at the same step. Returns when the state is in the host's memory; a thread writes it.
+
+        ``state``: small JSON values of the loop.
+
+        Raises:
+            UserError: the one before could not be written (on any rank).
+        """
+        self.wait()
+        final, temp = self.folder / f"step-{step:08d}", self.folder / f".step-{step:08d}.tmp"
+        if self.world.is_main:
+            shutil.rmtree(temp, ignore_errors=True)
+            temp.mkdir(parents=True)
+        mine = self._gather(engine)
+        facts = {"step": step, "topology": engine.topology, "identity": self.identity, "state": {**state, "scaler": engine.scaler()}}
+        self.world.barrier()  # the folder is there
+        self._thread = threading.Thread(target=self._write, args=(final, temp, mine, facts), name="checkpoint")
+        self._thread.start()
+
+    def _gather(self, engine: Engine) -> dict[str, torch.Tensor]:
+        """This rank's share: whole tensors on the CPU, the parameters dealt out in turn."""
+        mine = {}
+        for number, name in enumerate(engine.trained):
+            own = number % self.world.size == self.world.rank
+            for key in engine.keys_of(name) if own or engine.sharded else ():
+                value = engine.full(key, name)
+                if own:
+                    mine[f"{key}/{name}"] = value.to("cpu", copy=True).contiguous()
+        return mine
+
+    def _write(self, final: Path, temp: Path, mine: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        try:
+            file = temp / f"rank-{self.world.rank:05d}.safetensors"
+            save_file(mine, file)
+            sync(file)
+            write_json(file.with_suffix(".json"), {"bytes": file.stat().st_size, "sha256": sha256_file(file)})
+            if self.world.is_main:
+                self._commit(final, temp, facts)
+        except BaseException as error:  # told at the next step boundary where all ranks are together
+            self._error = error
+
+    def _commit(self, final: Path, temp: Path, facts: dict[str, Any], patience: float = 1800) -> None:
+        """Rank 0, in its thread, where no collective may run: it sees by their files that the others have written."""
+        names, end = [f"rank-{rank:05d}" for rank in range(self.world.size)], time.monotonic() + patience
+        while not all((temp / f"{name}.json").exists() for name in names):
+            if time.monotonic() > end:
+                raise TimeoutError(f"the other ranks did not write their parts of {temp} within {patience:.0f} s")
+            time.sleep(0.02)
+        files = {f"{name}.safetensors": read_json(temp / f"{name}.json") for name in names}
+        for name in names:
+            (temp / f"{name}.json").unlink()
+        write_json(temp / "complete.json", {**facts, "files": files})
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temp, final)
+        sync(self.folder)
+        self._prune()
+
+    def wait(self) -> None:
+        """A collective: returns when the last save is on disk.
+
+        Raises:
+            UserError, OSError: it could not be written, on any rank.
+        """
+        if self._thread:
+            self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        self.world.together(error)
+
+    def _prune(self) -> None:
+        whole = sorted(self.folder.glob("step-*"))
+        for old in whole[:-self.keep]:
+            if not self.keep_every or int(old.name[5:]) % self.keep_every:
+                shutil.rmtree(old, ignore_errors=True)
+        for stale in self.folder.glob(".step-*.tmp"):  # left by a gang that died while it saved
+            shutil.rmtree(stale, ignore_errors=True)

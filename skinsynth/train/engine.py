@@ -2,22 +2,37 @@
 
 ZeRO stage 0, or a single rank, is plain data parallel (accelerate alone); stages 1 to 3 are DeepSpeed's (Rajbhandari
 et al. 2020). The learning rate is set from outside as a function of the step: a schedule has no state to lose.
+
+What there is to save is, per trained parameter, the float32 master weight and the optimizer's states, *whole*: ``full`` and
+``_set`` go through DeepSpeed's tensor-fragment functions, so that a checkpoint knows neither ranks nor ZeRO stages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.nn.functional as F
 
 from skinsynth.config import Training
 from skinsynth.errors import UserError
+from skinsynth.train.optimizer import build_optimizer
 from skinsynth.world import World
 
 Batch = dict[str, torch.Tensor]
+WEIGHT = "weight"
+
+
+class Saved(Protocol):
+    """What an engine goes on from (``checkpoint.Checkpoint``)."""
+
+    step: int
+    state: dict[str, Any]
+
+    def tensor(self, key: str, name: str) -> torch.Tensor: ...
+
+    def keys(self, name: str) -> list[str]: ...
 
 
 def micro_batch(cfg: Training, world: World, section: str) -> int:
@@ -39,21 +54,32 @@ def micro_batch(cfg: Training, world: World, section: str) -> int:
 class Engine:
     """Holds the model, its optimizer and the distributed machinery.
 
-    ``topology`` says what a checkpoint of this engine can be read by.
+    ``found``: what to go on from. Its weights are put in place before anything is wrapped, so that all copies of them agree.
     """
 
-    def __init__(self, cfg: Training, world: World, model: torch.nn.Module, section: str):
-        self.cfg, self.world = cfg, world
+    def __init__(self, cfg: Training, world: World, model: torch.nn.Module, section: str, found: Saved | None = None):
+        self.cfg, self.world, self.section = cfg, world, section
         self.micro = micro_batch(cfg, world, section)
         self.accumulation = cfg.global_batch // world.size // self.micro
         self.sharded = cfg.zero > 0 and world.size > 1
-        self.topology = {"ranks": world.size if self.sharded else 1, "zero": cfg.zero if self.sharded else 0}
+        self.topology = {"ranks": world.size, "zero": cfg.zero if self.sharded else 0}
         self.accelerator = self._accelerator()
         if self.accelerator.num_processes != world.size:
             raise RuntimeError(f"accelerate sees {self.accelerator.num_processes} processes, the gang has {world.size}")
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if found:
+            for name, p in self.trained.items():
+                p.data.copy_(found.tensor(WEIGHT, name))
+        if not self.sharded:  # ZeRO flattens the weights
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.adam = build_optimizer(cfg, list(self.trained.values()))
+        self.model, self.optimizer = self.accelerator.prepare(model, self.adam)
+        if self.sharded:  # accelerate told transformers to shard, with collectives, whatever is loaded from now on: on rank 0 alone it would hang
+            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+            unset_hf_deepspeed_config()
+        if found:
+            self._go_on(found)
 
     def _accelerator(self) -> Any:
         from accelerate import Accelerator
@@ -69,8 +95,9 @@ class Engine:
                 "train_micro_batch_size_per_gpu": self.micro,
                 "gradient_accumulation_steps": self.accumulation,
                 "gradient_clipping": self.cfg.max_grad_norm,
-                "zero_optimization": {"stage": self.cfg.zero},
+                "zero_optimization": self._zero(cpu),
                 "zero_force_ds_cpu_optimizer": False,  # AdamW is torch's own: nothing is compiled on the node
+                "zero_allow_untested_optimizer": True,  # ours is torch's with one more state
                 "bf16": {"enabled": self.cfg.precision == "bf16"},
                 "fp16": {"enabled": self.cfg.precision == "fp16"},
                 "steps_per_print": 10**9,
@@ -83,6 +110,11 @@ class Engine:
             kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if cpu and self.world.size > 1 else None,
         )
 
+    def _zero(self, cpu: bool) -> dict[str, Any]:
+        place = {"device": "cpu", "pin_memory": not cpu}
+        parts = {"none": (), "optimizer": ("optimizer",), "parameters": ("optimizer", "param")}[self.cfg.offload]
+        return {"stage": self.cfg.zero, **{f"offload_{part}": place for part in parts}}
+
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
@@ -92,44 +124,130 @@ class Engine:
         """The model without what wraps it."""
         return self.accelerator.unwrap_model(self.model)
 
-    def step(self, lr: float, batches: Iterable[Batch], loss: Callable[[Any, Batch], torch.Tensor]) -> torch.Tensor:
-        """Forward, backward over the micro batches, one update. Returns this rank's mean loss, on the device, not waited for."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+    def step(self, lr: float, ema_decay: float, batches: Iterable[Batch], loss: Callable[[Any, Batch], torch.Tensor]) -> torch.Tensor:
+        """Forward, backward over the micro batches, one update. Returns this rank's mean loss, on the device, not waited for.
+
+        Raises:
+            UserError: out of memory; the message says what to turn on.
+        """
+        for group in self.adam.param_groups:
+            group["lr"], group["ema_decay"] = lr, ema_decay
         self.model.train()
         total = torch.zeros((), device=self.device)
-        for batch in batches:
-            batch = {name: values.to(self.device, non_blocking=True) for name, values in batch.items()}
-            with self.accelerator.accumulate(self.model):
-                value = loss(self.model, batch)
-                self.accelerator.backward(value)
-                if not self.sharded and self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            total += value.detach() / self.accumulation
+        try:
+            for batch in batches:
+                batch = {name: values.to(self.device, non_blocking=True) for name, values in batch.items()}
+                with self.accelerator.accumulate(self.model):
+                    value = loss(self.model, batch)
+                    self.accelerator.backward(value)
+                    if not self.sharded and self.accelerator.sync_gradients:
+                        self.accelerator.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+                total += value.detach() / self.accumulation
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise UserError(self._memory_advice(str(error).splitlines()[0])) from None
         return total
+
+    def _memory_advice(self, words: str) -> str:
+        s, cfg = self.section, self.cfg
+        ways = [f"{s}.micro_batch={self.micro // 2} (it is {self.micro}; the global batch stays)"] if self.micro > 1 else []
+        if getattr(cfg, "gradient_checkpointing", True) is False:
+            ways.append(f"{s}.gradient_checkpointing=true")
+        if cfg.precision == "fp32":
+            ways.append(f"{s}.precision=bf16 (in a new run)")
+        if cfg.zero < 3:
+            ways.append(f"{s}.zero={cfg.zero + 1} over more ranks")
+        if cfg.offload == "none" and cfg.zero:
+            ways.append(f"{s}.offload=optimizer")
+        if getattr(cfg, "lora_rank", 1) == 0:
+            ways.append(f"{s}.lora_rank=16 (in a new run)")
+        return f"out of memory ({words}): turn on {'; or '.join(ways)}; then launch again: it goes on from the last checkpoint"
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean over the ranks. A collective."""
         return self.accelerator.reduce(values, "mean")
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The whole weights on the CPU, float32. A collective under ZeRO-3."""
-        state = self.accelerator.get_state_dict(self.model)
-        return {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+    # ---- the whole state, parameter by parameter ----
 
-    def save(self, folder: Path) -> None:
-        """A collective: under ZeRO every rank writes its share."""
+    def full(self, key: str, name: str) -> torch.Tensor:
+        """``weight``, ``exp_avg``, ``exp_avg_sq`` or ``ema`` of a trained parameter: float32, in its shape. A collective under ZeRO."""
+        p = self.trained[name]
         if self.sharded:
-            self.model.save_checkpoint(str(folder), tag="zero")
-        elif self.world.is_main:
-            save_file(self.state_dict(), folder / "model.safetensors")
-            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+            from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    def load(self, folder: Path) -> None:
+            value = safe_get_full_fp32_param(p) if key == WEIGHT else safe_get_full_optimizer_state(p, key)
+        else:
+            value = p if key == WEIGHT else self.adam.state[p][key]
+        return value.detach().float() if value.is_floating_point() else value.detach()  # 8-bit states are not
+
+    def keys_of(self, name: str) -> list[str]:
+        """What there is to save of a trained parameter, once a step was done."""
         if self.sharded:
-            self.model.load_checkpoint(str(folder), tag="zero")
-            return
-        self.bare.load_state_dict(load_file(folder / "model.safetensors"))
-        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+            return [WEIGHT, "exp_avg", "exp_avg_sq", *(["ema"] if self.cfg.ema_decay else [])]
+        state = self.adam.state[self.trained[name]]
+        return [WEIGHT, *(key for key, value in state.items() if torch.is_tensor(value) and key != "step")]
+
+    def weights(self, key: str = "") -> dict[str, torch.Tensor]:
+        """The trained weights on the CPU, float32: their moving average where there is one. A collective under ZeRO."""
+        key = key or ("ema" if self.cfg.ema_decay else WEIGHT)
+        return {name: self.full(key, name).cpu().contiguous() for name in self.trained}
+
+    def scaler(self) -> dict[str, Any]:
+        """The loss scale of fp16; {} at other precisions."""
+        if self.cfg.precision != "fp16":
+            return {}
+        if not self.sharded:
+            return dict(self.accelerator.scaler.state_dict())
+        own = self.model.optimizer.loss_scaler
+        return {name: getattr(own, name) for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")}
+
+    def _go_on(self, found: Saved) -> None:
+        """Puts the saved states in place, of which every rank takes what it holds."""
+        if self.sharded:
+            for flat in self._flat():
+                keys = self.keys_of(next(iter(self.trained)))[1:]
+                self.adam.state[flat] = {**self._step(flat, found.step), **{key: torch.zeros_like(flat) for key in keys}}
+            if self.cfg.zero < 3:
+                self.model.optimizer._lazy_init_hp_params_optimizer_state()  # else done after the first step
+        else:
+            for p in self.trained.values():
+                self.adam.state[p] = self._step(p, found.step)
+        for name in self.trained:
+            for key in self.keys_of(name) if self.sharded else found.keys(name):
+                self._set(key, name, found.tensor(key, name))
+        scaler = found.state.get("scaler")
+        if scaler and self.sharded:
+            vars(self.model.optimizer.loss_scaler).update(scaler)
+        elif scaler:
+            self.accelerator.scaler.load_state_dict(scaler)
+
+    def _flat(self) -> list[torch.Tensor]:
+        """This rank's flat float32 shares, which DeepSpeed gives to the optimizer in place of the parameters."""
+        zero = self.model.optimizer
+        return list(zero.fp32_partitioned_groups_flat if self.cfg.zero == 3 else zero.single_partition_of_fp32_groups)
+
+    def _step(self, like: torch.Tensor, step: int) -> dict[str, Any]:
+        """The optimizer's own count of steps, in the form that it wants."""
+        if self.cfg.optimizer == "adamw8bit":
+            return {"step": step}
+        return {"step": torch.tensor(float(step), device=like.device if self.adam.param_groups[0].get("fused") else "cpu")}
+
+    def _set(self, key: str, name: str, value: torch.Tensor) -> None:
+        import deepspeed.utils as ds
+
+        p: Any = self.trained[name]
+        if not self.sharded and key == WEIGHT:
+            p.data.copy_(value)
+        elif not self.sharded:
+            self.adam.state[p][key] = value.to(p.device)
+        elif self.cfg.zero < 3:
+            value = value.to(p.device)
+            ds.safe_set_full_fp32_param(p, value) if key == WEIGHT else ds.safe_set_full_optimizer_state(p, value, key)
+        else:  # its own share: safe_set_full_... cannot cut a parameter that the ranks do not divide
+            share = p.ds_tensor.numel()
+            padded = F.pad(value.flatten(), (0, share * self.world.size - value.numel()))
+            mine = padded[share * self.world.rank:share * (self.world.rank + 1)].to(p.device)
+            ds.safe_set_local_fp32_param(p, mine) if key == WEIGHT else ds.safe_set_local_optimizer_state(p, mine, key)

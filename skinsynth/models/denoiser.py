@@ -1,0 +1,115 @@
+"""What fine-tuning trains: a pipeline's UNet, with its text encoder or without, whole or through LoRA adapters; and its way back
+into a diffusers folder.
+
+The names of the trained parameters (``unet.down_blocks...``) are those of the wrapped models, so that they fit a fresh pipeline.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skinsynth.config import Finetune
+from skinsynth.errors import UserError
+from skinsynth.models import attention
+
+# The projections of the attention layers, as in diffusers' own LoRA scripts (Hu et al. 2022)
+UNET_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
+TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Denoiser(torch.nn.Module):
+    """One module for the engine. ``batch`` has ``text`` float32 (n, tokens, width), or ``tokens`` int64 (n, tokens) where the text encoder trains."""
+
+    def __init__(self, unet: Any, text_encoder: Any = None):
+        super().__init__()
+        self.unet = unet
+        self.text_encoder = text_encoder
+
+    def forward(self, noisy: torch.Tensor, timestep: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """float32 (n, c, h, w): the predicted noise or velocity."""
+        text = self.text_encoder(batch["tokens"])[0] if self.text_encoder is not None else batch["text"]
+        dtype = self.unet.dtype  # DeepSpeed casts the weights, not what comes in
+        noisy = noisy.to(dtype, memory_format=torch.channels_last)  # convolutions are faster so
+        return self.unet(noisy, timestep, encoder_hidden_states=text.to(dtype), return_dict=False)[0]
+
+
+def build(pipe: Any, cfg: Finetune, kind: str, seed: int) -> Denoiser:
+    """The trainable part of a pipeline; ``kind``: the attention kernel.
+
+    LoRA starts at nothing: its second matrix is zero, the first drawn from ``seed``, the same on all ranks.
+    """
+    model = Denoiser(pipe.unet, pipe.text_encoder if cfg.train_text_encoder else None)
+    attention.apply(pipe.unet, kind)
+    model.requires_grad_(not cfg.lora_rank)
+    if cfg.lora_rank:
+        torch.manual_seed(seed)
+        add_adapters(model, cfg)
+        if cfg.precision in HALF:  # what is not trained needs no master copy
+            for p in model.parameters():
+                p.data = p.data.to(torch.float32 if p.requires_grad else HALF[cfg.precision])
+    if cfg.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+        if cfg.train_text_encoder:
+            pipe.text_encoder.gradient_checkpointing_enable()
+    return model
+
+
+def add_adapters(model: Denoiser, cfg: Finetune) -> None:
+    from peft import LoraConfig
+
+    def config(targets: list[str]) -> Any:
+        return LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha or cfg.lora_rank, init_lora_weights="gaussian", target_modules=targets)
+
+    model.unet.add_adapter(config(UNET_TARGETS))
+    if model.text_encoder is not None:
+        model.text_encoder.add_adapter(config(TEXT_TARGETS))
+
+
+def put_back(pipe: Any, cfg: Finetune, weights: dict[str, torch.Tensor]) -> None:
+    """Puts trained weights into a fresh pipeline of the same base; LoRA as adapters, which stay apart."""
+    model = Denoiser(pipe.unet, pipe.text_encoder if cfg.train_text_encoder else None)
+    if cfg.lora_rank and not getattr(pipe.unet, "peft_config", None):
+        add_adapters(model, cfg)
+    odd = model.load_state_dict(weights, strict=False).unexpected_keys
+    if odd:
+        raise RuntimeError(f"trained weights that the pipeline does not have: {odd[:3]}")
+
+
+def save_lora(pipe: Any, cfg: Finetune, folder: Path) -> None:
+    """``pytorch_lora_weights.safetensors``, as ``pipe.load_lora_weights(folder)`` of plain diffusers reads it."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    def layers(model: Any) -> dict[str, torch.Tensor]:
+        return convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
+
+    text = layers(pipe.text_encoder) if cfg.train_text_encoder else None
+    metadata = {"unet_lora_adapter_metadata": pipe.unet.peft_config["default"].to_dict()}
+    if text is not None:
+        metadata["text_encoder_lora_adapter_metadata"] = pipe.text_encoder.peft_config["default"].to_dict()
+    type(pipe).save_lora_weights(folder, unet_lora_layers=layers(pipe.unet), text_encoder_lora_layers=text,
+                                 safe_serialization=True, **metadata)
+
+
+def merge_lora(pipe: Any, path: Path, scale: float) -> None:
+    """Adds a LoRA file (or folder with one) to the weights of a pipeline, for good.
+
+    Raises:
+        UserError: no such file, or it was made for a base of another shape.
+    """
+    if not path.exists():
+        raise UserError(f"LoRA {path} does not exist (give a .safetensors file, or a folder with pytorch_lora_weights.safetensors)")
+    folder, name = (path, None) if path.is_dir() else (path.parent, path.name)
+    try:
+        pipe.load_lora_weights(folder, weight_name=name, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"LoRA {path} cannot be loaded: {str(error).splitlines()[0]}") from None
+    except RuntimeError as error:  # torch's "size mismatch for ..."
+        line = next((row.strip() for row in str(error).splitlines() if "size mismatch" in row), str(error).splitlines()[0])
+        raise UserError(f"LoRA {path} does not fit the base model, which has another shape: {line}") from None
+    pipe.fuse_lora(lora_scale=scale)
+    pipe.unload_lora_weights()

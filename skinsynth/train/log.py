@@ -1,0 +1,163 @@
+"""What a training tells: one line per step in ``metrics.jsonl``, TensorBoard beside it, where the time of a start went.
+
+The losses stay on the device until they are flushed, so that no step waits for the device.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from skinsynth.config import Training
+from skinsynth.errors import UserError
+from skinsynth.run import write_json, write_text
+from skinsynth.train.engine import Batch, Engine
+from skinsynth.train.optimizer import learning_rate
+
+# Dense bf16 peak in FLOP/s, from the vendors' data sheets; of other devices no MFU is told.
+PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A40": 150e12, "A6000": 155e12, "V100": 125e12}
+
+
+class TrainLog:
+    """``flush`` is a collective; all else is each rank's own."""
+
+    def __init__(self, folder: Path, engine: Engine, begin: int, keys: Callable[[range], list[str]]):
+        self.path, self.engine, self.keys, self.begin = folder / "metrics.jsonl", engine, keys, begin
+        self.waiting: list[tuple[int, torch.Tensor]] = []
+        self.since, self.waited, self.flops = time.perf_counter(), 0.0, 0
+        self.usual = [row["loss"] for row in read_lines(self.path) if row["step"] <= begin]
+        self.board: Any = None
+        if engine.world.is_main:
+            keep_lines(self.path, begin)
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=begin + 1)
+
+    def counted(self, loss: Callable[[Any, Batch], torch.Tensor]) -> Callable[[Any, Batch], torch.Tensor]:
+        """The same loss; its first call counts the floating-point operations of a micro batch's forward pass."""
+
+        def first(model: Any, batch: Batch) -> torch.Tensor:
+            if self.flops:
+                return loss(model, batch)
+            from torch.utils.flop_counter import FlopCounterMode
+
+            with FlopCounterMode(display=False) as counter:
+                value = loss(model, batch)
+            self.flops = counter.get_total_flops() or 1
+            return value
+
+        return first if not self.flops else loss
+
+    def add(self, step: int, loss: torch.Tensor) -> None:
+        self.waiting.append((step, loss))
+        if step == self.begin:
+            loss.item()  # waits for the device, this once
+            lap("first step")
+            if self.engine.world.is_main:
+                write_json(self.path.parent / "startup.json", {"step": step, "seconds": dict(LAPS)})
+
+    def flush(self, waited: float) -> None:
+        """``waited``: seconds that this rank has waited for data since the start.
+
+        Raises:
+            UserError: a loss that is no finite number, or many times the usual one; that steps' lines are not written.
+        """
+        if not self.waiting:
+            return
+        cfg = self.engine.cfg
+        losses = self.engine.mean(torch.stack([loss for _, loss in self.waiting])).tolist()
+        numbers = [step for step, _ in self.waiting]
+        self._check(cfg, numbers, losses)
+        self.usual += losses
+        seconds = max(1e-9, time.perf_counter() - self.since)
+        speed = self._speed(cfg, len(losses), seconds, waited - self.waited)
+        self.waiting, self.since, self.waited = [], time.perf_counter(), waited
+        if not self.board:
+            return
+        rows = [{"step": step + 1, "loss": value, "lr": learning_rate(cfg, step), **speed} for step, value in zip(numbers, losses, strict=True)]
+        with open(self.path, "a") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in rows:
+            for name in row.keys() - {"step"}:
+                if row[name] is not None:
+                    self.board.add_scalar(name, row[name], row["step"])
+
+    def _speed(self, cfg: Training, steps: int, seconds: float, waited: float) -> dict[str, Any]:
+        """Means over the steps since the last flush, and this rank's peak memory until now."""
+        rate, size = steps * cfg.global_batch / seconds, self.engine.world.size
+        passes = 4 if getattr(cfg, "gradient_checkpointing", False) else 3  # forward, and backward at twice its cost; forward again
+        flops = self.flops * passes / self.engine.micro * rate / size
+        peak = peak_flops(self.engine.device)
+        return {"samples_per_second": round(rate, 2), "samples_per_second_per_rank": round(rate / size, 2),
+                "tflops_per_rank": round(flops / 1e12, 4), "mfu": round(flops / peak, 4) if peak else None,
+                "data_wait": round(waited / seconds, 4), "peak_memory_gb": round(peak_memory(self.engine.device) / 1e9, 3)}
+
+    def _check(self, cfg: Training, numbers: list[int], losses: list[float]) -> None:
+        bad = next(((step, loss) for step, loss in zip(numbers, losses, strict=True) if not math.isfinite(loss)), None)
+        if bad is None and len(self.usual) >= 20 and len(losses) > 1:
+            usual, now = statistics.median(self.usual[-500:]), statistics.fmean(losses)
+            if now > cfg.explode * usual:
+                bad = (numbers[int(np.argmax(losses))], now)
+        if bad is None:
+            return
+        step, loss = bad
+        names = self.keys(range(step * cfg.global_batch, (step + 1) * cfg.global_batch))
+        what = f"is {loss} at step {step + 1}"
+        if math.isfinite(loss):
+            what = (f"explodes: {loss:.4g} on average over steps {numbers[0] + 1} to {numbers[-1] + 1}, usually "
+                    f"{statistics.median(self.usual[-500:]):.4g}; the highest at step {step + 1}")
+        shown = ", ".join(names[:16]) + (f" and {len(names) - 16} more" if len(names) > 16 else "")
+        raise UserError(f"the loss {what} (samples {shown}): lower the learning rate, take more warm-up steps, or bf16 or fp32 instead of fp16; "
+                        "the last checkpoint is from before")
+
+    def pictures(self, step: int, found: dict[str, np.ndarray] | None) -> None:
+        """uint8 (height, width, 3) each."""
+        for name, image in (found or {}).items():
+            if self.board:
+                self.board.add_image(name, image, step, dataformats="HWC")
+
+
+LAPS: dict[str, float] = {}  # of this process: what -> seconds
+_last = [0.0]
+
+
+def lap(what: str) -> None:
+    """Notes the seconds since the last lap; the first since the process was started."""
+    now, last = time.time(), _last[0] or psutil.Process().create_time()
+    LAPS[what] = round(now - last, 3)
+    _last[0] = now
+
+
+def peak_flops(device: torch.device) -> float | None:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((value for known, value in PEAK.items() if known in name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def keep_lines(path: Path, last_step: int) -> None:
+    """Drops the lines of steps that will be done again, and a line that was torn."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in read_lines(path) if row["step"] <= last_step))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``.jsonl`` file; a last line without its end is left out."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

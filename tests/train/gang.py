@@ -1,0 +1,40 @@
+"""Runs a list of fine-tunings one after the other in the same ranks, so that a matrix of them pays for the start of two processes alone.
+
+``python gang.py LIST.json`` with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set: a list of run folders.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from skinsynth.run import RunDir
+from skinsynth.world import World, join
+
+
+def forget_accelerate() -> None:
+    """accelerate keeps the first plugin for the life of a process."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    for name in [n for n in os.environ if n.startswith("ACCELERATE_")]:
+        del os.environ[name]
+
+
+def main(paths: list[str], world: World) -> None:
+    from skinsynth.stages.finetune import finetune
+
+    for path in paths:
+        run = RunDir(Path(path))
+        forget_accelerate()
+        finetune(run.config(), run, world)
+        print(f"done {path}", flush=True)
+
+
+if __name__ == "__main__":
+    here = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
+    with join(here, {}):
+        main(json.loads(Path(sys.argv[1]).read_text()), here)
