@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from skinsynth.config import Config, Images
+from skinsynth.config import Config, Data, Images
 from skinsynth.data.order import Mixture, permutation
 from skinsynth.data.shards import Dataset
 from skinsynth.errors import UserError
@@ -12,12 +12,14 @@ from skinsynth.errors import UserError
 
 @dataclass(frozen=True)
 class Source:
-    """Images that share a prompt: ``samples`` are numbers in the training split, ``prior`` marks class images."""
+    """Images that share a prompt: ``samples`` are ascending numbers in the training split, ``shards`` how many of them lie in each
+    of its shards, ``prior`` marks class images."""
 
     name: str
     prompt: str
     samples: tuple[int, ...]
     prior: bool
+    shards: tuple[int, ...]
 
 
 def sources(cfg: Config, train: Dataset) -> list[Source]:
@@ -31,15 +33,19 @@ def sources(cfg: Config, train: Dataset) -> list[Source]:
     found = []
     for number, (name, concept) in enumerate(cfg.finetune.concepts.items()):
         key = f"finetune.concepts.{name}"
-        found.append(Source(name, concept.instance_prompt, _take(train, concept.instance, cfg.seed + number, f"{key}.instance"), False))
+        instance = _take(train, concept.instance, cfg.seed + number, f"{key}.instance")
+        found.append(Source(name, concept.instance_prompt, instance, False, train.shard_counts(instance)))
         if concept.class_prompt:
-            found.append(Source(name, concept.class_prompt, _take(train, concept.class_, cfg.seed + number, f"{key}.class"), True))
+            prior = _take(train, concept.class_, cfg.seed + number, f"{key}.class")
+            found.append(Source(name, concept.class_prompt, prior, True, train.shard_counts(prior)))
     return found
 
 
-def mixture(found: list[Source], seed: int) -> Mixture:
-    """Every concept as often as the others; instance and class images of a concept in turn."""
-    return Mixture(tuple(len(s.samples) for s in found), tuple(1.0 for _ in found), seed)
+def mixture(found: list[Source], seed: int, data: Data | None = None) -> Mixture:
+    """Every concept as often as the others; instance and class images of a concept in turn. ``data``: streams and window."""
+    data = data or Data()
+    return Mixture(tuple(len(s.samples) for s in found), tuple(1.0 for _ in found), seed, tuple(s.shards for s in found), data.streams,
+                   data.shuffle_window)
 
 
 def prompts(cfg: Config) -> list[str]:

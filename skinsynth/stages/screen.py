@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 
 from skinsynth.config import Config
-from skinsynth.data.shards import Dataset, to_npy
+from skinsynth.data.shards import BadSample, Dataset, to_npy
 from skinsynth.errors import UserError
 from skinsynth.quality import copies
 from skinsynth.quality.distances import Scaler, kid
@@ -135,7 +135,7 @@ def _read(dataset: Dataset, index: int, size: int) -> np.ndarray | str:
     """uint8 (size, size, 3), or what is wrong with the image."""
     try:
         image = dataset.image(index)
-    except (ValueError, KeyError, cv2.error) as error:
+    except (BadSample, KeyError) as error:
         return "has no jpg" if isinstance(error, KeyError) else "cannot be decoded"
     if image.shape != (size, size, 3):
         return f"is {image.shape[1]} x {image.shape[0]} pixels, not {size} x {size}"
