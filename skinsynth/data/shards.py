@@ -13,6 +13,7 @@ A tar's bytes depend on its samples alone (no times, no owners), so a shard made
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -183,7 +184,7 @@ class Handle:
 class Dataset:
     """A finished dataset: its manifest, and where each sample lies. Samples are numbered 0 .. len-1 in shard order.
 
-    Reading is safe under threads. ``fetch`` gives the path of a shard (name, bytes, sha256) that may have to be brought first.
+    Reading is safe under threads. ``fetch`` opens a shard (an entry of the manifest) that may have to be brought first.
     """
 
     folder: Path
@@ -191,12 +192,12 @@ class Dataset:
     keys: list[str]
     columns: dict[str, list[Any]]
     places: list[tuple[int, dict[str, list[int]]]]  # shard number, extension -> [offset, bytes] and, since 0.2, CRC-32
-    fetch: Callable[[dict[str, Any]], Path] | None = None
+    fetch: Callable[[dict[str, Any]], Handle] | None = None
     _files: dict[int, Handle] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @classmethod
-    def open(cls, folder: Path, tolerate: bool = False, fetch: Callable[[dict[str, Any]], Path] | None = None) -> Dataset:
+    def open(cls, folder: Path, tolerate: bool = False, fetch: Callable[[dict[str, Any]], Handle] | None = None) -> Dataset:
         """With ``tolerate`` a shard that is missing or of another size is found out when its samples are read (``BadSample``).
 
         Raises:
@@ -234,6 +235,8 @@ class Dataset:
         try:
             data = os.pread(self._handle(number).number, size, offset)
         except OSError as error:
+            if error.errno not in (0, errno.ENOENT, errno.EIO):  # a full disk, no right to read: not the sample's fault
+                raise
             raise self.bad(index, f"cannot be read ({error.strerror})") from None
         if len(data) != size:
             raise self.bad(index, f"is cut off: its {extension} has {len(data)} bytes of {size}")
@@ -245,11 +248,11 @@ class Dataset:
         found = self._files.get(number)
         if found is None:
             shard = self.manifest["shards"][number]
-            path = self.fetch(shard) if self.fetch else self.folder / shard["shard"]
+            found = self.fetch(shard) if self.fetch else Handle(self.folder / shard["shard"])
             with self._lock:
-                while len(self._files) >= HANDLES:
+                self._files[number] = found
+                if len(self._files) > HANDLES:
                     del self._files[next(iter(self._files))]
-                found = self._files.setdefault(number, Handle(path))
         return found
 
     def bad(self, index: int, reason: str) -> BadSample:
@@ -296,8 +299,9 @@ class Dataset:
         return tuple(len(list(inside)) for _, inside in groupby(samples, lambda i: self.places[i][0]))
 
     def verify(self) -> list[str]:
-        """The shards whose content is not that of the manifest."""
-        return [s["shard"] for s in self.manifest["shards"] if sha256_file(self.folder / s["shard"]) != s["sha256"]]
+        """The shards in the folder whose content is not that of the manifest; one that a remote still has is left out."""
+        here = [s for s in self.manifest["shards"] if not self.fetch or (self.folder / s["shard"]).exists()]
+        return [s["shard"] for s in here if sha256_file(self.folder / s["shard"]) != s["sha256"]]
 
     def close(self) -> None:
         with self._lock:

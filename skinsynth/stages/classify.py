@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from skinsynth.config import Config
+from skinsynth.data.cache import open_dataset
 from skinsynth.data.order import Mixture, sample_rng
 from skinsynth.data.shards import Dataset
 from skinsynth.data.stream import Source
@@ -57,7 +58,7 @@ class Data:
     def __init__(self, cfg: Config, run: RunDir, arm: str):
         self.seed = cfg.seed
         tolerate = cfg.data.on_error == "skip"  # of what is trained on; what is judged on must be whole
-        self.splits = {name: Dataset.open(run.dataset(cfg, name), tolerate and name == "train") for name in ("train", "val", "test")}
+        self.splits = {name: open_dataset(cfg, run, name, tolerate and name == "train") for name in ("train", "val", "test")}
         weights = {name: weight for name, weight in cfg.classify.arms[arm].sources.items() if weight > 0}
         self.names = list(weights)
         self.sources = {name: self._source(cfg, run, name) for name in self.names}
@@ -75,7 +76,7 @@ class Data:
         accepted = read_json(run.node("screen") / "accepted.json")
         if accepted is None:
             raise UserError(f"{run.node('screen')} has no accepted.json: the synthetic images were not screened")
-        synthetic, keys = Dataset.open(run.dataset(cfg, "synthetic"), cfg.data.on_error == "skip"), set(accepted["keys"])
+        synthetic, keys = open_dataset(cfg, run, "synthetic", cfg.data.on_error == "skip"), set(accepted["keys"])
         return Source(synthetic, [i for i, key in enumerate(synthetic.keys) if key in keys], cfg.data.on_error)
 
     def batch(self, positions: range) -> Batch:

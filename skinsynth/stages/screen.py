@@ -23,6 +23,7 @@ import cv2
 import numpy as np
 
 from skinsynth.config import Config
+from skinsynth.data.cache import open_dataset
 from skinsynth.data.shards import BadSample, Dataset, to_npy
 from skinsynth.errors import UserError
 from skinsynth.quality import copies
@@ -57,7 +58,7 @@ def screen(cfg: Config, run: RunDir, task: Task) -> None:
     Raises:
         UserError: a held-out group trained the generator, a real image is broken, or too few images are accepted.
     """
-    sets = {kind: Dataset.open(run.dataset(cfg, kind)) for kind in KINDS}
+    sets = {kind: open_dataset(cfg, run, kind) for kind in KINDS}
     check_lineage(sets)
     if _up_to_date(run, sets):
         return
