@@ -25,6 +25,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedRandom
 from pathlib import Path
 from typing import IO, Any
 
@@ -167,7 +168,7 @@ class Cache:
             total -= size
 
 
-def _wrong(file: IO[bytes], shard: dict[str, Any]) -> str:
+def _wrong(file: BufferedRandom, shard: dict[str, Any]) -> str:
     """In what a fetched tar differs from the manifest; empty when it does not."""
     size = file.seek(0, os.SEEK_END)
     if size != shard["bytes"]:

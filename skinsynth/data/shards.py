@@ -233,7 +233,8 @@ class Dataset:
         number, members = self.places[index]
         offset, size, *checksum = members[extension]
         try:
-            data = os.pread(self._handle(number).number, size, offset)
+            handle = self._handle(number)  # held until it is read, or another thread's opening might close it
+            data = os.pread(handle.number, size, offset)
         except OSError as error:
             if error.errno not in (0, errno.ENOENT, errno.EIO):  # a full disk, no right to read: not the sample's fault
                 raise
