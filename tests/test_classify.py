@@ -75,6 +75,11 @@ def test_augmentation_is_the_samples_own() -> None:
     image = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
     assert np.array_equal(augment(image, sample_rng(0, 3)), augment(image, sample_rng(0, 3)))
     assert len({augment(image, sample_rng(0, k)).tobytes() for k in range(20)}) == 20
+    rng = sample_rng(0, 5)
+    turned = np.rot90(image, int(rng.integers(4)))
+    turned = turned[:, ::-1] if rng.random() < 0.5 else turned
+    gain, offset = rng.uniform(0.9, 1.1), rng.uniform(-12, 12)
+    assert np.array_equal(augment(image, sample_rng(0, 5)), np.clip(turned * gain + offset, 0, 255).astype(np.uint8))
 
 
 def test_synthetic_images_in_the_test_split_are_an_error(setup: tuple[config.Config, RunDir], chain: Path) -> None:

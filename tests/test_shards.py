@@ -156,7 +156,13 @@ def test_more_shards_than_handles_are_read_under_threads(tmp_path: Path, monkeyp
 def test_a_decoded_image_has_the_colours_in_their_order() -> None:
     image = np.zeros((16, 16, 3), np.uint8)
     image[..., 0], image[..., 1] = 200, 90
-    red, green, blue = shards.decode(shards.encode_jpeg(image, 95)).reshape(-1, 3).mean(0)
+    batch = np.zeros((2, 16, 16, 3), np.uint8)
+    shards.decode(shards.encode_jpeg(image, 95), batch[1])
+    assert np.array_equal(batch[1], shards.decode(shards.encode_jpeg(image, 95)))
+    assert not batch[0].any()
+    with pytest.raises(ValueError, match="it is 16 x 16 pixels, not 8 x 16"):
+        shards.decode(shards.encode_jpeg(image, 95), np.zeros((16, 8, 3), np.uint8))
+    red, green, blue = batch[1].reshape(-1, 3).mean(0)
     assert abs(red - 200) < 3
     assert abs(green - 90) < 3
     assert blue < 5

@@ -270,9 +270,9 @@ class Dataset:
     def json(self, index: int) -> dict[str, Any]:
         return self._decoded(index, "json", json.loads)
 
-    def image(self, index: int) -> np.ndarray:
-        """uint8 (height, width, 3), RGB."""
-        return self._decoded(index, "jpg", decode)
+    def image(self, index: int, out: np.ndarray | None = None) -> np.ndarray:
+        """uint8 (height, width, 3), RGB; into ``out`` where that is given (a place in a batch), which an image of another size does not fit."""
+        return self._decoded(index, "jpg", lambda data: decode(data, out))
 
     def array(self, index: int, extension: str) -> np.ndarray:
         """A ``.npy`` file; one of Python objects is a ``BadSample``."""
@@ -318,18 +318,20 @@ def check_part(path: Path, shard: dict[str, Any], part: Any) -> None:
         raise UserError(f"{path}: '{bad[0] if bad else part['shard']}' cannot be used as a name: the dataset was not made by skinsynth")
 
 
-def decode(data: bytes) -> np.ndarray:
+def decode(data: bytes, out: np.ndarray | None = None) -> np.ndarray:
     """JPEG bytes -> uint8 (height, width, 3), RGB. For our own shards; foreign files go through ``isic.read_image``.
 
     Raises:
-        ValueError: not an image, or one whose data end early.
+        ValueError: not an image, or not one of the size of ``out``.
     """
     import cv2
 
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     if image is None:
         raise ValueError("not an image that can be decoded")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+    if out is not None and out.shape != image.shape:
+        raise ValueError(f"it is {image.shape[1]} x {image.shape[0]} pixels, not {out.shape[1]} x {out.shape[0]}")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=out)
 
 
 def to_npy(values: np.ndarray) -> bytes:
