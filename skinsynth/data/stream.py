@@ -75,6 +75,9 @@ class Feed(Generic[T]):
 
     def __init__(self, make_batch: Callable[[range], T], todo: Iterable[tuple[int, list[range]]], workers: int = 2, ahead: int = 2,
                  pin: bool = False):
+        import cv2
+
+        cv2.setNumThreads(1)  # the workers run side by side already
         self.waited = 0.0
         self._make = _pinned(make_batch) if pin else make_batch
         self._todo, self._ahead = iter(todo), max(1, ahead)
