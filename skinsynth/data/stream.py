@@ -66,8 +66,9 @@ class Source:
 class Feed(Generic[T]):
     """Batches made ahead by ``workers`` threads, given in order: ``(step, [a batch for each range of positions])``.
 
-    ``todo`` gives (step, ranges); ``ahead`` steps are in the making while one is used. What ``make_batch`` raises is raised where
-    that step would have been given. ``pin`` puts dicts of tensors into page-locked memory, from where a GPU copies them faster.
+    ``todo`` gives (step, ranges); ``ahead`` steps, one for each worker at least, are in the making while one is used. What ``make_batch``
+    raises is raised where that step would have been given. ``pin`` puts dicts of tensors into page-locked memory, from where a GPU
+    copies them faster.
     ``waited`` is how many seconds the consumer has waited in all: with loading fast enough, little more than the first step's.
 
     Use it in a ``with`` block, or read it to its end: both leave no thread behind.
@@ -80,7 +81,7 @@ class Feed(Generic[T]):
         cv2.setNumThreads(1)  # the workers run side by side already
         self.waited = 0.0
         self._make = _pinned(make_batch) if pin else make_batch
-        self._todo, self._ahead = iter(todo), max(1, ahead)
+        self._todo, self._ahead = iter(todo), max(ahead, workers)
         self._waiting: deque[tuple[int, list[Future[T]]]] = deque()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="feed")
         self._fill()

@@ -58,7 +58,8 @@ def screen(cfg: Config, run: RunDir, task: Task) -> None:
     Raises:
         UserError: a held-out group trained the generator, a real image is broken, or too few images are accepted.
     """
-    sets = {kind: open_dataset(cfg, run, kind) for kind in KINDS}
+    tolerate = cfg.data.on_error == "skip"  # a synthetic image that cannot be read is rejected; the real ones are the measure
+    sets = {kind: open_dataset(cfg, run, kind, tolerate and kind == "synthetic") for kind in KINDS}
     check_lineage(sets)
     if _up_to_date(run, sets):
         return
