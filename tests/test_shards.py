@@ -69,6 +69,11 @@ def test_missing_parts_are_the_work_left(tmp_path: Path) -> None:
     assert missing_parts(tmp_path, 4) == [2, 3]
 
 
+def test_a_name_that_a_tar_cannot_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not fit into a tar"), ShardWriter(tmp_path, 0) as shard:
+        shard.add("x" * 90, {"moments.npy": b"x"})
+
+
 @pytest.mark.parametrize("key", ["../up", "a/b", "a.b", "", "x" * 121])
 def test_keys_with_path_tricks_are_refused(tmp_path: Path, key: str) -> None:
     with pytest.raises(UserError, match="sample key"), ShardWriter(tmp_path, 0) as shard:
@@ -119,7 +124,7 @@ def test_the_bytes_are_those_that_tarfile_writes(tmp_path: Path) -> None:
     import tarfile
     import zlib
 
-    files = [(f"key-{i}_{'x' * (i % 90)}.{name}", bytes([i]) * size) for i, size in enumerate((0, 1, 511, 512, 513, 10_000, 1 << 20))
+    files = [(f"key-{i}_{'x' * 13 * i}.{name}", bytes([i]) * size) for i, size in enumerate((0, 1, 511, 512, 513, 10_000, 1 << 20))
              for name in ("jpg", "moments.npy")]
     with open(tmp_path / "peer.tar", "wb") as f, tarfile.open(fileobj=f, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name, data in files:

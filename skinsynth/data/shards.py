@@ -37,6 +37,7 @@ from skinsynth.run import read_json, sha256_file, sync, write_json, write_text
 KEY = re.compile(r"[A-Za-z0-9_-]{1,120}")  # no dots (webdataset's separator), no slashes, nothing that leaves a folder
 SHARD = re.compile(r"[0-9]{5,9}\.tar")
 HANDLES = 64  # shards of a dataset that are open at once; canonical streams times the shards in a window should fit
+BLANK = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)  # a tar header (mode 644) with no name, of an empty file
 T = TypeVar("T")
 
 
@@ -121,10 +122,16 @@ class ShardWriter:
 
 
 def _header(name: str, size: int) -> bytes:
-    """The 512 bytes before a file: plain ustar, no time, no owner. ``tarfile.addfile`` writes the same, at a third of the speed."""
-    info = tarfile.TarInfo(name)
-    info.size, info.mode = size, 0o644
-    return info.tobuf(tarfile.USTAR_FORMAT)
+    """The 512 bytes before a file: plain ustar, no time, no owner; what ``tarfile`` writes, at a tenth of its cost.
+
+    Raises:
+        UserError: a name that does not fit.
+    """
+    if len(name) > tarfile.LENGTH_NAME or size >= 8**11:
+        raise UserError(f"'{name}' of {size} bytes does not fit into a tar: names have up to {tarfile.LENGTH_NAME} letters, files up to 8 GiB")
+    head = name.encode().ljust(tarfile.LENGTH_NAME, b"\0") + BLANK[100:124] + b"%011o\0" % size + BLANK[136:148]
+    checksum = sum(head) + 8 * ord(" ") + sum(BLANK[156:])  # the checksum's own 8 bytes count as spaces
+    return head + b"%06o\0 " % checksum + BLANK[156:]
 
 
 def part_path(folder: Path, index: int) -> Path:
