@@ -55,7 +55,7 @@ def report(name: str, rounds: dict[str, list[float]], ours: str, peer: str, unit
     result = {
         "name": name, "device": device, "cores": len(os.sched_getaffinity(0)), "ours": median[ours], "peer": median[peer], "peer_name": peer,
         "unit": unit, "ratio": ratio(peer), "spread": {side: [min(values), max(values)] for side, values in rounds.items()},
-        "peers": [{"name": side, "value": median[side], "ratio": ratio(side)} for side in rounds if side != ours],
+        "peers": [{"name": side, "value": median[side], "ratio": ratio(side)} for side in rounds if not side.startswith(ours.split(",")[0])],
         "measured": measured, "rounds": rounds, "versions": versions(), "commit": code_version(), **more}
     write_json(RESULTS / f"{name}-{device}.json", result)
     print(f"{name}: {ours} {median[ours]:,.4g} {unit}")

@@ -198,7 +198,7 @@ class Dataset:
     manifest: dict[str, Any]
     keys: list[str]
     columns: dict[str, list[Any]]
-    places: list[tuple[int, dict[str, list[int]]]]  # shard number, extension -> [offset, bytes] and, since 0.2, CRC-32
+    places: list[tuple[int, dict[str, list[int]]]]  # shard number, extension -> [offset, bytes] and, but in older parts, CRC-32
     fetch: Callable[[dict[str, Any]], Handle] | None = None
     _files: dict[int, Handle] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
