@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test soak lint clean-demo
+.PHONY: install demo test soak bench lint clean-demo
 install: .venv/installed
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
@@ -26,6 +26,10 @@ lint: install
 
 test: install lint
 	$(BIN)/python -m pytest
+
+# Beside the peers, on this machine; NAME=stream runs one alone.
+bench: install
+	$(BIN)/python -m benchmarks $(NAME)
 
 # The long campaigns, by hand.
 soak: install

@@ -75,6 +75,11 @@ def test_augmentation_is_the_samples_own() -> None:
     image = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
     assert np.array_equal(augment(image, sample_rng(0, 3)), augment(image, sample_rng(0, 3)))
     assert len({augment(image, sample_rng(0, k)).tobytes() for k in range(20)}) == 20
+    rng = sample_rng(0, 5)
+    turned = np.rot90(image, int(rng.integers(4)))
+    turned = turned[:, ::-1] if rng.random() < 0.5 else turned
+    gain, offset = rng.uniform(0.9, 1.1), rng.uniform(-12, 12)
+    assert np.array_equal(augment(image, sample_rng(0, 5)), np.clip(turned * gain + offset, 0, 255).astype(np.uint8))
 
 
 def test_synthetic_images_in_the_test_split_are_an_error(setup: tuple[config.Config, RunDir], chain: Path) -> None:
@@ -116,3 +121,25 @@ def test_what_is_missing_is_named(setup: tuple[config.Config, RunDir]) -> None:
     cfg.classify.model, cfg.classify.patch = "small", 7
     with pytest.raises(UserError, match="patch=7 does not divide the image side of 64"):
         vit.build(cfg.classify, 64, 0)
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_bad_training_image_stops_or_is_replaced(setup: tuple[config.Config, RunDir], on_error: str) -> None:
+    cfg, run = setup
+    folder = run.dataset(cfg, "train")
+    os.truncate(folder / "00000.tar", 5000)
+    cfg.data.on_error = on_error
+    if on_error == "stop":
+        with pytest.raises(UserError, match=r"00000.tar is missing or has not the"):
+            Data(cfg, run, "baseline")
+        return
+    data = Data(cfg, run, "baseline")
+    assert data.batch(range(len(data.sources["real"])))["images"].shape[1:] == (3, 64, 64)
+    bad = data.sources["real"].bad
+    assert {error.shard for error in bad} == {"00000.tar"}
+    assert len(bad) > 10
+    other = Data(cfg, run, "baseline")
+    assert torch.equal(other.batch(range(7, 9))["images"], data.batch(range(7, 9))["images"]), "the same whatever was read before"
+    os.truncate(run.dataset(cfg, "test") / "00000.tar", 5000)
+    with pytest.raises(UserError, match=r"small-test/00000.tar is missing or has not the"):  # what is judged on must be whole
+        Data(cfg, run, "baseline")

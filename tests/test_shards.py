@@ -15,7 +15,7 @@ def fill(folder: Path, count: int = 2) -> None:
     for unit in range(count):
         with ShardWriter(folder, unit) as shard:
             for i in range(3):
-                image = np.full((8, 8, 3), 40 * unit + 10 * i, np.uint8)
+                image = np.full((8, 8, 3), (40 * unit + 10 * i) % 256, np.uint8)
                 shard.add(f"k{unit}{i}", {"jpg": shards.encode_jpeg(image, 95), "json": b'{"a": 1}'}, target=i % 2, site="arm" if i else None)
 
 
@@ -69,6 +69,11 @@ def test_missing_parts_are_the_work_left(tmp_path: Path) -> None:
     assert missing_parts(tmp_path, 4) == [2, 3]
 
 
+def test_a_name_that_a_tar_cannot_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not fit into a tar"), ShardWriter(tmp_path, 0) as shard:
+        shard.add("x" * 90, {"moments.npy": b"x"})
+
+
 @pytest.mark.parametrize("key", ["../up", "a/b", "a.b", "", "x" * 121])
 def test_keys_with_path_tricks_are_refused(tmp_path: Path, key: str) -> None:
     with pytest.raises(UserError, match="sample key"), ShardWriter(tmp_path, 0) as shard:
@@ -110,3 +115,59 @@ def test_manifest_written_twice_is_the_same(tmp_path: Path) -> None:
     write_manifest(tmp_path, 2, seed=1)
     assert (tmp_path / "manifest.json").read_bytes() == first
     assert json.loads(first)["shards"][0]["count"] == 3
+
+
+def test_the_bytes_are_those_that_tarfile_writes(tmp_path: Path) -> None:
+    """So shards made by earlier releases and by this one are the same."""
+    import hashlib
+    import io
+    import tarfile
+    import zlib
+
+    files = [(f"key-{i}_{'x' * 13 * i}.{name}", bytes([i]) * size) for i, size in enumerate((0, 1, 511, 512, 513, 10_000, 1 << 20))
+             for name in ("jpg", "moments.npy")]
+    with open(tmp_path / "peer.tar", "wb") as f, tarfile.open(fileobj=f, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in files:
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = len(data), 0o644
+            tar.addfile(info, io.BytesIO(data))
+    with ShardWriter(tmp_path, 0) as shard:
+        for (name, jpg), (_, npy) in zip(files[::2], files[1::2], strict=True):
+            shard.add(name.partition(".")[0], {"jpg": jpg, "moments.npy": npy})
+    made = (tmp_path / "00000.tar").read_bytes()
+    assert made == (tmp_path / "peer.tar").read_bytes()
+    part = json.loads(shards.part_path(tmp_path, 0).read_text())
+    assert (part["sha256"], part["bytes"]) == (hashlib.sha256(made).hexdigest(), len(made))
+    offset, size, checksum = part["members"][4]["jpg"]
+    assert zlib.crc32(made[offset:offset + size]) == checksum
+
+
+def test_more_shards_than_handles_are_read_under_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    monkeypatch.setattr(shards, "HANDLES", 3)
+    fill(tmp_path, 9)
+    write_manifest(tmp_path, 9)
+    data = Dataset.open(tmp_path)
+    asked = np.random.default_rng(0).integers(0, 27, 2000).tolist()
+    expected = {i: data.read(i, "jpg") for i in range(27)}
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda i: data.read(i, "jpg"), asked)) == [expected[i] for i in asked]
+    assert len(data._files) == 3
+    data.close()
+    assert data.read(0, "jpg") == expected[0]
+
+
+def test_a_decoded_image_has_the_colours_in_their_order() -> None:
+    image = np.zeros((16, 16, 3), np.uint8)
+    image[..., 0], image[..., 1] = 200, 90
+    batch = np.zeros((2, 16, 16, 3), np.uint8)
+    shards.decode(shards.encode_jpeg(image, 95), batch[1])
+    assert np.array_equal(batch[1], shards.decode(shards.encode_jpeg(image, 95)))
+    assert not batch[0].any()
+    with pytest.raises(ValueError, match="it is 16 x 16 pixels, not 8 x 16"):
+        shards.decode(shards.encode_jpeg(image, 95), np.zeros((16, 8, 3), np.uint8))
+    red, green, blue = batch[1].reshape(-1, 3).mean(0)
+    assert abs(red - 200) < 3
+    assert abs(green - 90) < 3
+    assert blue < 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from skinsynth.config import Config, Images
+from skinsynth.config import Config, Data, Images
 from skinsynth.data.order import Mixture, permutation
 from skinsynth.data.shards import Dataset
 from skinsynth.errors import UserError
@@ -12,12 +12,13 @@ from skinsynth.errors import UserError
 
 @dataclass(frozen=True)
 class Source:
-    """``samples`` are numbers in the training split, ``prompts`` one for each of them; ``prior`` marks class images."""
+    """``samples`` are ascending numbers in the training split, ``prompts`` one for each of them; ``prior`` marks class images."""
 
     name: str
     samples: tuple[int, ...]
     prompts: tuple[str, ...]
     prior: bool
+    shards: tuple[int, ...]  # how many of the samples lie in each shard
 
 
 def sources(cfg: Config, train: Dataset) -> list[Source]:
@@ -37,7 +38,7 @@ def sources(cfg: Config, train: Dataset) -> list[Source]:
 
 def _captioned(cfg: Config, train: Dataset) -> Source:
     samples = _take(train, cfg.finetune.images, cfg.seed, "finetune.images")
-    return Source("captions", samples, tuple(train.json(i)["caption"] for i in samples), False)
+    return Source("captions", samples, tuple(train.json(i)["caption"] for i in samples), False, train.shard_counts(samples))
 
 
 def _dreambooth(cfg: Config, train: Dataset) -> list[Source]:
@@ -49,13 +50,15 @@ def _dreambooth(cfg: Config, train: Dataset) -> list[Source]:
         kinds = [(concept.instance, concept.instance_prompt, "instance", False), (concept.class_, concept.class_prompt, "class", True)]
         for images, prompt, kind, prior in kinds[: 2 if concept.class_prompt else 1]:
             samples = _take(train, images, cfg.seed + number, f"{key}.{kind}")
-            found.append(Source(name, samples, (prompt,) * len(samples), prior))
+            found.append(Source(name, samples, (prompt,) * len(samples), prior, train.shard_counts(samples)))
     return found
 
 
-def mixture(found: list[Source], seed: int) -> Mixture:
-    """Every concept as often as the others; instance and class images of a concept in turn."""
-    return Mixture(tuple(len(s.samples) for s in found), tuple(1.0 for _ in found), seed)
+def mixture(found: list[Source], seed: int, data: Data | None = None) -> Mixture:
+    """Every concept as often as the others; instance and class images of a concept in turn. ``data``: streams and window."""
+    data = data or Data()
+    return Mixture(tuple(len(s.samples) for s in found), tuple(1.0 for _ in found), seed, tuple(s.shards for s in found), data.streams,
+                   data.shuffle_window)
 
 
 def prompts(cfg: Config, found: list[Source]) -> list[str]:

@@ -5,7 +5,7 @@
     shards/isic-train/
       request.json      what was asked for; another request for the same folder is refused
       00000.tar         samples <key>.<ext>, one after the other
-      parts/00000.json  count, sha256, keys, offsets, columns: written after its tar, so a part means a whole shard
+      parts/00000.json  count, sha256, keys, offsets, checksums, columns: written after its tar, so a part means a whole shard
       manifest.json     counts, classes, shards with checksums, set-aside samples, lineage: written after all parts
 
 A tar's bytes depend on its samples alone (no times, no owners), so a shard made twice is the same twice.
@@ -13,16 +13,21 @@ A tar's bytes depend on its samples alone (no times, no owners), so a shard made
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import io
 import json
 import os
 import re
 import tarfile
+import threading
+import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -30,6 +35,22 @@ from skinsynth.errors import UserError
 from skinsynth.run import read_json, sha256_file, sync, write_json, write_text
 
 KEY = re.compile(r"[A-Za-z0-9_-]{1,120}")  # no dots (webdataset's separator), no slashes, nothing that leaves a folder
+SHARD = re.compile(r"[0-9]{5,9}\.tar")
+HANDLES = 64  # shards of a dataset that are open at once; canonical streams times the shards in a window should fit
+BLANK = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)  # a tar header (mode 644) with no name, of an empty file
+T = TypeVar("T")
+
+
+class BadSample(UserError):
+    """A sample that cannot be read as it was written; ``args`` are the dataset's folder, the shard, the key, and the reason."""
+
+    def __init__(self, folder: str, shard: str, key: str, reason: str):
+        super().__init__(folder, shard, key, reason)
+        self.folder, self.shard, self.key, self.reason = folder, shard, key, reason
+
+    def __str__(self) -> str:
+        return (f"sample {self.key} in {self.folder}/{self.shard} {self.reason}: put the shard back from a copy, or delete {self.folder} and make it "
+                "again, or train without such samples (data.on_error=skip)")
 
 
 class ShardWriter:
@@ -41,7 +62,7 @@ class ShardWriter:
     def __init__(self, folder: Path, index: int):
         self.folder, self.name = folder, f"{index:05d}"
         self.keys: list[str] = []
-        self.members: list[dict[str, list[int]]] = []  # per sample: extension -> [offset, bytes]
+        self.members: list[dict[str, list[int]]] = []  # per sample: extension -> [offset, bytes, CRC-32]
         self.columns: dict[str, list[Any]] = {}
         self.set_aside: list[dict[str, str]] = []
         self.extra: dict[str, Any] = {}
@@ -51,8 +72,8 @@ class ShardWriter:
         for stale in self.folder.glob(f".{self.name}.tar.*.tmp"):  # left by a task that died
             stale.unlink(missing_ok=True)
         self.temp = self.folder / f".{self.name}.tar.{os.getpid()}.tmp"
-        self.file = open(self.temp, "wb")
-        self.tar = tarfile.open(fileobj=self.file, mode="w", format=tarfile.USTAR_FORMAT)
+        self.file = open(self.temp, "wb", buffering=1 << 20)
+        self.offset, self.sha256 = 0, hashlib.sha256()
         return self
 
     def add(self, key: str, files: dict[str, bytes], **columns: Any) -> None:
@@ -61,14 +82,19 @@ class ShardWriter:
             raise UserError(f"sample key '{key}' cannot be used: letters, digits, '_' and '-' only")
         places = {}
         for extension, data in files.items():
-            info = tarfile.TarInfo(f"{key}.{extension}")
-            info.size, info.mode = len(data), 0o644
-            places[extension] = [self.tar.offset + tarfile.BLOCKSIZE, len(data)]
-            self.tar.addfile(info, io.BytesIO(data))
+            places[extension] = [self.offset + tarfile.BLOCKSIZE, len(data), zlib.crc32(data)]
+            self._write(_header(f"{key}.{extension}", len(data)), data, bytes(-len(data) % tarfile.BLOCKSIZE))
         self.keys.append(key)
         self.members.append(places)
         for name, value in columns.items():
             self.columns.setdefault(name, []).append(value)
+
+    def _write(self, *pieces: bytes) -> None:
+        """Written and hashed in one go: the file need not be read again."""
+        for piece in pieces:
+            self.file.write(piece)
+            self.sha256.update(piece)
+            self.offset += len(piece)
 
     def skip(self, key: str, reason: str) -> None:
         """Notes a sample that is left out."""
@@ -77,7 +103,8 @@ class ShardWriter:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
             if kind is None:
-                self.tar.close()
+                self._write(bytes(2 * tarfile.BLOCKSIZE))  # the end of a tar, then padded to a whole record
+                self._write(bytes(-self.offset % tarfile.RECORDSIZE))
                 self.file.flush()
                 os.fsync(self.file.fileno())
                 self._commit()
@@ -86,12 +113,25 @@ class ShardWriter:
             self.file.close()
 
     def _commit(self) -> None:
-        part = {"shard": f"{self.name}.tar", "count": len(self.keys), "bytes": self.temp.stat().st_size,
-                "sha256": sha256_file(self.temp), "keys": self.keys, "members": self.members, "columns": self.columns,
+        part = {"shard": f"{self.name}.tar", "count": len(self.keys), "bytes": self.offset,
+                "sha256": self.sha256.hexdigest(), "keys": self.keys, "members": self.members, "columns": self.columns,
                 "set_aside": self.set_aside, **self.extra}
         os.replace(self.temp, self.folder / f"{self.name}.tar")
         sync(self.folder)
         write_text(part_path(self.folder, int(self.name)), json.dumps(part))
+
+
+def _header(name: str, size: int) -> bytes:
+    """The 512 bytes before a file: plain ustar, no time, no owner; what ``tarfile`` writes, at a tenth of its cost.
+
+    Raises:
+        UserError: a name that does not fit.
+    """
+    if len(name) > tarfile.LENGTH_NAME or size >= 8**11:
+        raise UserError(f"'{name}' of {size} bytes does not fit into a tar: names have up to {tarfile.LENGTH_NAME} letters, files up to 8 GiB")
+    head = name.encode().ljust(tarfile.LENGTH_NAME, b"\0") + BLANK[100:124] + b"%011o\0" % size + BLANK[136:148]
+    checksum = sum(head) + 8 * ord(" ") + sum(BLANK[156:])  # the checksum's own 8 bytes count as spaces
+    return head + b"%06o\0 " % checksum + BLANK[156:]
 
 
 def part_path(folder: Path, index: int) -> Path:
@@ -136,20 +176,40 @@ def write_manifest(folder: Path, shards: int, **facts: Any) -> dict[str, Any]:
     return manifest
 
 
+class Handle:
+    """An open file. It is closed when nobody holds it any more, so never under a thread that reads from it."""
+
+    def __init__(self, path: Path):
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
 @dataclass
 class Dataset:
-    """A finished dataset: its manifest, and where each sample lies. Samples are numbered 0 .. len-1 in shard order."""
+    """A finished dataset: its manifest, and where each sample lies. Samples are numbered 0 .. len-1 in shard order.
+
+    Reading is safe under threads. ``fetch`` opens a shard (an entry of the manifest) that may have to be brought first.
+    """
 
     folder: Path
     manifest: dict[str, Any]
     keys: list[str]
     columns: dict[str, list[Any]]
-    places: list[tuple[int, dict[str, list[int]]]]  # shard number, extension -> [offset, bytes]
-    _files: dict[int, int] = field(default_factory=dict)
+    places: list[tuple[int, dict[str, list[int]]]]  # shard number, extension -> [offset, bytes] and, but in older parts, CRC-32
+    fetch: Callable[[dict[str, Any]], Handle] | None = None
+    _files: dict[int, Handle] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @classmethod
-    def open(cls, folder: Path) -> Dataset:
-        """Raises ``UserError`` where the dataset is missing, unfinished or has lost a shard."""
+    def open(cls, folder: Path, tolerate: bool = False, fetch: Callable[[dict[str, Any]], Handle] | None = None) -> Dataset:
+        """With ``tolerate`` a shard that is missing or of another size is found out when its samples are read (``BadSample``).
+
+        Raises:
+            UserError: the dataset is missing or unfinished, has lost a shard, or its index holds names that could leave the folder.
+        """
         manifest = read_json(folder / "manifest.json")
         if manifest is None:
             raise UserError(f"dataset {folder} is not there or not finished (no manifest.json): run the stage that makes it")
@@ -157,33 +217,73 @@ class Dataset:
         columns: dict[str, list[Any]] = {}
         places: list[tuple[int, dict[str, list[int]]]] = []
         for number, shard in enumerate(manifest["shards"]):
+            part = read_json(part_path(folder, number))
+            check_part(part_path(folder, number), shard, part)
             path = folder / shard["shard"]
-            if not path.is_file() or path.stat().st_size != shard["bytes"]:
+            if not (tolerate or fetch) and (not path.is_file() or path.stat().st_size != shard["bytes"]):
                 raise UserError(f"{path} is missing or has not the {shard['bytes']} bytes of the manifest: delete {folder} and make it again")
-            part = json.loads(part_path(folder, number).read_text())
             keys += part["keys"]
             places += [(number, members) for members in part["members"]]
             for name, values in part["columns"].items():
                 columns.setdefault(name, []).extend(values)
-        return cls(folder, manifest, keys, columns, places)
+        return cls(folder, manifest, keys, columns, places, fetch)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def read(self, index: int, extension: str) -> bytes:
-        """The content of one file of one sample, by its offset: no scan of the tar."""
+        """The content of one file of one sample, by its offset: no scan of the tar.
+
+        Raises:
+            BadSample: it is not there as it was written: a missing or truncated shard, another checksum.
+        """
         number, members = self.places[index]
-        if number not in self._files:
-            self._files[number] = os.open(self.folder / self.manifest["shards"][number]["shard"], os.O_RDONLY)
-        offset, size = members[extension]
-        return os.pread(self._files[number], size, offset)
+        offset, size, *checksum = members[extension]
+        try:
+            handle = self._handle(number)  # held until it is read, or another thread's opening might close it
+            data = os.pread(handle.number, size, offset)
+        except OSError as error:
+            if error.errno not in (0, errno.ENOENT, errno.EIO):  # a full disk, no right to read: not the sample's fault
+                raise
+            raise self.bad(index, f"cannot be read ({error.strerror})") from None
+        if len(data) != size:
+            raise self.bad(index, f"is cut off: its {extension} has {len(data)} bytes of {size}")
+        if checksum and zlib.crc32(data) != checksum[0]:
+            raise self.bad(index, f"is damaged: its {extension} has another checksum than when it was written")
+        return data
+
+    def _handle(self, number: int) -> Handle:
+        found = self._files.get(number)
+        if found is None:
+            shard = self.manifest["shards"][number]
+            found = self.fetch(shard) if self.fetch else Handle(self.folder / shard["shard"])
+            with self._lock:
+                self._files[number] = found
+                if len(self._files) > HANDLES:
+                    del self._files[next(iter(self._files))]
+        return found
+
+    def bad(self, index: int, reason: str) -> BadSample:
+        return BadSample(str(self.folder), self.manifest["shards"][self.places[index][0]]["shard"], self.keys[index], reason)
+
+    def _decoded(self, index: int, extension: str, how: Callable[[bytes], T]) -> T:
+        data = self.read(index, extension)
+        try:
+            return how(data)
+        except Exception as error:  # whatever the bytes do to the decoder, it is the sample that is bad
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise self.bad(index, f"cannot be decoded: its {extension}: {reason}") from None
 
     def json(self, index: int) -> dict[str, Any]:
-        return json.loads(self.read(index, "json"))
+        return self._decoded(index, "json", json.loads)
 
-    def image(self, index: int) -> np.ndarray:
-        """uint8 (height, width, 3), RGB."""
-        return decode(self.read(index, "jpg"))
+    def image(self, index: int, out: np.ndarray | None = None) -> np.ndarray:
+        """uint8 (height, width, 3), RGB; into ``out`` where that is given (a place in a batch), which an image of another size does not fit."""
+        return self._decoded(index, "jpg", lambda data: decode(data, out))
+
+    def array(self, index: int, extension: str) -> np.ndarray:
+        """A ``.npy`` file; one of Python objects is a ``BadSample``."""
+        return self._decoded(index, extension, from_npy)
 
     def select(self, where: dict[str, Any]) -> list[int]:
         """Numbers of the samples whose columns equal the given values (or are among them, for a list).
@@ -202,24 +302,43 @@ class Dataset:
         start = sum(shard["count"] for shard in self.manifest["shards"][:number])
         yield from range(start, start + self.manifest["shards"][number]["count"])
 
+    def shard_counts(self, samples: Sequence[int]) -> tuple[int, ...]:
+        """How many of the samples (ascending numbers) lie in each shard, those without any left out: what ``Mixture`` wants to know."""
+        return tuple(len(list(inside)) for _, inside in groupby(samples, lambda i: self.places[i][0]))
+
     def verify(self) -> list[str]:
-        """The shards whose content is not that of the manifest."""
-        return [s["shard"] for s in self.manifest["shards"] if sha256_file(self.folder / s["shard"]) != s["sha256"]]
+        """The shards in the folder whose content is not that of the manifest; one that a remote still has is left out."""
+        here = [s for s in self.manifest["shards"] if not self.fetch or (self.folder / s["shard"]).exists()]
+        return [s["shard"] for s in here if sha256_file(self.folder / s["shard"]) != s["sha256"]]
 
     def close(self) -> None:
-        for handle in self._files.values():
-            os.close(handle)
-        self._files.clear()
+        with self._lock:
+            self._files.clear()
 
 
-def decode(data: bytes) -> np.ndarray:
-    """JPEG bytes -> uint8 (height, width, 3), RGB. For our own shards; foreign files go through ``isic.read_image``."""
+def check_part(path: Path, shard: dict[str, Any], part: Any) -> None:
+    """Raises ``UserError`` where a part is missing, does not belong to the manifest's shard, or holds names that could leave a folder."""
+    if not isinstance(part, dict) or (part["shard"], part["sha256"], len(part["keys"])) != (shard["shard"], shard["sha256"], shard["count"]):
+        raise UserError(f"{path} is missing or does not belong to the manifest beside it: delete the dataset and make it again")
+    bad = [key for key in part["keys"] if not KEY.fullmatch(key)]
+    if not SHARD.fullmatch(part["shard"]) or bad:
+        raise UserError(f"{path}: '{bad[0] if bad else part['shard']}' cannot be used as a name: the dataset was not made by skinsynth")
+
+
+def decode(data: bytes, out: np.ndarray | None = None) -> np.ndarray:
+    """JPEG bytes -> uint8 (height, width, 3), RGB. For our own shards; foreign files go through ``isic.read_image``.
+
+    Raises:
+        ValueError: not an image, or not one of the size of ``out``.
+    """
     import cv2
 
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     if image is None:
         raise ValueError("not an image that can be decoded")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    if out is not None and out.shape != image.shape:
+        raise ValueError(f"it is {image.shape[1]} x {image.shape[0]} pixels, not {out.shape[1]} x {out.shape[0]}")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=out)
 
 
 def to_npy(values: np.ndarray) -> bytes:
@@ -230,8 +349,8 @@ def to_npy(values: np.ndarray) -> bytes:
 
 
 def from_npy(data: bytes) -> np.ndarray:
-    """Raises ``ValueError`` where the array holds Python objects: nothing is unpickled."""
-    return np.load(io.BytesIO(data), allow_pickle=False)
+    """Raises ``ValueError`` for anything but one ``.npy`` file, or where the array holds Python objects: nothing is unpickled."""
+    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
 
 
 def encode_jpeg(image: np.ndarray, quality: int) -> bytes:

@@ -52,12 +52,27 @@ def models(cfg: Config, pull: str = "skinsynth pull CONFIG") -> Iterator[Check]:
 
 def data(cfg: Config) -> Iterator[Check]:
     data = cfg.data
+    if data.remote:
+        yield remote(cfg)
+        return
     pair = ("metadata", "images") if data.metadata or data.images else ("instance_data_dir", "class_data_dir")
     for key in (*pair, *(["duplicates"] if data.duplicates else [])):
         path = getattr(data, key)
         there = bool(path) and (Path(path).is_file() if key in ("metadata", "duplicates") else Path(path).is_dir())
         found = f"{path} is there" if there else f"{path} is not there" if path else "is not set"
         yield Check(OK if there else FAIL, f"data.{key}", found, "" if there else f"give data.{key}=...")
+
+
+def remote(cfg: Config) -> Check:
+    """Asks for one manifest there."""
+    from skinsynth.data.cache import fetch_bytes
+
+    name = f"{cfg.data.name}-train/manifest.json"
+    try:
+        fetch_bytes(cfg.data.remote or "", name)
+    except UserError as error:
+        return Check(FAIL, "data.remote", str(error), "give data.remote=...")
+    return Check(OK, "data.remote", f"{cfg.data.remote} gives {name}")
 
 
 def existing(path: Path) -> Path:

@@ -124,7 +124,7 @@ def _run_folder(cfg: Config) -> Iterator[Check]:
 
 
 def _checksums(cfg: Config) -> Iterator[Check]:
-    from skinsynth.data.shards import Dataset
+    from skinsynth.data.cache import open_dataset
 
     run = RunDir(Path(cfg.run))
     for kind in ("train", "val", "test", "latents", "synthetic"):
@@ -132,7 +132,7 @@ def _checksums(cfg: Config) -> Iterator[Check]:
         if not (folder / "manifest.json").is_file():
             continue
         try:
-            bad = Dataset.open(folder).verify()
+            bad = open_dataset(cfg, run, kind).verify()
         except UserError as error:
             yield Check(FAIL, "checksums", str(error))
             continue

@@ -14,13 +14,16 @@ import shutil
 from dataclasses import fields
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from skinsynth.config import Config
+from skinsynth.data.cache import open_dataset
 from skinsynth.data.order import Mixture, sample_rng
 from skinsynth.data.shards import Dataset
+from skinsynth.data.stream import Source
 from skinsynth.errors import UserError
 from skinsynth.models import vit
 from skinsynth.quality.metrics import binary_metrics
@@ -61,24 +64,27 @@ class Data:
 
     def __init__(self, cfg: Config, run: RunDir, arm: str):
         self.seed = cfg.seed
-        self.splits = {name: Dataset.open(run.dataset(cfg, name)) for name in ("train", "val", "test")}
+        tolerate = cfg.data.on_error == "skip"  # of what is trained on; what is judged on must be whole
+        self.splits = {name: open_dataset(cfg, run, name, tolerate and name == "train") for name in ("train", "val", "test")}
         weights = {name: weight for name, weight in cfg.classify.arms[arm].sources.items() if weight > 0}
         self.names = list(weights)
         self.sources = {name: self._source(cfg, run, name) for name in self.names}
         check_held_out(self.splits, self.sources)
-        for name, (_, samples) in self.sources.items():
-            if not samples:
+        for name, source in self.sources.items():
+            if not len(source):
                 raise UserError(f"classify.arms.{arm}: the source '{name}' has no image")
-        self.mixture = Mixture(tuple(len(samples) for _, samples in self.sources.values()), tuple(weights.values()), cfg.seed)
+        found = self.sources.values()
+        self.mixture = Mixture(tuple(map(len, found)), tuple(weights.values()), cfg.seed, tuple(s.shards for s in found), cfg.data.streams,
+                               cfg.data.shuffle_window)
 
-    def _source(self, cfg: Config, run: RunDir, name: str) -> tuple[Dataset, list[int]]:
+    def _source(self, cfg: Config, run: RunDir, name: str) -> Source:
         if name == "real":
-            return self.splits["train"], list(range(len(self.splits["train"])))
+            return Source(self.splits["train"], range(len(self.splits["train"])), cfg.data.on_error)
         accepted = read_json(run.node("screen") / "accepted.json")
         if accepted is None:
             raise UserError(f"{run.node('screen')} has no accepted.json: the synthetic images were not screened")
-        synthetic, keys = Dataset.open(run.dataset(cfg, "synthetic")), set(accepted["keys"])
-        return synthetic, [i for i, key in enumerate(synthetic.keys) if key in keys]
+        synthetic, keys = open_dataset(cfg, run, "synthetic", cfg.data.on_error == "skip"), set(accepted["keys"])
+        return Source(synthetic, [i for i, key in enumerate(synthetic.keys) if key in keys], cfg.data.on_error)
 
     def batch(self, positions: range) -> Batch:
         """images uint8 (n, 3, height, width), augmented; target int64 (n,)."""
@@ -93,9 +99,12 @@ class Data:
 
     def _one(self, position: int) -> tuple[np.ndarray, int]:
         number, index = self.mixture.at(position)
-        dataset, samples = self.sources[self.names[number]]
-        image = augment(dataset.image(samples[index]), sample_rng(self.seed, position))
-        return image.transpose(2, 0, 1), int(dataset.columns["target"][samples[index]])
+        image, target = self.sources[self.names[number]].read(index, _labelled)
+        return augment(image, sample_rng(self.seed, position)).transpose(2, 0, 1), target
+
+
+def _labelled(dataset: Dataset, number: int) -> tuple[np.ndarray, int]:
+    return dataset.image(number), int(dataset.columns["target"][number])
 
 
 def augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -104,18 +113,19 @@ def augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.5:
         image = image[:, ::-1]
     gain, offset = rng.uniform(0.9, 1.1), rng.uniform(-12, 12)
-    return np.clip(image * gain + offset, 0, 255).astype(np.uint8)
+    table = np.clip(np.arange(256) * gain + offset, 0, 255).astype(np.uint8)  # of each of the 256 values what becomes of it
+    return cv2.LUT(np.ascontiguousarray(image), table)
 
 
-def check_held_out(splits: dict[str, Dataset], sources: dict[str, tuple[Dataset, list[int]]]) -> None:
+def check_held_out(splits: dict[str, Dataset], sources: dict[str, Source]) -> None:
     """Validation and test data are real, and share no group with what is trained on, the generator's training included.
 
     Raises:
         UserError: names the split and the first groups or samples.
     """
     trained = set(splits["train"].columns["group"])
-    for source, _ in sources.values():
-        trained |= set(source.manifest.get("lineage", {}).get("group_ids", []))
+    for source in sources.values():
+        trained |= set(source.dataset.manifest.get("lineage", {}).get("group_ids", []))
     for name in ("val", "test"):
         manifest = splits[name].manifest
         if manifest.get("kind") != "real":
@@ -198,7 +208,7 @@ class Judge:
             shutil.rmtree(weights, ignore_errors=True)
             os.replace(chosen, weights)
         row = next(r for r in read_lines(self.folder / "epochs.jsonl") if r["step"] == state["best_step"])
-        samples = {name: len(picked) for name, (_, picked) in self.data.sources.items()}
+        samples = {name: len(source) for name, source in self.data.sources.items()}
         self.run.finish(f"classify/{self.arm}", {**{m: row["test"][m] for m in METRICS}, "chosen_step": row["step"], "steps": self.cfg.steps,
                                                  "train_samples": samples}, [weights / "config.json", self.folder / "predictions.csv"])
         for old in self.folder.glob("best-*"):

@@ -13,7 +13,8 @@ from safetensors.torch import save
 
 from skinsynth.config import Config
 from skinsynth.data import concepts, views
-from skinsynth.data.shards import Dataset, ShardWriter, claim, missing_parts, to_npy, write_manifest
+from skinsynth.data.cache import open_dataset
+from skinsynth.data.shards import BadSample, Dataset, ShardWriter, claim, missing_parts, to_npy, write_manifest
 from skinsynth.models import diffusion, hub
 from skinsynth.run import Progress, RunDir, Task, sha256_file, write_bytes, write_json
 from skinsynth.world import World
@@ -28,7 +29,8 @@ def encode(cfg: Config, run: RunDir, task: Task) -> None:
     Raises:
         UserError: base model incomplete or of another image size, a concept without images.
     """
-    train = Dataset.open(run.dataset(cfg, "train"))
+    skip = cfg.data.on_error == "skip"
+    train = open_dataset(cfg, run, "train", tolerate=skip)
     base = hub.resolve_base(cfg.model.base)
     pipe = diffusion.load_pipeline(base).to(World().device)
     diffusion.latent_shape(pipe, cfg.prepare.size)
@@ -42,6 +44,7 @@ def encode(cfg: Config, run: RunDir, task: Task) -> None:
     progress = Progress(run, "encode", task.index, sum(len(samples) for samples in mine.values()), "images")
     for unit, samples in mine.items():
         with ShardWriter(folder, unit) as shard:
+            samples = _readable(train, samples, shard) if skip else samples
             for batch, count in diffusion.padded(samples, cfg.encode.batch):
                 drawn = np.stack([views.views(train.image(i), train.keys[i], cfg.encode, cfg.seed) for i in batch], 1)
                 moments = np.stack([diffusion.encode_images(pipe.vae, view) for view in drawn], 1)
@@ -50,6 +53,18 @@ def encode(cfg: Config, run: RunDir, task: Task) -> None:
                 progress.advance(count)
     if not missing_parts(folder, units):
         _finish(cfg, run, pipe, units, base_sha256, concepts.prompts(cfg, sources))
+
+
+def _readable(train: Dataset, samples: list[int], shard: ShardWriter) -> list[int]:
+    """The samples whose image is good; the others are noted in the manifest and have no latents."""
+    good = []
+    for i in samples:
+        try:
+            train.image(i)
+            good.append(i)
+        except BadSample as error:
+            shard.skip(error.key, error.reason)
+    return good
 
 
 def _finish(cfg: Config, run: RunDir, pipe: object, units: int, base_sha256: str, texts: list[str]) -> None:

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from skinsynth.config import Config
-from skinsynth.data import isic
+from skinsynth.data import cache, isic
 from skinsynth.data.isic import Aside, BadImage, Row
 from skinsynth.data.lesion import square
 from skinsynth.data.shards import ShardWriter, claim, encode_jpeg, missing_parts, part_path, write_manifest
@@ -62,9 +62,14 @@ class Plan:
 def prepare(cfg: Config, run: RunDir, task: Task) -> None:
     """Makes the shards that are this task's and still missing; the last task writes the manifests.
 
+    With ``data.remote`` nothing is made: the index of the datasets there is brought, their tars when they are read.
+
     Raises:
-        UserError: unusable metadata or configuration, too many bad images, a folder of another request.
+        UserError: unusable metadata or configuration, too many bad images, a folder of another request, a remote that does not answer.
     """
+    if cfg.data.remote:
+        _report(cfg, run, cache.adopt(cfg, run))
+        return
     _check_paths(cfg)
     folders = {split: run.dataset(cfg, split) for split in SPLITS}
     plan = _shared_plan(cfg, folders)
@@ -238,13 +243,19 @@ def _finish(cfg: Config, run: RunDir, plan: Plan, folders: dict[str, Path]) -> N
     check_disjoint(list(facts.values()))
     _check_classes(facts)
     write_aside(run.dataset(cfg, "train"), aside)
-    manifests = [write_manifest(folders[s], plan.shards(s), **facts[s]) for s in SPLITS]
-    check_disjoint(manifests)
+    _report(cfg, run, {s: write_manifest(folders[s], plan.shards(s), **facts[s]) for s in SPLITS})
+
+
+def _report(cfg: Config, run: RunDir, manifests: dict[str, dict[str, Any]]) -> None:
+    """The last check, what ``done.json`` and the user are told."""
+    check_disjoint(list(manifests.values()))
+    aside = [{"split": s, **a} for s, m in manifests.items() for a in m["set_aside"]]  # rows of no split stand in that of train
     metrics = {s: {"images": m["count"], "classes": m["classes"], "groups": m["groups"], "patients": m["patients"],
-                   "set_aside": sum(a["split"] == s for a in aside)} for s, m in zip(SPLITS, manifests, strict=True)}
+                   "set_aside": sum(a["split"] == s for a in aside)} for s, m in manifests.items()}
     reasons = dict(Counter(a["reason"] for a in aside).most_common())
-    run.finish("prepare", {**metrics, "rows": plan.rows, "set_aside": {"total": len(aside), "reasons": reasons}},
-               [folders[s] / "manifest.json" for s in SPLITS])
+    rows = len(aside) + sum(m["count"] for m in manifests.values())
+    run.finish("prepare", {**metrics, "rows": rows, "set_aside": {"total": len(aside), "reasons": reasons}},
+               [run.dataset(cfg, s) / "manifest.json" for s in SPLITS])
     _print(cfg, metrics, len(aside), reasons)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from skinsynth import config as configs
 from skinsynth.config import Config
-from skinsynth.data.shards import Dataset
+from skinsynth.data.cache import open_dataset
 from skinsynth.errors import UserError
 from skinsynth.run import RunDir, Task, read_json, write_json, write_text
 
@@ -140,7 +140,7 @@ def _grids(cfg: Config, run: RunDir) -> list[tuple[str, str, str]]:
     for target, name in CLASSES.items():
         for source, kind in (("real", "train"), ("synthetic", "synthetic")):
             try:
-                data = Dataset.open(run.dataset(cfg, kind))
+                data = open_dataset(cfg, run, kind)
             except UserError:  # said on the page: the grid is not there
                 continue
             chosen = [i for i in data.select({"target": target}) if kind == "train" or data.keys[i] in accepted][:GRID]
@@ -154,7 +154,7 @@ def _grids(cfg: Config, run: RunDir) -> list[tuple[str, str, str]]:
 def _pairs(cfg: Config, run: RunDir) -> list[dict[str, Any]]:
     """The nearest pairs as ``screen`` found them, each with its picture: synthetic left, training right."""
     try:
-        synthetic, train = Dataset.open(run.dataset(cfg, "synthetic")), Dataset.open(run.dataset(cfg, "train"))
+        synthetic, train = open_dataset(cfg, run, "synthetic"), open_dataset(cfg, run, "train")
     except UserError:
         return []
     number = {key: i for data in (synthetic, train) for i, key in enumerate(data.keys)}

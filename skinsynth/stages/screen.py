@@ -23,7 +23,8 @@ import cv2
 import numpy as np
 
 from skinsynth.config import Config
-from skinsynth.data.shards import Dataset, to_npy
+from skinsynth.data.cache import open_dataset
+from skinsynth.data.shards import BadSample, Dataset, to_npy
 from skinsynth.errors import UserError
 from skinsynth.quality import copies
 from skinsynth.quality.distances import Scaler, kid
@@ -57,7 +58,8 @@ def screen(cfg: Config, run: RunDir, task: Task) -> None:
     Raises:
         UserError: a held-out group trained the generator, a real image is broken, or too few images are accepted.
     """
-    sets = {kind: Dataset.open(run.dataset(cfg, kind)) for kind in KINDS}
+    tolerate = cfg.data.on_error == "skip"  # a synthetic image that cannot be read is rejected; the real ones are the measure
+    sets = {kind: open_dataset(cfg, run, kind, tolerate and kind == "synthetic") for kind in KINDS}
     check_lineage(sets)
     if _up_to_date(run, sets):
         return
@@ -135,7 +137,7 @@ def _read(dataset: Dataset, index: int, size: int) -> np.ndarray | str:
     """uint8 (size, size, 3), or what is wrong with the image."""
     try:
         image = dataset.image(index)
-    except (ValueError, KeyError, cv2.error) as error:
+    except (BadSample, KeyError) as error:
         return "has no jpg" if isinstance(error, KeyError) else "cannot be decoded"
     if image.shape != (size, size, 3):
         return f"is {image.shape[1]} x {image.shape[0]} pixels, not {size} x {size}"

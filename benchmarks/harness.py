@@ -1,0 +1,76 @@
+"""Runs ours and the peers in turns, so that what else the machine does meets all of them, and writes what came out.
+
+A result is one JSON file: ``name``, ``device``, ``ours`` and ``peer`` (medians, in ``unit``), ``ratio`` (ours over the peer, above 1
+is faster), ``spread`` (lowest and highest of each side), ``peers`` where there are several (``peer`` is the one named as required),
+``versions``, ``commit``, ``measured`` (in words) and every single value under ``rounds``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from skinsynth.run import code_version, versions, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+SCRATCH = ROOT / ".bench"  # ignored by git: data sets and peers that are made or installed once
+REAL = ROOT.parent / "shared" / "isic"
+Measure = Callable[[], float]
+
+
+def alternate(sides: dict[str, Measure], rounds: int = 5) -> dict[str, list[float]]:
+    """Each side's values; every round runs all sides, and begins with another one."""
+    names = list(sides)
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            found[name].append(sides[name]())
+            print(f"  round {number + 1}: {name}: {found[name][-1]:,.4g}", flush=True)
+    return found
+
+
+def in_process(module: str, *arguments: object, env: dict[str, str] | None = None) -> Any:
+    """What ``python -m MODULE ARGUMENTS`` prints as JSON in its last line: a side in a process of its own, free of the others' state."""
+    done = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, env={**os.environ, **(env or {})}, text=True,
+                          stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def report(name: str, rounds: dict[str, list[float]], ours: str, peer: str, unit: str, measured: str, higher: bool = True, device: str = "cpu",
+           **more: Any) -> dict[str, Any]:
+    """Writes and prints a result. ``higher``: more is better, as with samples/s; not so with seconds."""
+    median = {side: statistics.median(values) for side, values in rounds.items()}
+
+    def ratio(side: str) -> float:
+        return round(median[ours] / median[side] if higher else median[side] / median[ours], 3)
+
+    result = {
+        "name": name, "device": device, "cores": len(os.sched_getaffinity(0)), "ours": median[ours], "peer": median[peer], "peer_name": peer,
+        "unit": unit, "ratio": ratio(peer), "spread": {side: [min(values), max(values)] for side, values in rounds.items()},
+        "peers": [{"name": side, "value": median[side], "ratio": ratio(side)} for side in rounds if not side.startswith(ours.split(",")[0])],
+        "measured": measured, "rounds": rounds, "versions": versions(), "commit": code_version(), **more}
+    write_json(RESULTS / f"{name}-{device}.json", result)
+    print(f"{name}: {ours} {median[ours]:,.4g} {unit}")
+    for row in result["peers"]:
+        print(f"  {row['name']}: {row['value']:,.4g} {unit}, ratio {row['ratio']:.2f}")
+    return result
+
+
+def images(count: int = 2150, size: int = 256) -> list[tuple[str, bytes]]:
+    """(key, JPEG) of real lesions of ISIC 2017 (256 px) where they are, else of drawn ones."""
+    folder = REAL / "isic2017" / "images"
+    if not folder.is_dir():
+        from skinsynth.data.phantom import write_dataset
+
+        folder = SCRATCH / f"drawn-{size}" / "images"
+        if not folder.is_dir():
+            write_dataset(folder.parent, images=min(count, 600), malignant=0.3, height=size, width=size)
+    return [(path.stem, path.read_bytes()) for path in sorted(folder.glob("*.jpg"))[:count]]

@@ -1,0 +1,259 @@
+"""Datasets that lie elsewhere (``data.remote``): on a web server, behind a command, in a folder of a slow file system.
+
+``prepare`` brings their manifests and parts (``adopt``): small, and all that says which sample lies where. A tar is brought whole
+when its first sample is read, checked against the manifest, kept in ``data.cache``, and then read like any other. However many
+ranks and threads of a machine ask, one brings it and the others wait.
+
+``webdataset.gopen`` is not used: it hides the status of an http answer behind curl, tries 30 times what the server refuses, and
+opens no pipe under ``WDS_SECURE=1``. A command comes from the configuration alone; what was fetched can name none.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import http.client
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BufferedRandom
+from pathlib import Path
+from typing import IO, Any
+
+from skinsynth.config import Config, Data
+from skinsynth.data.shards import SHARD, Dataset, Handle, check_part, claim, part_path
+from skinsynth.errors import UserError
+from skinsynth.run import RunDir, sha256_file, sync, write_bytes
+
+SPLITS = ("train", "val", "test")
+TRIES, PAUSE, TIMEOUT = 3, 1.0, 60  # of an http request; seconds after the first failure, twice as long after the second; seconds of silence
+
+
+def open_dataset(cfg: Config, run: RunDir, kind: str, tolerate: bool = False) -> Dataset:
+    """``Dataset.open`` of one of the run's datasets; with ``data.remote``, the tars of prepared ones are brought when they are read."""
+    folder = run.dataset(cfg, kind)
+    if not cfg.data.remote or kind not in SPLITS:
+        return Dataset.open(folder, tolerate)
+    return Dataset.open(folder, tolerate, Cache(cfg.data, folder.name).open)
+
+
+def adopt(cfg: Config, run: RunDir) -> dict[str, dict[str, Any]]:
+    """Brings the index (manifest and parts) of every split into ``data.shards``; returns the manifests.
+
+    Raises:
+        UserError: it cannot be fetched, is no index of prepared images of this size, or another dataset has the name here.
+    """
+    return {split: _adopt_split(cfg, run.dataset(cfg, split)) for split in SPLITS}
+
+
+def _adopt_split(cfg: Config, folder: Path) -> dict[str, Any]:
+    remote = cfg.data.remote or ""
+    content = fetch_bytes(remote, f"{folder.name}/manifest.json")
+    manifest = _parse(remote, f"{folder.name}/manifest.json", content)
+    _check_manifest(remote, folder.name, manifest, cfg.prepare.size)
+    with locked(folder / ".index.lock"):
+        claim(folder, manifest["request"])
+        if (folder / "manifest.json").exists():
+            if (folder / "manifest.json").read_bytes() != content:
+                raise UserError(f"{folder} is not the dataset that lies at {remote}: choose another data.name, or delete the folder")
+            return manifest
+        for number, shard in enumerate(manifest["shards"]):
+            name = f"parts/{number:05d}.json"
+            part = fetch_bytes(remote, f"{folder.name}/{name}")
+            check_part(Path(f"{remote}/{folder.name}/{name}"), shard, _parse(remote, f"{folder.name}/{name}", part))
+            tar = folder / shard["shard"]  # of a preparation that was broken off here, and may have been another
+            if tar.exists() and sha256_file(tar) != shard["sha256"]:
+                tar.unlink()
+            write_bytes(part_path(folder, number), part)
+        write_bytes(folder / "manifest.json", content)
+    return manifest
+
+
+def _check_manifest(remote: str, name: str, manifest: Any, size: int) -> None:
+    where = f"data.remote: {name}/manifest.json at {remote}"
+    try:
+        names, facts = [shard["shard"] for shard in manifest["shards"]], (manifest["kind"], manifest["size"])
+        complete = all(shard.keys() >= {"bytes", "count", "sha256"} for shard in manifest["shards"]) and isinstance(manifest["request"], dict)
+    except (KeyError, TypeError, AttributeError):
+        complete, names, facts = False, [], ("", 0)
+    if not complete or facts[0] != "real":
+        raise UserError(f"{where} is no manifest of prepared images: give the place under which {name} lies")
+    if facts[1] != size:
+        raise UserError(f"{where} is of images of {facts[1]} pixels, the configuration's are of {size}: set prepare.size={facts[1]}")
+    bad = [found for found in names if not SHARD.fullmatch(str(found))]
+    if bad:
+        raise UserError(f"{where}: '{bad[0]}' cannot be used as a name: the dataset was not made by skinsynth")
+
+
+def _parse(remote: str, name: str, content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError:
+        raise UserError(f"data.remote: what {remote} gives for {name} is not JSON") from None
+
+
+class Cache:
+    """The tars of one remote dataset on this machine, the least recently opened of which make room above ``data.cache_gb``.
+
+    The limit is that of all splits of ``data.name`` together, and nothing else is ever deleted. A tar that is open stays readable.
+    """
+
+    def __init__(self, data: Data, name: str):
+        self.remote, self.name = data.remote or "", name
+        self.root = Path(data.cache or data.shards)
+        self.folders = [self.root / f"{data.name}-{split}" for split in SPLITS]
+        self.limit = None if data.cache_gb is None else int(data.cache_gb * 1e9)
+        self.wrong: dict[str, str] = {}  # tar -> why it is not asked for again
+
+    def open(self, shard: dict[str, Any]) -> Handle:
+        """An open tar (``shard``, ``bytes``, ``sha256`` as in the manifest), brought first where it is not there whole.
+
+        Raises:
+            UserError: it cannot be fetched.
+            OSError: what is fetched is, twice, not what the manifest says.
+        """
+        path = self.root / self.name / shard["shard"]
+        while True:
+            if not _whole(path, shard):
+                with locked(path.with_name(f".{path.name}.lock")):
+                    if not _whole(path, shard):  # another rank or thread may have brought it meanwhile
+                        self._bring(path, shard)
+            with suppress(FileNotFoundError):  # another rank may just have made room
+                handle = Handle(path)
+                os.utime(path)
+                return handle
+
+    def _bring(self, path: Path, shard: dict[str, Any]) -> None:
+        for stale in path.parent.glob(f".{path.name}.*.tmp"):  # left by a process that died
+            stale.unlink(missing_ok=True)
+        temp = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+        self._make_room(shard["bytes"])
+        try:
+            for _ in range(0 if path.name in self.wrong else 2):
+                with open(temp, "w+b") as file:
+                    fetch(self.remote, f"{self.name}/{path.name}", file)
+                    wrong = _wrong(file, shard)
+                    os.fsync(file.fileno())
+                if not wrong:
+                    os.replace(temp, path)
+                    sync(path.parent)
+                    return
+                self.wrong[path.name] = wrong
+            raise OSError(0, self.wrong[path.name])
+        finally:
+            temp.unlink(missing_ok=True)
+
+    def _make_room(self, needed: int) -> None:
+        if self.limit is None:
+            return
+        found = []
+        for path in (tar for folder in self.folders for tar in folder.glob("*.tar")):
+            with suppress(FileNotFoundError):
+                state = path.stat()
+                found.append((state.st_mtime_ns, state.st_size, path))
+        total = needed + sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if total <= self.limit:
+                return
+            path.unlink(missing_ok=True)
+            total -= size
+
+
+def _wrong(file: BufferedRandom, shard: dict[str, Any]) -> str:
+    """In what a fetched tar differs from the manifest; empty when it does not."""
+    size = file.seek(0, os.SEEK_END)
+    if size != shard["bytes"]:
+        return f"as fetched the tar has {size} bytes, not {shard['bytes']}"
+    file.seek(0)
+    return "" if hashlib.file_digest(file, "sha256").hexdigest() == shard["sha256"] else "as fetched the tar has another sha256"
+
+
+def _whole(path: Path, shard: dict[str, Any]) -> bool:
+    """What is there was checked when it was brought; a later change of its size is seen, one inside it by the samples' checksums."""
+    try:
+        return path.stat().st_size == shard["bytes"]
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One holder at a time on this machine, among processes and threads; it is free again when its holder dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        with suppress(OSError):  # a file system without locks: each brings the file, under a name of its own
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+# ---- fetching ----
+
+def fetch_bytes(remote: str, name: str) -> bytes:
+    """The content of a small file."""
+    with tempfile.TemporaryFile() as file:
+        fetch(remote, name, file)
+        file.seek(0)
+        return file.read()
+
+
+def fetch(remote: str, name: str, to: IO[bytes]) -> None:
+    """Copies ``name`` (``isic-train/00000.tar``) from the remote into an empty file.
+
+    Raises:
+        UserError: it is not there or not to be had; the message names the URL, the command or the path.
+    """
+    if remote.startswith("pipe:"):
+        return _from_command(remote.removeprefix("pipe:"), name, to)
+    if remote.startswith(("http://", "https://")):
+        return _from_web(f"{remote.rstrip('/')}/{name}", to)
+    if "://" in remote:
+        raise UserError(f"data.remote={remote}: give an http(s) URL, a folder, or a command that writes the file to its standard output, for example "
+                        "'pipe:aws s3 cp s3://bucket/shards/{name} -'")
+    try:
+        with open(Path(remote) / name, "rb") as source:
+            shutil.copyfileobj(source, to, 1 << 20)
+    except FileNotFoundError:
+        raise UserError(f"data.remote: {Path(remote) / name} does not exist: give the folder in which the prepared datasets lie") from None
+
+
+def _from_command(template: str, name: str, to: IO[bytes]) -> None:
+    if "{name}" not in template:
+        raise UserError(f"data.remote=pipe:{template}: the command must hold {{name}}, which stands for the file, for example isic-train/00000.tar")
+    command = template.replace("{name}", shlex.quote(name)).strip()
+    done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, stdout=to, stderr=subprocess.PIPE, check=False)
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        raise UserError(f"data.remote: the command '{command}' ended with {done.returncode}{': ' + said[-1] if said else ''}")
+
+
+def _from_web(url: str, to: IO[bytes]) -> None:
+    """A server's trouble (5xx, 429, silence, a broken connection) is tried again; a refusal is not."""
+    why: object = ""
+    for attempt in range(TRIES):
+        if attempt:
+            time.sleep(PAUSE * 2 ** (attempt - 1))
+        to.seek(0)
+        to.truncate()
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+                shutil.copyfileobj(answer, to, 1 << 20)
+            to.flush()
+            return
+        except urllib.error.HTTPError as error:
+            why = f"{error.code} {error.reason}"
+            if error.code < 500 and error.code != 429:
+                raise UserError(f"data.remote: {url} cannot be fetched ({why}): check the address and that the file is there") from None
+        except urllib.error.URLError as error:
+            why = error.reason
+        except (OSError, http.client.HTTPException) as error:
+            why = str(error) or type(error).__name__
+    raise UserError(f"data.remote: {url} could not be fetched in {TRIES} tries ({why}): is the server up? The same command goes on later")

@@ -1,0 +1,126 @@
+"""From samples on disk to batches in memory: what to do with a bad sample (``Source``), and loading ahead of the training (``Feed``).
+
+Loader workers are threads, not processes: reading a file and decoding a JPEG let go of the interpreter's lock, and a batch
+that is made in the same process need not be copied through a pipe.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
+
+from skinsynth.data.shards import BadSample, Dataset
+from skinsynth.errors import UserError
+
+T = TypeVar("T")
+
+
+class Source:
+    """Samples of a dataset that are drawn by their number in ``samples`` (ascending numbers of the dataset).
+
+    ``on_error``: ``stop`` lets a ``BadSample`` rise; ``skip`` takes the next good one of ``samples`` instead, whatever rank asks,
+    so that the batches stay the same on any number of ranks.
+    """
+
+    def __init__(self, dataset: Dataset, samples: Sequence[int], on_error: str = "stop"):
+        self.dataset, self.samples, self.on_error = dataset, samples, on_error
+        self._bad: dict[int, BadSample] = {}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def shards(self) -> tuple[int, ...]:
+        """How many of the samples lie in each shard, for ``Mixture``."""
+        return self.dataset.shard_counts(self.samples)
+
+    @property
+    def bad(self) -> list[BadSample]:
+        """Every bad sample met so far, once each, by its number in the dataset."""
+        return [error for _, error in sorted(self._bad.items())]
+
+    def read(self, index: int, how: Callable[[Dataset, int], T]) -> T:
+        """``how(dataset, number)`` of the sample at ``index``, or of the one that stands in for it. Safe under threads.
+
+        Raises:
+            BadSample: with ``stop``.
+            UserError: with ``skip``, when no sample is good.
+        """
+        for step in range(len(self.samples)):
+            number = self.samples[(index + step) % len(self.samples)]
+            if number in self._bad:
+                continue
+            try:
+                return how(self.dataset, number)
+            except BadSample as error:
+                if self.on_error == "stop":
+                    raise
+                self._bad.setdefault(number, error)
+        first = f"; the first {self.bad[0]}" if self._bad else ""
+        raise UserError(f"{self.dataset.folder}: none of the {len(self.samples)} samples to train on can be read{first}")
+
+
+class Feed(Generic[T]):
+    """Batches made ahead by ``workers`` threads, given in order: ``(step, [a batch for each range of positions])``.
+
+    ``todo`` gives (step, ranges); ``ahead`` steps, one for each worker at least, are in the making while one is used. What ``make_batch``
+    raises is raised where that step would have been given. ``pin`` puts dicts of tensors into page-locked memory, from where a GPU
+    copies them faster.
+    ``waited`` is how many seconds the consumer has waited in all: with loading fast enough, little more than the first step's.
+
+    Use it in a ``with`` block, or read it to its end: both leave no thread behind.
+    """
+
+    def __init__(self, make_batch: Callable[[range], T], todo: Iterable[tuple[int, list[range]]], workers: int = 2, ahead: int = 2,
+                 pin: bool = False):
+        import cv2
+
+        cv2.setNumThreads(1)  # the workers run side by side already
+        self.waited = 0.0
+        self._make = _pinned(make_batch) if pin else make_batch
+        self._todo, self._ahead = iter(todo), max(ahead, workers)
+        self._waiting: deque[tuple[int, list[Future[T]]]] = deque()
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="feed")
+        self._fill()
+
+    def _fill(self) -> None:
+        while len(self._waiting) < self._ahead:
+            following = next(self._todo, None)
+            if following is None:
+                return
+            step, ranges = following
+            self._waiting.append((step, [self._pool.submit(self._make, positions) for positions in ranges]))
+
+    def __iter__(self) -> Iterator[tuple[int, list[T]]]:
+        try:
+            while self._waiting:
+                step, futures = self._waiting.popleft()
+                since = time.perf_counter()
+                batches = [future.result() for future in futures]
+                self.waited += time.perf_counter() - since
+                self._fill()
+                yield step, batches
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Drops what is not begun, waits for what is. Harmless twice."""
+        self._waiting.clear()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Feed[T]:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_pool"):
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _pinned(make_batch: Callable[[range], Any]) -> Callable[[range], Any]:
+    return lambda positions: {name: tensor.pin_memory() for name, tensor in make_batch(positions).items()}

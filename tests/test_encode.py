@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from skinsynth.data import shards
+from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
+from skinsynth.run import read_json
+from skinsynth.stages.encode import _readable
+
+
+def test_with_skip_a_bad_image_has_no_latents_and_is_noted(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "train", 0) as shard:
+        for i in range(4):
+            shard.add(f"k{i}", {"jpg": shards.encode_jpeg(np.full((16, 16, 3), 50 * i, np.uint8), 95)}, target=0)
+    write_manifest(tmp_path / "train", 1)
+    train = Dataset.open(tmp_path / "train")
+    os.truncate(tmp_path / "train/00000.tar", train.places[3][1]["jpg"][0] + 9)
+    with ShardWriter(tmp_path / "latents", 0) as shard:
+        assert _readable(Dataset.open(tmp_path / "train", tolerate=True), [1, 3], shard) == [1]
+    part = read_json(shards.part_path(tmp_path / "latents", 0))
+    size = train.places[3][1]["jpg"][1]
+    assert part["set_aside"] == [{"key": "k3", "reason": f"is cut off: its jpg has 9 bytes of {size}"}]
