@@ -71,7 +71,8 @@ class Prepare:
 
 @dataclass
 class Model:
-    base: str = "builtin"  # "builtin", a diffusers folder or a hub id
+    base: str = "builtin"  # "builtin", a diffusers folder, a hub id, or one .safetensors file as other tools share them
+    config: str | None = None  # with one file: the diffusers folder or hub id that its tokenizer and configurations come from
     attention: str = one_of("auto", "sdpa", "xformers")
 
 

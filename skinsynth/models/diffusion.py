@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +12,84 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from skinsynth.config import Model
 from skinsynth.errors import UserError
 from skinsynth.models import hub
-from skinsynth.run import sha256_folder
+from skinsynth.run import sha256_file, sha256_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def load_base(model: Model, precision: str = "fp32") -> Any:
+    """The base model of a configuration, as ``load_pipeline``; also from one ``.safetensors`` file (LDM layout).
+
+    Raises:
+        UserError: as ``hub.find_base``, or what was found cannot be loaded.
+    """
+    base = hub.find_base(model)
+    if base.weights.is_dir():
+        return load_pipeline(base.weights, precision)
+    pipe = _load(base.config, base.weights, lambda kind, extras: kind.from_single_file(
+        str(base.weights), config=str(base.config), dtype=DTYPES[precision], local_files_only=True, **extras))
+    for name, part in pipe.components.items():  # diffusers leaves a weight that the file lacks without a value
+        empty = [key for key, value in part.named_parameters() if value.is_meta] if isinstance(part, torch.nn.Module) else []
+        if empty:
+            raise UserError(f"base model {base.weights} lacks {len(empty)} weights that model.config={base.config} asks for in {name}, "
+                            f"such as {empty[0]}: take a model.config of the same kind")
+    return pipe
+
+
+def load_vae(model: Model) -> Any:
+    """The base model's VAE alone, float32. Raises as ``load_base``."""
+    from diffusers import AutoencoderKL
+
+    base = hub.find_base(model)
+    try:
+        if base.weights.is_dir():
+            return AutoencoderKL.from_pretrained(base.weights, subfolder="vae", local_files_only=True, use_safetensors=True,
+                                                 variant=hub.variant(base.weights))
+        return AutoencoderKL.from_single_file(str(base.weights), config=str(base.config), subfolder="vae", local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"the VAE in {base.weights} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
 def load_pipeline(folder: Path, precision: str = "fp32") -> Any:
-    """A ``StableDiffusionPipeline`` in eval mode, without safety checker (it is trained on web photographs, not on skin)."""
-    from diffusers import StableDiffusionPipeline
+    """A ``StableDiffusionPipeline`` (or XL) from a diffusers folder, in eval mode, without safety checker (it is trained on web
+    photographs, not on skin)."""
+    return _load(folder, folder, lambda kind, extras: kind.from_pretrained(
+        folder, dtype=DTYPES[precision], local_files_only=True, use_safetensors=True, variant=hub.variant(folder), **extras))
+
+
+def _load(config: Path, weights: Path, load: Callable[[Any, dict[str, Any]], Any]) -> Any:
+    import diffusers
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    name = hub.pipeline_name(config)
+    extras: dict[str, Any] = {"add_watermarker": False} if "XL" in name else {"safety_checker": None, "requires_safety_checker": False}
     try:
-        pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=DTYPES[precision], safety_checker=None, feature_extractor=None,
-                                                       requires_safety_checker=False, local_files_only=True, use_safetensors=True,
-                                                       variant=hub.variant(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"base model {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+        pipe = load(getattr(diffusers, name), {"feature_extractor": None, **extras})
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"base model {weights} cannot be loaded: {str(error).splitlines()[0]}") from None
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def weights_sha256(folder: Path) -> str:
-    """One hash over all files of a diffusers folder but its lineage, which says when and by what it was made."""
-    return sha256_folder(folder, "*/*")
+def weights_sha256(path: Path) -> str:
+    """One hash over all files of a diffusers folder but its lineage, which says when and by what it was made; or over one file."""
+    return sha256_folder(path, "*/*") if path.is_dir() else sha256_file(path)
+
+
+def base_sha256(model: Model) -> str:
+    """The hash of the base model of a configuration; of one file together with the configurations that it is loaded with."""
+    base = hub.find_base(model)
+    if base.weights.is_dir():
+        return weights_sha256(base.weights)
+    small = sorted(p for part in hub.PIPELINES[base.pipeline] for p in (base.config / part).iterdir() if p.suffix in (".json", ".txt"))
+    lines = [f"{p.relative_to(base.config)} {sha256_file(p)}\n" for p in small]
+    return hashlib.sha256("".join([f"{sha256_file(base.weights)}\n", *lines]).encode()).hexdigest()
 
 
 def latent_shape(pipe: Any, size: int) -> tuple[int, int, int]:
@@ -72,11 +123,29 @@ def encode_images(vae: Any, images: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
-def encode_prompts(pipe: Any, prompts: list[str]) -> torch.Tensor:
-    """float32 (n, tokens, width): the text encoder's last hidden state, as the pipeline itself would make it. One prompt at a time,
-    so that a prompt's embedding does not depend on its neighbours."""
-    found = [pipe.encode_prompt(p, pipe.device, 1, do_classifier_free_guidance=False)[0] for p in prompts]
-    return torch.cat(found).float().cpu()
+def encode_prompts(pipe: Any, prompts: list[str], size: int) -> dict[str, torch.Tensor]:
+    """What the UNet must be told, by name; the first dimension of each tensor counts the prompts, all are float32 on the CPU.
+
+    ``text`` (n, tokens, width): the last hidden states, as the pipeline itself would make them. SDXL also takes ``pooled``
+    (n, width of the second encoder) and ``time_ids`` (n, 6), which say that an image of ``size`` pixels is drawn uncut. One prompt at a
+    time, so that a prompt's embedding does not depend on its neighbours.
+    """
+    if not is_xl(pipe):
+        text = [pipe.encode_prompt(p, pipe.device, 1, do_classifier_free_guidance=False)[0] for p in prompts]
+        return {"text": torch.cat(text).float().cpu()}
+    found = []
+    for prompt in prompts:
+        hidden, _, pooled, _ = pipe.encode_prompt(prompt, device=pipe.device, do_classifier_free_guidance=False)
+        known = 0.0 if prompt == "" and pipe.config.force_zeros_for_empty_prompt else 1.0  # zeros are what SDXL was trained with
+        found.append((hidden * known, pooled * known))
+    time_ids = torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32)  # the image's own size, its crop, the size wanted
+    return {"text": torch.cat([f[0] for f in found]).float().cpu(), "pooled": torch.cat([f[1] for f in found]).float().cpu(),
+            "time_ids": time_ids.repeat(len(prompts), 1)}
+
+
+def is_xl(pipe: Any) -> bool:
+    """Whether the UNet wants a pooled embedding and sizes beside the text."""
+    return pipe.unet.config.addition_embed_type == "text_time"
 
 
 def diffusion_loss(unet: Any, scheduler: Any, batch: dict[str, torch.Tensor], snr_gamma: float | None = None,
@@ -86,10 +155,12 @@ def diffusion_loss(unet: Any, scheduler: Any, batch: dict[str, torch.Tensor], sn
     ``snr_gamma`` caps the weight of a clean image's error (min-SNR, Hang et al. 2023), ``snr_floor`` keeps it from vanishing where
     there is nearly only noise (truncated SNR, Salimans and Ho 2022), where a picture's colours and shape are decided.
 
-    ``batch``: latents, noise float32 (n, c, h, w); timestep int64 (n,); text float32 (n, tokens, width); weight float32 (n,).
+    ``batch``: latents, noise float32 (n, c, h, w); timestep int64 (n,); weight float32 (n,); and what ``encode_prompts`` gives of each
+    sample's prompt.
     """
     noisy = scheduler.add_noise(batch["latents"], batch["noise"], batch["timestep"])
-    predicted = unet(noisy, batch["timestep"], encoder_hidden_states=batch["text"], return_dict=False)[0]
+    more = {"added_cond_kwargs": {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]}} if "pooled" in batch else {}
+    predicted = unet(noisy, batch["timestep"], encoder_hidden_states=batch["text"], return_dict=False, **more)[0]
     v_prediction = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(batch["latents"], batch["noise"], batch["timestep"]) if v_prediction else batch["noise"]
     per_sample = F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
@@ -111,11 +182,15 @@ def set_scheduler(pipe: Any, name: str) -> None:
 
 
 @torch.inference_mode()
-def sample(pipe: Any, text: torch.Tensor, negative: torch.Tensor, noise: np.ndarray, steps: int, guidance: float) -> np.ndarray:
-    """Draws images: text (n, tokens, width), negative (1, tokens, width), noise float32 (n, c, h, w) -> uint8 (n, height, width, 3)."""
+def sample(pipe: Any, prompts: dict[str, torch.Tensor], negative: dict[str, torch.Tensor], noise: np.ndarray, steps: int,
+           guidance: float) -> np.ndarray:
+    """Draws images: noise float32 (n, c, h, w) -> uint8 (n, height, width, 3). ``prompts`` and ``negative`` as ``encode_prompts`` gives
+    them, for n prompts or for one that all images share."""
     place = {"device": pipe.device, "dtype": pipe.unet.dtype}
-    images = pipe(prompt_embeds=text.to(**place), negative_prompt_embeds=negative.expand(len(text), -1, -1).to(**place),
-                  latents=torch.from_numpy(noise).to(**place), num_inference_steps=steps, guidance_scale=guidance, output_type="np",
+    names = {"text": "prompt_embeds", "pooled": "pooled_prompt_embeds"}  # time_ids: the pipeline makes them of height and width
+    told = {f"{kind}{names[name]}": values[name].expand(len(noise), *values[name].shape[1:]).to(**place)
+            for kind, values in (("", prompts), ("negative_", negative)) for name in names if name in values}
+    images = pipe(**told, latents=torch.from_numpy(noise).to(**place), num_inference_steps=steps, guidance_scale=guidance, output_type="np",
                   height=noise.shape[-2] * pipe.vae_scale_factor, width=noise.shape[-1] * pipe.vae_scale_factor).images
     return (images * 255).round().astype(np.uint8)
 

@@ -20,7 +20,7 @@ from skinsynth.config import Config
 from skinsynth.data import concepts
 from skinsynth.data.order import sample_rng
 from skinsynth.data.shards import Dataset, from_npy
-from skinsynth.models import attention, diffusion, hub
+from skinsynth.models import attention, diffusion
 from skinsynth.run import RunDir, code_version, read_json, sha256_file, write_bytes, write_json
 from skinsynth.train.engine import Batch, Engine
 from skinsynth.train.loop import read_lines, train
@@ -37,7 +37,7 @@ def finetune(cfg: Config, run: RunDir, world: World) -> None:
         UserError: latents of another base, a base that does not fit, ranks that do not divide the global batch.
         Stopped: a stop signal; the same command goes on.
     """
-    pipe = diffusion.load_pipeline(hub.resolve_base(cfg.model.base))
+    pipe = diffusion.load_base(cfg.model)
     attention.apply(pipe.unet, attention.choose(cfg.model.attention, world.device))
     pipe.unet.requires_grad_(True)
     if cfg.finetune.gradient_checkpointing:
@@ -49,7 +49,7 @@ def finetune(cfg: Config, run: RunDir, world: World) -> None:
         unet, noise_schedule, batch, cfg.finetune.snr_gamma, cfg.finetune.snr_floor))
     state = engine.state_dict()
     if world.is_main:
-        pipe = diffusion.load_pipeline(hub.resolve_base(cfg.model.base))  # a fresh one, free of wrappers and trained dtypes
+        pipe = diffusion.load_base(cfg.model)  # a fresh one, free of wrappers and trained dtypes
         draw_previews(cfg, run, pipe.to(world.device), "base")
         pipe.unet.load_state_dict(state)
         draw_previews(cfg, run, pipe, "tuned")
@@ -71,19 +71,19 @@ class Samples:
         self.mixture = concepts.mixture(self.sources, cfg.seed)
         self.where = {key: i for i, key in enumerate(self.latents.keys)}
         self.texts = read_json(run.node("encode") / "prompts.json")
-        self.embeddings = load_file(run.node("encode") / "prompts.safetensors")["embeddings"]
+        self.embeddings = load_file(run.node("encode") / "prompts.safetensors")  # name -> (prompts, ...): all that the UNet is told
         self.scale, self.timesteps = pipe.vae.config.scaling_factor, pipe.scheduler.config.num_train_timesteps
         # instance and prior losses are means of their own in the paper: halves of the batch, so each counts double
         self.factor = 2.0 if any(s.prior for s in self.sources) else 1.0
 
     def batch(self, positions: range) -> Batch:
-        """latents, noise float32 (n, c, h, w); timestep int64 (n,); text float32 (n, tokens, width); weight float32 (n,)."""
+        """latents, noise float32 (n, c, h, w); timestep int64 (n,); weight float32 (n,); and what ``diffusion.encode_prompts`` gives."""
         rows = [self._one(position) for position in positions]
+        told = {name: values[[r[3] for r in rows]] for name, values in self.embeddings.items()}
         return {"latents": torch.from_numpy(np.stack([r[0] for r in rows])), "noise": torch.from_numpy(np.stack([r[1] for r in rows])),
-                "timestep": torch.tensor([r[2] for r in rows]), "text": torch.stack([r[3] for r in rows]),
-                "weight": torch.tensor([r[4] for r in rows], dtype=torch.float32)}
+                "timestep": torch.tensor([r[2] for r in rows]), "weight": torch.tensor([r[4] for r in rows], dtype=torch.float32), **told}
 
-    def _one(self, position: int) -> tuple[np.ndarray, np.ndarray, int, torch.Tensor, float]:
+    def _one(self, position: int) -> tuple[np.ndarray, np.ndarray, int, int, float]:
         number, index = self.mixture.at(position)
         source, rng = self.sources[number], sample_rng(self.seed, position)
         key = self.train.keys[source.samples[index]]
@@ -94,7 +94,7 @@ class Samples:
         timestep = int(rng.integers(self.timesteps))
         prompt = "" if rng.random() < self.cfg.finetune.caption_dropout else source.prompt
         weight = self.factor * (self.cfg.finetune.prior_weight if source.prior else 1.0)
-        return latents.astype(np.float32), noise, timestep, self.embeddings[self.texts.index(prompt)], weight
+        return latents.astype(np.float32), noise, timestep, self.texts.index(prompt), weight
 
     def groups(self) -> list[str]:
         """The patient or lesion groups whose images are trained on."""
@@ -105,7 +105,8 @@ def export(cfg: Config, run: RunDir, pipe: Any, samples: Samples) -> None:
     """The diffusers folder, whole or not there; its lineage says what it descends from."""
     temp = run.weights.with_name(".weights.tmp")
     shutil.rmtree(temp, ignore_errors=True)
-    pipe.tokenizer.init_kwargs.pop("local_files_only", None)  # whether the hub could be reached must not be in the weights' hash
+    for name in {"tokenizer", "tokenizer_2"} & pipe.components.keys():
+        pipe.components[name].init_kwargs.pop("local_files_only", None)  # whether the hub could be reached must not be in the weights' hash
     pipe.save_pretrained(temp, safe_serialization=True)
     lineage = {"base": cfg.model.base, "base_sha256": samples.latents.manifest["base_sha256"], "weights_sha256": diffusion.weights_sha256(temp),
                "train": samples.train.folder.name, "train_sha256": sha256_file(samples.train.folder / "manifest.json"),
@@ -122,8 +123,8 @@ def draw_previews(cfg: Config, run: RunDir, pipe: Any, name: str) -> None:
     prompts = list(dict.fromkeys(p for g in cfg.generate.classes.values() for p in g.prompts))
     shape = diffusion.latent_shape(pipe, cfg.prepare.size)
     noise = np.stack([sample_rng(cfg.seed, 2**40 + i).standard_normal(shape, np.float32) for i in range(PREVIEWS)])
-    negative = diffusion.encode_prompts(pipe, [cfg.generate.negative_prompt])
-    rows = [diffusion.sample(pipe, diffusion.encode_prompts(pipe, [p]).expand(PREVIEWS, -1, -1), negative, noise, cfg.generate.steps,
+    negative = diffusion.encode_prompts(pipe, [cfg.generate.negative_prompt], cfg.prepare.size)
+    rows = [diffusion.sample(pipe, diffusion.encode_prompts(pipe, [p], cfg.prepare.size), negative, noise, cfg.generate.steps,
                              cfg.generate.guidance) for p in prompts]
     pipe.scheduler = trained_with  # it goes into the exported folder
     sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)

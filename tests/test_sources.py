@@ -1,0 +1,209 @@
+"""What fine-tuning can start from: every kind of Stable Diffusion, as a folder or as one file. The models are tiny and random, but of the real
+layouts; encode, fine-tuning, export and generation run on them as they are."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import overrides
+from safetensors.torch import load_file, save_file
+
+from skinsynth import config
+from skinsynth.config import Model
+from skinsynth.data.shards import Dataset
+from skinsynth.models import diffusion, hub
+from skinsynth.models.tiny import WEIGHTS
+from skinsynth.run import RunDir, Task
+from skinsynth.stages.encode import encode
+from skinsynth.stages.finetune import finetune
+from skinsynth.stages.generate import generate
+from skinsynth.stages.prepare import prepare
+from skinsynth.train.loop import read_lines
+from skinsynth.world import World
+
+SIZE = 32  # pixels
+KINDS = ("sd15", "sd21", "sdxl")
+KEYS: dict[str, object] = {"prepare.size": SIZE, "finetune.steps": 2, "finetune.global_batch": 4, "finetune.lr": 1e-3, "finetune.snr_gamma": "null",
+                           "generate.steps": 2, "generate.classes.benign.count": 3, "generate.classes.malignant.count": 3, "generate.batch": 2}
+
+
+def clip(kind: Any, tokenizer: Any, width: int, **more: Any) -> Any:
+    from transformers import CLIPTextConfig
+
+    return kind(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
+                               max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                               pad_token_id=tokenizer.pad_token_id, **more))
+
+
+def pipeline(kind: str) -> Any:
+    """A random Stable Diffusion with the switches that tell its kinds apart, and the built-in model's tokenizer."""
+    import diffusers
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    torch.manual_seed(KINDS.index(kind))
+    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS, subfolder="tokenizer")
+    vae = diffusers.AutoencoderKL(sample_size=SIZE, latent_channels=4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
+                                  down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    width = {"sd15": 24, "sd21": 32, "sdxl": 24 + 16}[kind]
+    unet: dict[str, Any] = {"cross_attention_dim": width, "attention_head_dim": 2} if kind == "sd15" else {
+        "cross_attention_dim": width, "attention_head_dim": (2, 4), "use_linear_projection": True}
+    noise: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
+                             "prediction_type": "v_prediction" if kind == "sd21" else "epsilon"}
+    plain = {"vae": vae, "tokenizer": tokenizer}
+    if kind == "sdxl":
+        unet |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 12,
+                 "transformer_layers_per_block": (2, 1)}
+    network = diffusers.UNet2DConditionModel(sample_size=SIZE // 2, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
+                                             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                                             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **unet)
+    if kind == "sdxl":
+        return diffusers.StableDiffusionXLPipeline(
+            **plain, unet=network, scheduler=diffusers.EulerDiscreteScheduler(**noise), tokenizer_2=tokenizer, add_watermarker=False,
+            text_encoder=clip(CLIPTextModel, tokenizer, 24), text_encoder_2=clip(CLIPTextModelWithProjection, tokenizer, 16, projection_dim=12))
+    return diffusers.StableDiffusionPipeline(
+        **plain, unet=network, scheduler=diffusers.DDIMScheduler(**noise, clip_sample=False), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False, text_encoder=clip(CLIPTextModel, tokenizer, width, hidden_act="gelu" if kind == "sd21" else "quick_gelu"))
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One diffusers folder of each kind, ``sd15.safetensors``, and ``configs``: the folder ``sd15`` without weights."""
+    folder = tmp_path_factory.mktemp("bases")
+    for kind in KINDS:
+        pipeline(kind).save_pretrained(folder / kind)
+    save_file(to_ldm(pipeline("sd15")), folder / "sd15.safetensors")
+    shutil.copytree(folder / "sd15", folder / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+# ---- the names of the original code (LDM), as they stand in the files that other tools share ----
+
+RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
+          "conv_shortcut": "skip_connection"}
+ENDS = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
+        "conv_norm_out": "out.0", "conv_out": "out.2"}
+ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def to_ldm(pipe: Any) -> dict[str, torch.Tensor]:
+    """The whole pipeline's weights under the original names; one resnet a block, two levels."""
+    found = {f"model.diffusion_model.{unet_name(k)}": v for k, v in pipe.unet.state_dict().items()}
+    for key, value in pipe.vae.state_dict().items():
+        conv = "mid_block.attentions" in key and "norm" not in key and key.endswith("weight")  # a linear layer was a 1x1 convolution
+        found[f"first_stage_model.{vae_name(key)}"] = value[:, :, None, None] if conv else value
+    text = {f"cond_stage_model.transformer.text_model.{k.removeprefix('text_model.')}": v for k, v in pipe.text_encoder.state_dict().items()}
+    return {key: value.clone().contiguous() for key, value in {**found, **text}.items()}
+
+
+def unet_name(key: str) -> str:
+    block = re.match(r"(down|up|mid)_blocks?\.(?:(\d)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d)\.(.*)", key)
+    if not block:
+        return next(theirs + key.removeprefix(ours) for ours, theirs in ENDS.items() if key.startswith(f"{ours}."))
+    side, level, what, number, rest = block[1], int(block[2] or 0), block[3], int(block[4]), block[5]
+    if what == "resnets":
+        rest = next(theirs + rest.removeprefix(ours) for ours, theirs in RESNET.items() if rest.startswith(f"{ours}."))
+    if side == "mid":
+        return f"middle_block.{2 * number if what == 'resnets' else 1}.{rest}"
+    if what == "downsamplers":
+        return f"input_blocks.{2 + 2 * level}.0.op.{rest.removeprefix('conv.')}"
+    if what == "upsamplers":
+        return f"output_blocks.{1 + 2 * level}.{1 if level == 0 else 2}.{rest}"  # the first up block has no attention before it
+    place = f"input_blocks.{1 + 2 * level + number}" if side == "down" else f"output_blocks.{2 * level + number}"
+    return f"{place}.{0 if what == 'resnets' else 1}.{rest}"
+
+
+def vae_name(key: str) -> str:
+    key = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", key)
+    key = re.sub(r"mid_block\.attentions\.0\.(group_norm|to_q|to_k|to_v|to_out\.0)", lambda m: f"mid.attn_1.{ATTENTION[m[1]]}", key)
+    key = re.sub(r"down_blocks\.(\d)\.resnets", r"down.\1.block", key)
+    key = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", key)
+    key = re.sub(r"up_blocks\.(\d)\.resnets", lambda m: f"up.{1 - int(m[1])}.block", key)
+    key = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{1 - int(m[1])}.upsample", key)
+    return key.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+
+
+def weights(pipe: Any) -> dict[str, torch.Tensor]:
+    return {f"{name}.{key}": value for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)
+            for key, value in part.state_dict().items()}
+
+
+def assert_same(one: Any, other: Any) -> None:
+    mine, theirs = weights(one), weights(other)
+    assert mine.keys() == theirs.keys()
+    assert len(mine) > 100
+    assert [key for key in mine if not torch.equal(mine[key], theirs[key])] == []
+
+
+def test_one_file_gives_the_weights_of_the_folder_it_was_made_from(bases: Path) -> None:
+    model = Model(base=str(bases / "sd15.safetensors"), config=str(bases / "configs"))
+    pipe = diffusion.load_base(model)
+    assert_same(pipe, diffusion.load_base(Model(base=str(bases / "sd15"))))
+    assert next(diffusion.load_base(model, "bf16").unet.parameters()).dtype == torch.bfloat16
+    vae = load_file(bases / "sd15/vae/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(value, vae[key]) for key, value in diffusion.load_vae(model).state_dict().items())
+    sizes = hub.find_base(model).parameters()
+    assert sizes == hub.find_base(Model(base=str(bases / "sd15"))).parameters()
+    assert sizes["unet"] == sum(p.numel() for p in pipe.unet.parameters())
+
+
+@pytest.fixture(scope="module")
+def prepared(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    cfg = config.load("configs/demo.yaml", overrides(drawn, folder, **KEYS))
+    prepare(cfg, RunDir(Path(cfg.run)), Task(0, 1))
+    return folder
+
+
+def begin(prepared: Path, drawn: Path, folder: Path, **more: object) -> tuple[config.Config, RunDir]:
+    shutil.copytree(prepared / "shards", folder / "shards", copy_function=os.link)
+    cfg = config.load("configs/demo.yaml", overrides(drawn, folder, **{**KEYS, **more}))
+    run = RunDir(Path(cfg.run))
+    run.create(cfg)
+    return cfg, run
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "file"])
+def test_every_kind_is_encoded_tuned_exported_and_drawn_with(kind: str, bases: Path, prepared: Path, drawn: Path, tmp_path: Path) -> None:
+    import diffusers
+
+    more = {"model.base": bases / kind} if kind != "file" else {"model.base": bases / "sd15.safetensors", "model.config": bases / "configs"}
+    cfg, run = begin(prepared, drawn, tmp_path, **more)
+    encode(cfg, run, Task(0, 1))
+    told = load_file(run.node("encode") / "prompts.safetensors")
+    assert told.keys() == ({"text", "pooled", "time_ids"} if kind == "sdxl" else {"text"})
+    finetune(cfg, run, World())
+    losses = [row["loss"] for row in read_lines(run.node("finetune") / "metrics.jsonl")]
+    assert len(losses) == 2
+    assert all(0.1 < loss < 5 for loss in losses)  # a random network against unit noise
+    name = "StableDiffusionXLPipeline" if kind == "sdxl" else "StableDiffusionPipeline"
+    tuned, base = getattr(diffusers, name).from_pretrained(run.weights), diffusion.load_base(cfg.model)
+    assert type(diffusers.DiffusionPipeline.from_pretrained(run.weights)).__name__ == name
+    changed = {key.split(".")[0] for key, value in weights(tuned).items() if not torch.equal(value, weights(base)[key])}
+    assert changed == {"unet"}
+    assert type(tuned.scheduler) is type(base.scheduler)
+    assert tuned.scheduler.config.prediction_type == ("v_prediction" if kind == "sd21" else "epsilon")
+    assert tuned("a dermoscopy image", num_inference_steps=2, height=SIZE, width=SIZE).images[0].size == (SIZE, SIZE)
+    generate(cfg, run, Task(0, 1))
+    assert len(Dataset.open(run.dataset(cfg, "synthetic"))) == 6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampling_is_what_the_pipeline_itself_does(kind: str, bases: Path) -> None:
+    """With the prompts encoded apart, as the cache has them; SDXL without a negative prompt means zeros, not the encoded empty text."""
+    pipe = diffusion.load_pipeline(bases / kind)
+    shape = diffusion.latent_shape(pipe, SIZE)
+    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    prompts = ["a dermoscopy image of a nevus", "a melanoma"]
+    told, empty = diffusion.encode_prompts(pipe, prompts, SIZE), diffusion.encode_prompts(pipe, [""], SIZE)
+    ours = diffusion.sample(pipe, told, empty, noise.numpy(), 3, 4.0)
+    theirs = pipe(prompts, latents=noise, num_inference_steps=3, guidance_scale=4.0, height=SIZE, width=SIZE, output_type="np").images
+    assert abs(ours / 255 - theirs).max() < 1.01 / 255
+    assert ours[0].std() > 1
+    other = diffusion.sample(pipe, {name: values.flip(0) for name, values in told.items()}, empty, noise.numpy(), 3, 4.0)
+    assert (ours != other).any()  # the words do matter
