@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from skinsynth.config import Config
-from skinsynth.data import isic
+from skinsynth.data import isic, summary
 from skinsynth.data.isic import Aside, BadImage, Row
 from skinsynth.data.lesion import square
 from skinsynth.data.shards import ShardWriter, claim, encode_jpeg, missing_parts, part_path, write_manifest
@@ -46,6 +46,7 @@ class Plan:
     set_aside: list[Aside]
     samples: dict[str, dict[str, Any]]  # image name -> the fields of its Row, and its group
     splits: dict[str, list[str]]  # split -> image names in the order of the shards
+    duplicates: dict[str, int]  # pairs listed and applied, and images whose very bytes another one has
 
     def units(self) -> list[tuple[str, int]]:
         """(split, shard) of every unit, in a fixed order."""
@@ -94,6 +95,8 @@ def _shared_plan(cfg: Config, folders: dict[str, Path]) -> Plan:
             fcntl.flock(lock, fcntl.LOCK_EX)
         request = _request(cfg)
         found = read_json(path)
+        if found is not None and found.keys() != {f.name for f in fields(Plan)}:
+            raise UserError(f"{path} was begun by another version of skinsynth: delete {cfg.data.shards}/{cfg.data.name}-* and prepare again")
         plan = Plan(**found) if found is not None else make_plan(cfg, request)
         for folder in folders.values():
             claim(folder, {**request, "content": plan.request["content"]})
@@ -131,12 +134,19 @@ def make_plan(cfg: Config, request: dict[str, Any]) -> Plan:
     rows, hashes = _hash_images(rows, data.images, aside)
     rows = _contradictions(rows, hashes, aside)
     _check_bad(cfg, count, [{"split": "", **a} for a in aside])
-    group_of = isic.groups(rows, hashes, isic.read_pairs(Path(data.duplicates), hashes) if data.duplicates else [])
+    pairs = isic.read_pairs(Path(data.duplicates), hashes) if data.duplicates else []
+    group_of = isic.groups(rows, hashes, pairs)
     split_of = isic.split_groups(group_of, {r.image_name: r.target for r in rows}, asdict(cfg.prepare.split), cfg.seed)
     order = sorted(group_of, key=lambda name: isic.random_key(cfg.seed, "order", name))
     content = hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
     return Plan({**request, "content": content}, count, aside, {r.image_name: {**asdict(r), "group": group_of[r.image_name]} for r in rows},
-                {split: [name for name in order if split_of[name] == split] for split in SPLITS})
+                {split: [name for name in order if split_of[name] == split] for split in SPLITS}, _duplicates(pairs, hashes))
+
+
+def _duplicates(pairs: list[tuple[str, str]], hashes: dict[str, str]) -> dict[str, int]:
+    """``pairs_applied``: both images are there; ``equal_files``: images beyond the first of each content."""
+    applied = sum(one in hashes and other in hashes for one, other in pairs)
+    return {"pairs_listed": len(pairs), "pairs_applied": applied, "equal_files": len(hashes) - len(set(hashes.values()))}
 
 
 def _hash_images(rows: list[Row], images: str | None, aside: list[Aside]) -> tuple[list[Row], dict[str, str]]:
@@ -153,7 +163,7 @@ def _hash_images(rows: list[Row], images: str | None, aside: list[Aside]) -> tup
         if isinstance(found, BadImage):
             aside.append({"key": row.image_name, "reason": str(found)})
         else:
-            kept.append(Row(**{**asdict(row), "file": found[0]}))
+            kept.append(replace(row, file=found[0]))
             hashes[row.image_name] = found[1]
     return kept, hashes
 
@@ -237,15 +247,17 @@ def _finish(cfg: Config, run: RunDir, plan: Plan, folders: dict[str, Path]) -> N
     facts["train"]["set_aside"] = [a for a in aside if a["split"] in ("", "train")]  # what never reached a split stands here
     check_disjoint(list(facts.values()))
     _check_classes(facts)
-    write_aside(run.dataset(cfg, "train"), aside)
+    write_aside(folders["train"], aside)
     manifests = [write_manifest(folders[s], plan.shards(s), **facts[s]) for s in SPLITS]
     check_disjoint(manifests)
     metrics = {s: {"images": m["count"], "classes": m["classes"], "groups": m["groups"], "patients": m["patients"],
                    "set_aside": sum(a["split"] == s for a in aside)} for s, m in zip(SPLITS, manifests, strict=True)}
     reasons = dict(Counter(a["reason"] for a in aside).most_common())
-    run.finish("prepare", {**metrics, "rows": plan.rows, "set_aside": {"total": len(aside), "reasons": reasons}},
+    lines = _lines(plan, len(aside), reasons)
+    write_text(folders["train"] / "split.md", summary.markdown(f"{cfg.data.name}: {cfg.prepare.size} px, seed {cfg.seed}", manifests, lines))
+    run.finish("prepare", {**metrics, "rows": plan.rows, "duplicates": plan.duplicates, "set_aside": {"total": len(aside), "reasons": reasons}},
                [folders[s] / "manifest.json" for s in SPLITS])
-    _print(cfg, metrics, len(aside), reasons)
+    _print(cfg, manifests, [*lines, f"the same as a file: {folders['train'] / 'split.md'}"])
 
 
 def _facts(cfg: Config, plan: Plan, split: str, names: list[str], notes: list[dict[str, str]]) -> dict[str, Any]:
@@ -253,17 +265,8 @@ def _facts(cfg: Config, plan: Plan, split: str, names: list[str], notes: list[di
     ids = sorted({s["group"] for s in samples})
     return {"name": f"{cfg.data.name}-{split}", "split": split, "kind": "real", "size": cfg.prepare.size, "seed": cfg.seed, "groups": len(ids),
             "group_ids": ids, "patients": len({s["patient_id"] for s in samples} - {None}), "notes": notes, "request": plan.request,
-            "statistics": {str(t): _statistics([s for s in samples if s["target"] == t]) for t in sorted({s["target"] for s in samples})}}
-
-
-def _statistics(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counts of one class; ages in years; what is unknown is counted under ``unknown``."""
-    ages = [s["age"] for s in samples if s["age"] is not None]
-    counts = {k: dict(sorted(Counter(str(s[k] or "unknown") for s in samples).items())) for k in ("sex", "site", "diagnosis")}
-    mean = round(sum(ages) / len(ages), 2) if ages else None
-    age = {"known": len(ages), "mean": mean, "min": min(ages, default=None), "max": max(ages, default=None)}
-    return {"images": len(samples), "groups": len({s["group"] for s in samples}), "patients": len({s["patient_id"] for s in samples} - {None}),
-            "age": age, **counts}
+            "duplicates": plan.duplicates,
+            "statistics": {str(t): summary.statistics([s for s in samples if s["target"] == t]) for t in sorted({s["target"] for s in samples})}}
 
 
 def _check_bad(cfg: Config, rows: int, aside: list[dict[str, str]]) -> None:
@@ -310,14 +313,22 @@ def _check_classes(facts: dict[str, dict[str, Any]]) -> None:
                                 "or prepare.split, delete the folders and prepare again")
 
 
-def _print(cfg: Config, metrics: dict[str, dict[str, Any]], aside: int, reasons: dict[str, int]) -> None:
+def _lines(plan: Plan, aside: int, reasons: dict[str, int]) -> list[str]:
+    """What a reader must know beside the table."""
+    why = ": " + "; ".join(f"{n:,} x {reason}" for reason, n in reasons.items()) if reasons else ""
+    pairs = plan.duplicates
+    return [f"{plan.rows:,} rows, {aside:,} set aside{why}",
+            f"duplicates: {pairs['pairs_applied']:,} of {pairs['pairs_listed']:,} listed pairs applied; {pairs['equal_files']:,} images are "
+            "copies of another file"]
+
+
+def _print(cfg: Config, manifests: list[dict[str, Any]], lines: list[str]) -> None:
     table = Table(title=f"{cfg.data.name}: {cfg.prepare.size} px, seed {cfg.seed}")
-    for column in ("split", "benign", "malignant", "groups", "patients", "set aside"):
-        table.add_column(column, justify="left" if column == "split" else "right")
-    for split, m in metrics.items():
-        row = (m["classes"].get("0", 0), m["classes"].get("1", 0), m["groups"], m["patients"], m["set_aside"])
-        table.add_row(split, *(f"{value:,}" for value in row))
+    for column in summary.COLUMNS:
+        table.add_column(column, justify="left" if column in summary.LEFT else "right")
+    for row in summary.rows(manifests):
+        table.add_row(*row)
     console = Console()
     console.print(table)
-    if aside:
-        console.print(f"{aside:,} rows set aside: " + "; ".join(f"{n} x {reason}" for reason, n in reasons.items()), highlight=False)
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
