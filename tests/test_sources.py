@@ -3,6 +3,7 @@ layouts; encode, fine-tuning, export and generation run on them as they are."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from skinsynth import config
 from skinsynth.config import Model
 from skinsynth.data.shards import Dataset
+from skinsynth.errors import UserError
 from skinsynth.models import diffusion, hub
 from skinsynth.models.tiny import WEIGHTS
 from skinsynth.run import RunDir, Task
@@ -207,3 +209,100 @@ def test_sampling_is_what_the_pipeline_itself_does(kind: str, bases: Path) -> No
     assert ours[0].std() > 1
     other = diffusion.sample(pipe, {name: values.flip(0) for name, values in told.items()}, empty, noise.numpy(), 3, 4.0)
     assert (ours != other).any()  # the words do matter
+
+
+# ---- the loss ----
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_is_the_error_of_what_the_model_predicts(kind: str, bases: Path) -> None:
+    """Written out anew: x_t, epsilon or v (Salimans and Ho 2022), and SDXL's sizes as its own pipeline makes them."""
+    from diffusers import DDPMScheduler
+
+    pipe = diffusion.load_pipeline(bases / kind)
+    told = diffusion.encode_prompts(pipe, ["a melanoma", ""], SIZE)
+    latents, noise = torch.randn(2, 2, *diffusion.latent_shape(pipe, SIZE), generator=torch.Generator().manual_seed(1))
+    timestep, weight = torch.tensor([20, 700]), torch.tensor([1.0, 3.0])
+    a = pipe.scheduler.alphas_cumprod[timestep][:, None, None, None]
+    more = {}
+    if kind == "sdxl":
+        sizes = pipe._get_add_time_ids((SIZE, SIZE), (0, 0), (SIZE, SIZE), torch.float32, pipe.text_encoder_2.config.projection_dim)
+        more = {"added_cond_kwargs": {"text_embeds": told["pooled"], "time_ids": sizes.repeat(2, 1)}}
+        assert torch.equal(told["text"][1], torch.zeros_like(told["text"][1]))
+    target = a.sqrt() * noise - (1 - a).sqrt() * latents if kind == "sd21" else noise
+    with torch.no_grad():
+        predicted = pipe.unet(a.sqrt() * latents + (1 - a).sqrt() * noise, timestep, told["text"], **more).sample
+        batch = {"latents": latents, "noise": noise, "timestep": timestep, "weight": weight, **told}
+        schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+        plain, capped = (diffusion.diffusion_loss(pipe.unet, schedule, batch, gamma).item() for gamma in (None, 5.0))
+    errors = (predicted - target).square().mean(dim=(1, 2, 3))
+    assert plain == pytest.approx((errors * weight).mean().item(), rel=1e-4)
+    snr = (a / (1 - a)).flatten()
+    by_snr = snr.clamp(max=5) / (snr + 1 if kind == "sd21" else snr)
+    assert capped == pytest.approx((errors * weight * by_snr).mean().item(), rel=1e-4)
+    assert abs(capped - plain) > 0.01
+
+
+# ---- what cannot be used ----
+
+def said(base: Path | str, config: Path | str | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        diffusion.load_base(Model(base=str(base), config=config and str(config)))
+    return str(caught.value)
+
+
+def test_one_file_needs_a_configuration_of_its_kind(bases: Path, tmp_path: Path) -> None:
+    file = bases / "sd15.safetensors"
+    assert "give model.config" in said(file)
+    assert "stable-diffusion-v1-5" in said(file)
+    assert "skinsynth pull CONFIG model.config=" in said(file)
+    assert "takes text of width 24" in said(file, bases / "sd21")
+    assert "holds no text_encoder_2" in said(file, bases / "sdxl")
+    assert "model.config=nobody/nothing" in said(file, "nobody/nothing")
+    assert "skinsynth pull" in said(file, "nobody/nothing")
+    assert "missing model_index.json" in said(file, tmp_path)
+    for name, usual in (("cond_stage_model.model.ln_final.bias", "stable-diffusion-2-1"), ("conditioner.embedders.1.x", "stable-diffusion-xl-base")):
+        save_file({name: torch.zeros(1)}, tmp_path / "other.safetensors")
+        assert usual in said(tmp_path / "other.safetensors")
+
+
+def test_a_file_that_is_no_whole_model_is_named(bases: Path, tmp_path: Path) -> None:
+    lora, cut, text, pickled = (tmp_path / name for name in ("lora.safetensors", "cut.safetensors", "text.safetensors", "model.ckpt"))
+    save_file({"lora_unet_down.weight": torch.zeros(1)}, lora)
+    cut.write_bytes((bases / "sd15.safetensors").read_bytes()[:-10])
+    text.write_text("<html>401 Unauthorized</html>")
+    pickled.write_bytes(b"x")
+    assert "holds no unet, vae, text_encoder" in said(lora, bases / "configs")
+    assert "is cut short" in said(cut, bases / "configs")
+    assert "not a safetensors file" in said(text, bases / "configs")
+    assert "may run any code" in said(pickled, bases / "configs")
+    assert "no such file" in said(tmp_path / "none.safetensors", bases / "configs")
+
+
+@pytest.mark.parametrize("weight", ["model.diffusion_model.out.2.weight", "first_stage_model.decoder.conv_out.bias",
+                                    "cond_stage_model.transformer.text_model.final_layer_norm.weight"])
+def test_a_file_that_lacks_one_weight(weight: str, bases: Path, tmp_path: Path) -> None:
+    state = load_file(bases / "sd15.safetensors")
+    del state[weight]
+    save_file(state, tmp_path / "lacking.safetensors")
+    assert "lacks weights that its configuration asks for" in said(tmp_path / "lacking.safetensors", bases / "configs")
+
+
+def test_a_folder_of_another_kind_or_without_its_second_encoder(bases: Path, tmp_path: Path) -> None:
+    shutil.copytree(bases / "sdxl", tmp_path / "base")
+    shutil.rmtree(tmp_path / "base/text_encoder_2")
+    assert "missing text_encoder_2/config.json" in said(tmp_path / "base")
+    (tmp_path / "base/model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    assert "is a FluxPipeline: known are StableDiffusionPipeline, StableDiffusionXLPipeline" in said(tmp_path / "base")
+
+
+def test_the_hash_of_a_file_covers_what_it_is_loaded_with(bases: Path, tmp_path: Path) -> None:
+    folder, file = bases / "sd15", bases / "sd15.safetensors"
+    assert diffusion.base_sha256(Model(base=str(folder))) == diffusion.weights_sha256(folder)
+    shutil.copytree(bases / "configs", tmp_path / "configs")
+    model = Model(base=str(file), config=str(tmp_path / "configs"))
+    before = diffusion.base_sha256(model)
+    assert before == diffusion.base_sha256(Model(base=str(file), config=str(bases / "sd15")))  # weights beside the configurations do not matter
+    schedule = tmp_path / "configs/scheduler/scheduler_config.json"
+    schedule.write_text(schedule.read_text().replace("epsilon", "v_prediction"))
+    assert diffusion.base_sha256(model) != before
+    assert diffusion.load_base(model).scheduler.config.prediction_type == "v_prediction"

@@ -18,6 +18,7 @@ from skinsynth.models import hub
 from skinsynth.run import sha256_file, sha256_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LACKS = "base model {} lacks weights that its configuration asks for: take a whole checkpoint, and a model.config of the same kind"
 
 
 def load_base(model: Model, precision: str = "fp32") -> Any:
@@ -31,11 +32,9 @@ def load_base(model: Model, precision: str = "fp32") -> Any:
         return load_pipeline(base.weights, precision)
     pipe = _load(base.config, base.weights, lambda kind, extras: kind.from_single_file(
         str(base.weights), config=str(base.config), dtype=DTYPES[precision], local_files_only=True, **extras))
-    for name, part in pipe.components.items():  # diffusers leaves a weight that the file lacks without a value
-        empty = [key for key, value in part.named_parameters() if value.is_meta] if isinstance(part, torch.nn.Module) else []
-        if empty:
-            raise UserError(f"base model {base.weights} lacks {len(empty)} weights that model.config={base.config} asks for in {name}, "
-                            f"such as {empty[0]}: take a model.config of the same kind")
+    text = [part for name, part in pipe.components.items() if name.startswith("text_encoder")]
+    if any(value.is_meta for part in text for value in part.parameters()):  # of these, diffusers leaves what the file lacks without a value
+        raise UserError(LACKS.format(base.weights))
     return pipe
 
 
@@ -71,6 +70,8 @@ def _load(config: Path, weights: Path, load: Callable[[Any, dict[str, Any]], Any
     extras: dict[str, Any] = {"add_watermarker": False} if "XL" in name else {"safety_checker": None, "requires_safety_checker": False}
     try:
         pipe = load(getattr(diffusers, name), {"feature_extractor": None, **extras})
+    except NotImplementedError:  # from torch, on a weight without a value
+        raise UserError(LACKS.format(weights)) from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"base model {weights} cannot be loaded: {str(error).splitlines()[0]}") from None
     pipe.set_progress_bar_config(disable=True)
