@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -87,11 +88,12 @@ def _read_csv(path: Path, what: str) -> list[dict[str, str]]:
     if not path.is_file():
         raise UserError(f"data.{what}: {path} does not exist or is not a file: give the path of the CSV")
     try:
-        lines = list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
+        lines = csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""))
+        header = [name.strip().lower() for name in next(lines, [])]
+        empty = dict.fromkeys(header, "")
+        return [empty | dict(zip(header, (sys.intern(v.strip()) for v in line), strict=False)) for line in lines if line]  # few values differ
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"data.{what}: {path} is not a CSV in UTF-8 ({error}): export it as one") from None
-    header = [name.strip().lower() for name in lines[0]] if lines else []
-    return [dict.fromkeys(header, "") | dict(zip(header, (v.strip() for v in line), strict=False)) for line in lines[1:] if line]
 
 
 def _row(record: Mapping[str, str]) -> Row:

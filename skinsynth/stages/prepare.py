@@ -35,6 +35,7 @@ from skinsynth.run import Progress, RunDir, Task, read_json, sha256_file, write_
 
 SPLITS = ("train", "val", "test")
 KNOWN = ("sex", "age", "site", "diagnosis")
+AT_ONCE = 4096  # calls handed to the threads at a time: each takes a kilobyte while it waits
 
 
 @dataclass
@@ -101,7 +102,7 @@ def _shared_plan(cfg: Config, folders: dict[str, Path]) -> Plan:
         for folder in folders.values():
             claim(folder, {**request, "content": plan.request["content"]})
         if found is None:
-            write_text(path, json.dumps(asdict(plan), sort_keys=True))
+            write_text(path, json.dumps(vars(plan), sort_keys=True))
     return plan
 
 
@@ -139,7 +140,7 @@ def make_plan(cfg: Config, request: dict[str, Any]) -> Plan:
     split_of = isic.split_groups(group_of, {r.image_name: r.target for r in rows}, asdict(cfg.prepare.split), cfg.seed)
     order = sorted(group_of, key=lambda name: isic.random_key(cfg.seed, "order", name))
     content = hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
-    return Plan({**request, "content": content}, count, aside, {r.image_name: {**asdict(r), "group": group_of[r.image_name]} for r in rows},
+    return Plan({**request, "content": content}, count, aside, {r.image_name: {**vars(r), "group": group_of[r.image_name]} for r in rows},
                 {split: [name for name in order if split_of[name] == split] for split in SPLITS}, _duplicates(pairs, hashes))
 
 
@@ -192,7 +193,8 @@ def _in_threads(work: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
     cv2.setNumThreads(1)  # the images run side by side already
     with ThreadPoolExecutor(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))) as pool:
         try:
-            yield from pool.map(guarded, items)
+            for start in range(0, len(items), AT_ONCE):
+                yield from pool.map(guarded, items[start : start + AT_ONCE])
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
