@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -325,11 +326,13 @@ def _lines(plan: Plan, aside: int, reasons: dict[str, int]) -> list[str]:
 
 
 def _print(cfg: Config, manifests: list[dict[str, Any]], lines: list[str]) -> None:
-    table = Table(title=f"{cfg.data.name}: {cfg.prepare.size} px, seed {cfg.seed}")
-    for column in summary.COLUMNS:
-        table.add_column(column, justify="left" if column in summary.LEFT else "right")
-    for row in summary.rows(manifests):
-        table.add_row(*row)
+    rows = summary.rows(manifests)
+    table = Table(title=f"{cfg.data.name}: {cfg.prepare.size} px, seed {cfg.seed}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in summary.COLUMNS[:-2]:  # sites and diagnoses need lines of their own in a log of 80 columns
+        table.add_column(column, justify="left" if column in summary.LEFT else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row[:-2])
+    lines = [*(f"{row[0]}, {row[1]}: {row[-2]}; {row[-1]}" for row in rows), *lines]
     console = Console()
     console.print(table)
     for line in lines:
