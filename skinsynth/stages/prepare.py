@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -327,7 +326,7 @@ def _lines(plan: Plan, aside: int, reasons: dict[str, int]) -> list[str]:
 
 def _print(cfg: Config, manifests: list[dict[str, Any]], lines: list[str]) -> None:
     rows = summary.rows(manifests)
-    table = Table(title=f"{cfg.data.name}: {cfg.prepare.size} px, seed {cfg.seed}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=f"{cfg.data.name}: {cfg.prepare.size} px, seed {cfg.seed}", box=None, pad_edge=False)
     for column in summary.COLUMNS[:-2]:  # sites and diagnoses need lines of their own in a log of 80 columns
         table.add_column(column, justify="left" if column in summary.LEFT else "right", no_wrap=True)
     for row in rows:
