@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from skinsynth.config import Config
+from skinsynth.data import concepts
 from skinsynth.data.phantom import write_dataset
 from skinsynth.data.shards import Dataset, ShardWriter
 from skinsynth.errors import UserError
@@ -152,8 +153,9 @@ def test_samples_columns_and_manifest_tell_what_is_there(drawn: Path, done: tupl
     assert (str(sample["target"]), sample["diagnosis"], sample["sex"]) == (row["target"], row["diagnosis"] or None, row["sex"] or None)
     assert sample["caption"].startswith("a dermoscopy image of a")
     assert set(sample) >= {"group", "age", "site"}
-    assert set(data.columns) == {"target", "group", "diagnosis", "sex", "age", "site"}
+    assert set(data.columns) == {"target", "group", "caption", "diagnosis", "sex", "age", "site"}
     malignant = data.select({"target": 1})
+    assert concepts.captions(data, malignant) == sorted({data.json(i)["caption"] for i in malignant})
     m = data.manifest
     assert m["classes"]["1"] == len(malignant) == m["statistics"]["1"]["images"]
     assert (m["name"], m["split"], m["kind"], m["size"], m["seed"]) == ("set-train", "train", "real", 32, 0)

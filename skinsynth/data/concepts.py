@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from skinsynth.config import Config, Images
@@ -46,6 +47,17 @@ def prompts(cfg: Config) -> list[str]:
     """Every prompt that fine-tuning or generation will need, once each; the empty one first."""
     named = [p for c in cfg.finetune.concepts.values() for p in (c.instance_prompt, c.class_prompt)]
     return list(dict.fromkeys(["", *named, cfg.generate.negative_prompt, *(p for g in cfg.generate.classes.values() for p in g.prompts)]))
+
+
+def captions(train: Dataset, samples: Iterable[int]) -> list[str]:
+    """The distinct captions of the given samples, sorted: what is to be encoded where each image is trained on with its own words.
+
+    Raises:
+        UserError: the dataset has no captions.
+    """
+    if "caption" not in train.columns:
+        raise UserError(f"{train.folder} has no captions (it was made by an earlier version): delete it and prepare again")
+    return sorted({train.columns["caption"][i] for i in samples})
 
 
 def _take(train: Dataset, images: Images, seed: int, key: str) -> tuple[int, ...]:
