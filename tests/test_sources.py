@@ -75,12 +75,12 @@ def pipeline(kind: str) -> Any:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One diffusers folder of each kind, ``sd15.safetensors``, and ``configs``: the folder ``sd15`` without weights."""
+    """Of each kind a diffusers folder ``sd15``, one file ``sd15.safetensors``, and ``sd15-configs``: the folder without its weights."""
     folder = tmp_path_factory.mktemp("bases")
     for kind in KINDS:
         pipeline(kind).save_pretrained(folder / kind)
-    save_file(to_ldm(pipeline("sd15")), folder / "sd15.safetensors")
-    shutil.copytree(folder / "sd15", folder / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+        save_file(to_ldm(pipeline(kind)), folder / f"{kind}.safetensors")
+        shutil.copytree(folder / kind, folder / f"{kind}-configs", ignore=shutil.ignore_patterns("*.safetensors"))
     return folder
 
 
@@ -89,7 +89,10 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
           "conv_shortcut": "skip_connection"}
 ENDS = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
-        "conv_norm_out": "out.0", "conv_out": "out.2"}
+        "conv_norm_out": "out.0", "conv_out": "out.2", "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
+OPEN_CLIP = {"encoder.layers": "transformer.resblocks", "self_attn": "attn", "layer_norm1": "ln_1", "layer_norm2": "ln_2", "fc1": "c_fc",
+             "fc2": "c_proj", "embeddings.position_embedding.weight": "positional_embedding", "embeddings.token_embedding": "token_embedding",
+             "final_layer_norm": "ln_final"}
 ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
@@ -99,8 +102,37 @@ def to_ldm(pipe: Any) -> dict[str, torch.Tensor]:
     for key, value in pipe.vae.state_dict().items():
         conv = "mid_block.attentions" in key and "norm" not in key and key.endswith("weight")  # a linear layer was a 1x1 convolution
         found[f"first_stage_model.{vae_name(key)}"] = value[:, :, None, None] if conv else value
-    text = {f"cond_stage_model.transformer.text_model.{k.removeprefix('text_model.')}": v for k, v in pipe.text_encoder.state_dict().items()}
-    return {key: value.clone().contiguous() for key, value in {**found, **text}.items()}
+    if hasattr(pipe, "text_encoder_2"):
+        found |= clip_names("conditioner.embedders.0.", pipe.text_encoder) | open_clip_names("conditioner.embedders.1.", pipe.text_encoder_2)
+    elif pipe.unet.config.use_linear_projection:
+        found |= open_clip_names("cond_stage_model.", pipe.text_encoder)
+    else:
+        found |= clip_names("cond_stage_model.", pipe.text_encoder)
+    return {key: value.clone().contiguous() for key, value in found.items()}
+
+
+def bare(encoder: Any) -> dict[str, torch.Tensor]:
+    return {key.removeprefix("text_model."): value for key, value in encoder.state_dict().items()}
+
+
+def clip_names(prefix: str, encoder: Any) -> dict[str, torch.Tensor]:
+    return {f"{prefix}transformer.text_model.{key}": value for key, value in bare(encoder).items()}
+
+
+def open_clip_names(prefix: str, encoder: Any) -> dict[str, torch.Tensor]:
+    """The encoders of 2.x and XL come from OpenCLIP: query, key and value are one matrix there, and the projection is transposed."""
+    state, found = bare(encoder), {}
+    for key in [key for key in state if "q_proj" in key]:
+        together = torch.cat([state.pop(key.replace("q_proj", f"{part}_proj")) for part in "qkv"])
+        found[key.replace("self_attn.q_proj.", "self_attn.in_proj_")] = together
+    if "text_projection.weight" in state:
+        state["text_projection"] = state.pop("text_projection.weight").T
+    renamed = {}
+    for key, value in {**state, **found}.items():
+        for ours, theirs in OPEN_CLIP.items():
+            key = key.replace(ours, theirs)
+        renamed[f"{prefix}model.{key}"] = value
+    return renamed
 
 
 def unet_name(key: str) -> str:
@@ -142,15 +174,17 @@ def assert_same(one: Any, other: Any) -> None:
     assert [key for key in mine if not torch.equal(mine[key], theirs[key])] == []
 
 
-def test_one_file_gives_the_weights_of_the_folder_it_was_made_from(bases: Path) -> None:
-    model = Model(base=str(bases / "sd15.safetensors"), config=str(bases / "configs"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_file_gives_the_weights_of_the_folder_it_was_made_from(kind: str, bases: Path) -> None:
+    model = Model(base=str(bases / f"{kind}.safetensors"), config=str(bases / f"{kind}-configs"))
     pipe = diffusion.load_base(model)
-    assert_same(pipe, diffusion.load_base(Model(base=str(bases / "sd15"))))
+    assert type(pipe) is type(diffusion.load_pipeline(bases / kind))
+    assert_same(pipe, diffusion.load_pipeline(bases / kind))
     assert next(diffusion.load_base(model, "bf16").unet.parameters()).dtype == torch.bfloat16
-    vae = load_file(bases / "sd15/vae/diffusion_pytorch_model.safetensors")
+    vae = load_file(bases / kind / "vae/diffusion_pytorch_model.safetensors")
     assert all(torch.equal(value, vae[key]) for key, value in diffusion.load_vae(model).state_dict().items())
     sizes = hub.find_base(model).parameters()
-    assert sizes == hub.find_base(Model(base=str(bases / "sd15"))).parameters()
+    assert sizes == hub.find_base(Model(base=str(bases / kind))).parameters()
     assert sizes["unet"] == sum(p.numel() for p in pipe.unet.parameters())
 
 
@@ -174,7 +208,7 @@ def begin(prepared: Path, drawn: Path, folder: Path, **more: object) -> tuple[co
 def test_every_kind_is_encoded_tuned_exported_and_drawn_with(kind: str, bases: Path, prepared: Path, drawn: Path, tmp_path: Path) -> None:
     import diffusers
 
-    more = {"model.base": bases / kind} if kind != "file" else {"model.base": bases / "sd15.safetensors", "model.config": bases / "configs"}
+    more = {"model.base": bases / kind} if kind != "file" else {"model.base": bases / "sd15.safetensors", "model.config": bases / "sd15-configs"}
     cfg, run = begin(prepared, drawn, tmp_path, **more)
     encode(cfg, run, Task(0, 1))
     told = load_file(run.node("encode") / "prompts.safetensors")
@@ -271,11 +305,11 @@ def test_a_file_that_is_no_whole_model_is_named(bases: Path, tmp_path: Path) -> 
     cut.write_bytes((bases / "sd15.safetensors").read_bytes()[:-10])
     text.write_text("<html>401 Unauthorized</html>")
     pickled.write_bytes(b"x")
-    assert "holds no unet, vae, text_encoder" in said(lora, bases / "configs")
-    assert "is cut short" in said(cut, bases / "configs")
-    assert "not a safetensors file" in said(text, bases / "configs")
-    assert "may run any code" in said(pickled, bases / "configs")
-    assert "no such file" in said(tmp_path / "none.safetensors", bases / "configs")
+    assert "holds no unet, vae, text_encoder" in said(lora, bases / "sd15-configs")
+    assert "is cut short" in said(cut, bases / "sd15-configs")
+    assert "not a safetensors file" in said(text, bases / "sd15-configs")
+    assert "may run any code" in said(pickled, bases / "sd15-configs")
+    assert "no such file" in said(tmp_path / "none.safetensors", bases / "sd15-configs")
 
 
 @pytest.mark.parametrize("weight", ["model.diffusion_model.out.2.weight", "first_stage_model.decoder.conv_out.bias",
@@ -284,7 +318,7 @@ def test_a_file_that_lacks_one_weight(weight: str, bases: Path, tmp_path: Path) 
     state = load_file(bases / "sd15.safetensors")
     del state[weight]
     save_file(state, tmp_path / "lacking.safetensors")
-    assert "lacks weights that its configuration asks for" in said(tmp_path / "lacking.safetensors", bases / "configs")
+    assert "lacks weights that its configuration asks for" in said(tmp_path / "lacking.safetensors", bases / "sd15-configs")
 
 
 def test_a_folder_of_another_kind_or_without_its_second_encoder(bases: Path, tmp_path: Path) -> None:
@@ -298,7 +332,7 @@ def test_a_folder_of_another_kind_or_without_its_second_encoder(bases: Path, tmp
 def test_the_hash_of_a_file_covers_what_it_is_loaded_with(bases: Path, tmp_path: Path) -> None:
     folder, file = bases / "sd15", bases / "sd15.safetensors"
     assert diffusion.base_sha256(Model(base=str(folder))) == diffusion.weights_sha256(folder)
-    shutil.copytree(bases / "configs", tmp_path / "configs")
+    shutil.copytree(bases / "sd15-configs", tmp_path / "configs")
     model = Model(base=str(file), config=str(tmp_path / "configs"))
     before = diffusion.base_sha256(model)
     assert before == diffusion.base_sha256(Model(base=str(file), config=str(bases / "sd15")))  # weights beside the configurations do not matter
