@@ -329,6 +329,15 @@ def test_a_folder_of_another_kind_or_without_its_second_encoder(bases: Path, tmp
     assert "is a FluxPipeline: known are StableDiffusionPipeline, StableDiffusionXLPipeline" in said(tmp_path / "base")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_says_nothing_of_the_place_it_was_loaded_from(kind: str, bases: Path, tmp_path: Path) -> None:
+    for place in ("one", "another"):
+        shutil.copytree(bases / kind, tmp_path / place)
+        diffusion.load_pipeline(tmp_path / place).save_pretrained(tmp_path / f"saved-{place}")
+    assert diffusion.weights_sha256(tmp_path / "saved-one") == diffusion.weights_sha256(tmp_path / "saved-another")
+    assert [path for path in (tmp_path / "saved-one").rglob("*.json") if str(tmp_path) in path.read_text()] == []
+
+
 def test_the_hash_of_a_file_covers_what_it_is_loaded_with(bases: Path, tmp_path: Path) -> None:
     folder, file = bases / "sd15", bases / "sd15.safetensors"
     assert diffusion.base_sha256(Model(base=str(folder))) == diffusion.weights_sha256(folder)

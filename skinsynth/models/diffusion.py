@@ -75,6 +75,8 @@ def _load(config: Path, weights: Path, load: Callable[[Any, dict[str, Any]], Any
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"base model {weights} cannot be loaded: {str(error).splitlines()[0]}") from None
     pipe.set_progress_bar_config(disable=True)
+    for part in (pipe, pipe.unet, pipe.vae):  # where the base lay on this machine must not be in the weights made from it, nor in their hash
+        part.register_to_config(_name_or_path="")
     return pipe
 
 
