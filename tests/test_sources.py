@@ -7,12 +7,15 @@ import json
 import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import overrides
+from conftest import ROOT, overrides
 from safetensors.torch import load_file, save_file
 
 from skinsynth import config
@@ -197,7 +200,7 @@ def prepared(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def begin(prepared: Path, drawn: Path, folder: Path, **more: object) -> tuple[config.Config, RunDir]:
-    shutil.copytree(prepared / "shards", folder / "shards", copy_function=os.link)
+    shutil.copytree(prepared / "shards", folder / "shards", copy_function=os.link)  # makes the folder, too
     cfg = config.load("configs/demo.yaml", overrides(drawn, folder, **{**KEYS, **more}))
     run = RunDir(Path(cfg.run))
     run.create(cfg)
@@ -227,6 +230,29 @@ def test_every_kind_is_encoded_tuned_exported_and_drawn_with(kind: str, bases: P
     assert tuned("a dermoscopy image", num_inference_steps=2, height=SIZE, width=SIZE).images[0].size == (SIZE, SIZE)
     generate(cfg, run, Task(0, 1))
     assert len(Dataset.open(run.dataset(cfg, "synthetic"))) == 6
+
+
+@pytest.mark.timeout(400)
+def test_two_ranks_in_bf16_as_on_gpus(bases: Path, prepared: Path, drawn: Path, tmp_path: Path) -> None:
+    """What the large models need: ZeRO 2, weights in bf16 (DeepSpeed casts no input), gradient checkpointing; the loss is that of float32."""
+    losses = {}
+    for precision, ranks in (("bf16", 2), ("fp32", 1)):
+        more = {"model.base": bases / "sdxl", "finetune.precision": precision, "finetune.gradient_checkpointing": True, "finetune.zero": 2}
+        cfg, run = begin(prepared, drawn, tmp_path / precision, **more)
+        encode(cfg, run, Task(0, 1))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        env = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        gang = [subprocess.Popen([sys.executable, "-m", "jobs.finetune", str(run.path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                 text=True, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
+        said = [process.communicate(timeout=180)[0] for process in gang]
+        assert [process.returncode for process in gang] == [0] * ranks, said[0][-3000:]
+        losses[precision] = [row["loss"] for row in read_lines(run.node("finetune") / "metrics.jsonl")]
+        saved = load_file(run.weights / "unet/diffusion_pytorch_model.safetensors")
+        assert {value.dtype for value in saved.values()} == {torch.float32}
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert losses["bf16"] != losses["fp32"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

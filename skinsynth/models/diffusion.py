@@ -162,8 +162,9 @@ def diffusion_loss(unet: Any, scheduler: Any, batch: dict[str, torch.Tensor], sn
     sample's prompt.
     """
     noisy = scheduler.add_noise(batch["latents"], batch["noise"], batch["timestep"])
-    more = {"added_cond_kwargs": {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]}} if "pooled" in batch else {}
-    predicted = unet(noisy, batch["timestep"], encoder_hidden_states=batch["text"], return_dict=False, **more)[0]
+    dtype = next((p.dtype for p in unet.parameters()), noisy.dtype)  # DeepSpeed's bf16 and fp16 are the weights' own, without autocast
+    more = {"added_cond_kwargs": {"text_embeds": batch["pooled"].to(dtype), "time_ids": batch["time_ids"]}} if "pooled" in batch else {}
+    predicted = unet(noisy.to(dtype), batch["timestep"], encoder_hidden_states=batch["text"].to(dtype), return_dict=False, **more)[0]
     v_prediction = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(batch["latents"], batch["noise"], batch["timestep"]) if v_prediction else batch["noise"]
     per_sample = F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
