@@ -53,11 +53,11 @@ class Data:
     instance_data_dir: str | None = None
     class_data_dir: str | None = None
     shards: str = "shards"
-    remote: str | None = None  # where <name>-{train,val,test} lie prepared: an http(s) URL, "pipe:COMMAND with {name}", or a folder
-    cache: str | None = None  # where the remote's tars are kept: <cache>/<name>-train/...; None: beside the index in ``shards``
-    cache_gb: float | None = at_least(None, 0.001)  # the remote's tars that are kept at most; None: all
-    workers: int = at_least(2, 1, 256)  # loader threads of each rank
-    on_error: str = one_of("stop", "skip")  # a sample that cannot be read: stop the training, or take the next one and report it
+    remote: str | None = free(field(default=None))  # where <name>-{train,val,test} lie prepared: an http(s) URL, "pipe:COMMAND with {name}", or a folder
+    cache: str | None = free(field(default=None))  # where the remote's tars are kept: <cache>/<name>-train/...; None: beside the index in ``shards``
+    cache_gb: float | None = free(at_least(None, 0.001))  # the remote's tars that are kept at most; None: all
+    workers: int = free(at_least(2, 1, 256))  # loader threads of each rank
+    on_error: str = free(one_of("stop", "skip"))  # a sample that cannot be read: stop the training, or take the next one and report it
     streams: int = at_least(16, 1)  # canonical streams: shards that an epoch reads from side by side
     shuffle_window: int = at_least(2048, 1)  # samples of a stream that are shuffled among each other
 
@@ -84,7 +84,8 @@ class Prepare:
 
 @dataclass
 class Model:
-    base: str = "builtin"  # "builtin", a diffusers folder or a hub id
+    base: str = "builtin"  # "builtin", a diffusers folder, a hub id, or one .safetensors file as other tools share them
+    config: str | None = None  # with one file: the diffusers folder or hub id that its tokenizer and configurations come from
     attention: str = one_of("auto", "sdpa", "xformers")
 
 

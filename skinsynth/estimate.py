@@ -133,15 +133,15 @@ class Sizes:
 def sizes(cfg: Config) -> Sizes:
     found = Sizes(classifier=_classifier_numbers(cfg))
     try:
-        base = hub.resolve_base(cfg.model.base)
+        base = hub.find_base(cfg.model)
     except UserError:
         found.networks = SD15 if "stable-diffusion-v1" in cfg.model.base else None
         return found
-    vae = json.loads((base / "vae" / "config.json").read_text())
+    vae = json.loads((base.config / "vae" / "config.json").read_text())
     blocks = vae["block_out_channels"]
     found.down, found.channels = 2 ** (len(blocks) - 1), vae["latent_channels"]
     found.features = 2 * (blocks[0] + sum(blocks) + blocks[-1])
-    found.networks = {part: hub.parameters(base / part) for part in hub.NETWORKS}
+    found.networks = base.parameters()
     return found
 
 

@@ -28,7 +28,7 @@ def launch(cfg: Config, console: Console) -> None:
     if all(run.is_done(node.name) for node in nodes):
         console.print(f"all {len(nodes)} stages of {run.path} are done already")
         return
-    hub.resolve_base(cfg.model.base)  # a missing model is told now, not by the second job
+    hub.find_base(cfg.model)  # a missing model is told now, not by the second job
     with run.lock():
         if cfg.cluster.kind == "slurm":
             slurm.submit_chain(cfg, run, nodes, console)

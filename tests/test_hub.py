@@ -125,6 +125,19 @@ def test_fetched_in_half_precision_and_loaded_offline(internet: tuple[dict[str, 
     assert done.stdout.strip() == "fp16 torch.float32", done.stderr
 
 
+def test_the_configurations_for_one_file_are_fetched_without_weights(internet: tuple[dict[str, str], list[str]], tmp_path: Path) -> None:
+    env, asked = internet
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 10)  # what it holds is looked at when it is loaded
+    done = pull(env, f"model.base={tmp_path / 'model.safetensors'}", f"model.config={BASE}")
+    assert done.returncode == 0, done.stderr
+    assert {"model_index.json", "unet/config.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json"} <= set(asked)
+    assert [name for name in asked if name.endswith(".safetensors")] == []
+    assert done.stdout.splitlines()[0].startswith(f"model.base={tmp_path / 'model.safetensors'}: here already")
+    code = f"from skinsynth.models import hub; print((hub.resolve_config({BASE!r}) / 'vae' / 'config.json').is_file())"
+    assert run("-c", code, **{**env, "HF_HUB_OFFLINE": "1"}).stdout.strip() == "True"
+    assert f"model.config={BASE}: there already" in pull(env, f"model.base={tmp_path / 'model.safetensors'}", f"model.config={BASE}").stdout
+
+
 def test_a_cache_that_lacks_a_file_is_not_taken_for_whole(internet: tuple[dict[str, str], list[str]]) -> None:
     env, _ = internet
     assert pull(env, f"model.base={BASE}").returncode == 0

@@ -5,6 +5,7 @@ import random
 import time
 import zlib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -206,11 +207,20 @@ def test_an_empty_class_is_an_error_that_counts_the_groups() -> None:
 
 def test_captions_say_what_is_known() -> None:
     assert isic.caption(Row("a", 1, sex="female", age=60, site="upper extremity", diagnosis="melanoma")) == (
-        "a dermoscopy image of a melanoma on the upper extremity of a 60 year old woman")
+        "a dermoscopy image of a melanoma on the upper extremity of a woman in her 60s")
     assert isic.caption(Row("a", 0, sex="male", age=15, site="head/neck", diagnosis="unknown")) == (
-        "a dermoscopy image of a benign skin lesion on the head or neck of a 15 year old boy")
-    assert isic.caption(Row("a", 0, age=80, diagnosis="actinic keratosis")) == "a dermoscopy image of an actinic keratosis of an 80 year old person"
+        "a dermoscopy image of a benign skin lesion on the head or neck of a boy in his teens")
+    assert isic.caption(Row("a", 0, age=85, diagnosis="actinic keratosis")) == "a dermoscopy image of an actinic keratosis of a person in their 80s"
+    assert isic.caption(Row("a", 0, sex="female", age=5)) == "a dermoscopy image of a benign skin lesion of a girl under 10"
+    assert isic.caption(Row("a", 0, sex="male")) == "a dermoscopy image of a benign skin lesion of a man"
     assert isic.caption(Row("a", 1)) == "a dermoscopy image of a malignant skin lesion"
+
+
+@pytest.mark.skipif(not (SHARED / "isic2020_groundtruth.csv").exists(), reason=f"{SHARED} with the ISIC 2020 ground truth is not here")
+def test_isic_2020_has_some_hundred_captions() -> None:
+    rows, _ = isic.read_metadata(SHARED / "isic2020_groundtruth.csv")
+    assert len({isic.caption(row) for row in rows}) == 361
+    assert len({isic.caption(replace(rows[0], age=year)) for year in range(100)}) == 11  # where ages are known to the year
 
 
 @pytest.mark.skipif(not (SHARED / "isic2020_groundtruth.csv").exists(), reason=f"{SHARED} with the ISIC 2020 ground truth is not here")

@@ -152,8 +152,9 @@ def test_samples_columns_and_manifest_tell_what_is_there(drawn: Path, done: tupl
     assert (str(sample["target"]), sample["diagnosis"], sample["sex"]) == (row["target"], row["diagnosis"] or None, row["sex"] or None)
     assert sample["caption"].startswith("a dermoscopy image of a")
     assert set(sample) >= {"group", "age", "site"}
-    assert set(data.columns) == {"target", "group", "diagnosis", "sex", "age", "site"}
+    assert set(data.columns) == {"target", "group", "caption", "diagnosis", "sex", "age", "site"}
     malignant = data.select({"target": 1})
+    assert sorted({data.columns["caption"][i] for i in malignant}) == sorted({data.json(i)["caption"] for i in malignant})
     m = data.manifest
     assert m["classes"]["1"] == len(malignant) == m["statistics"]["1"]["images"]
     assert (m["name"], m["split"], m["kind"], m["size"], m["seed"]) == ("set-train", "train", "real", 32, 0)

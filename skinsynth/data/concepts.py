@@ -37,8 +37,10 @@ def sources(cfg: Config, train: Dataset) -> list[Source]:
 
 
 def _captioned(cfg: Config, train: Dataset) -> Source:
+    if "caption" not in train.columns:
+        raise UserError(f"{train.folder} has no captions (it was made by an earlier version): delete it and prepare again")
     samples = _take(train, cfg.finetune.images, cfg.seed, "finetune.images")
-    return Source("captions", samples, tuple(train.json(i)["caption"] for i in samples), False, train.shard_counts(samples))
+    return Source("captions", samples, tuple(train.columns["caption"][i] for i in samples), False, train.shard_counts(samples))
 
 
 def _dreambooth(cfg: Config, train: Dataset) -> list[Source]:

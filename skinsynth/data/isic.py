@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -87,11 +88,12 @@ def _read_csv(path: Path, what: str) -> list[dict[str, str]]:
     if not path.is_file():
         raise UserError(f"data.{what}: {path} does not exist or is not a file: give the path of the CSV")
     try:
-        lines = list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
+        lines = csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""))
+        header = [name.strip().lower() for name in next(lines, [])]
+        empty = dict.fromkeys(header, "")
+        return [empty | dict(zip(header, (sys.intern(v.strip()) for v in line), strict=False)) for line in lines if line]  # few values differ
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"data.{what}: {path} is not a CSV in UTF-8 ({error}): export it as one") from None
-    header = [name.strip().lower() for name in lines[0]] if lines else []
-    return [dict.fromkeys(header, "") | dict(zip(header, (v.strip() for v in line), strict=False)) for line in lines[1:] if line]
 
 
 def _row(record: Mapping[str, str]) -> Row:
@@ -334,7 +336,8 @@ def _fill(place: dict[str, int], order: list[str], counts: Mapping[str, np.ndarr
 
 
 def caption(row: Row) -> str:
-    """One sentence of what is known, for text-conditioned training."""
+    """One sentence of what is known, for text-conditioned training. Ages by the decade: a dataset then has some hundred captions, and
+    each text need be encoded only once."""
     known = row.diagnosis if row.diagnosis and row.diagnosis != "unknown" else f"{'malignant' if row.target else 'benign'} skin lesion"
     text = f"a dermoscopy image of {_article(known.replace('_', ' '))}"
     text += " " + SITES.get(row.site, f"on the {row.site}") if row.site else ""
@@ -342,8 +345,14 @@ def caption(row: Row) -> str:
         return text
     young = row.age is not None and row.age < 18
     person = {"male": "boy" if young else "man", "female": "girl" if young else "woman"}.get(row.sex or "", "child" if young else "person")
-    return f"{text} of {_article(person if row.age is None else f'{row.age} year old {person}')}"
+    return f"{text} of a {person}" + ("" if row.age is None else f" {_decade(row.age, row.sex)}")
+
+
+def _decade(age: int, sex: str | None) -> str:
+    """``in her 40s`` for 40 to 49 years."""
+    whose = {"male": "his", "female": "her"}.get(sex or "", "their")
+    return "under 10" if age < 10 else f"in {whose} teens" if age < 20 else f"in {whose} {age // 10 * 10}s"
 
 
 def _article(noun: str) -> str:
-    return f"an {noun}" if re.match(r"[aeiouAEIOU]|8|11 |18 ", noun) else f"a {noun}"
+    return f"an {noun}" if re.match(r"[aeiouAEIOU]", noun) else f"a {noun}"

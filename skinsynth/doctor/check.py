@@ -43,9 +43,11 @@ def guarded(name: str, look: Callable[[], Iterator[Check]]) -> Iterator[Check]:
 
 def models(cfg: Config, pull: str = "skinsynth pull CONFIG") -> Iterator[Check]:
     """``pull``: the command that fetches them."""
-    for key, name, find in (("model.base", cfg.model.base, hub.resolve_base), ("classify.model", cfg.classify.model, hub.resolve_classifier)):
+    found = {"model.base": (cfg.model.base, lambda: hub.find_base(cfg.model).weights),
+             "classify.model": (cfg.classify.model, lambda: hub.resolve_classifier(cfg.classify.model))}
+    for key, (name, find) in found.items():
         try:
-            yield Check(OK, key, f"{name}: {find(name) or 'built from the configuration'}")
+            yield Check(OK, key, f"{name}: {find() or 'built from the configuration'}")
         except UserError as error:
             yield Check(FAIL, key, str(error), f"{pull} (where there is internet)")
 

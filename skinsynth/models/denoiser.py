@@ -13,7 +13,7 @@ import torch
 
 from skinsynth.config import Finetune
 from skinsynth.errors import UserError
-from skinsynth.models import attention
+from skinsynth.models import attention, diffusion
 
 # The projections of the attention layers, as in diffusers' own LoRA scripts (Hu et al. 2022)
 UNET_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -22,7 +22,8 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Denoiser(torch.nn.Module):
-    """One module for the engine. ``batch`` has ``text`` float32 (n, tokens, width), or ``tokens`` int64 (n, tokens) where the text encoder trains."""
+    """One module for the engine. ``batch`` has what ``diffusion.encode_prompts`` gives, or ``tokens`` int64 (n, tokens) where the text
+    encoder trains."""
 
     def __init__(self, unet: Any, text_encoder: Any = None):
         super().__init__()
@@ -32,16 +33,22 @@ class Denoiser(torch.nn.Module):
     def forward(self, noisy: torch.Tensor, timestep: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """float32 (n, c, h, w): the predicted noise or velocity."""
         text = self.text_encoder(batch["tokens"])[0] if self.text_encoder is not None else batch["text"]
-        dtype = self.unet.dtype  # DeepSpeed casts the weights, not what comes in
+        dtype = self.unet.dtype  # DeepSpeed's bf16 and fp16 are the weights' own, without autocast
+        more = {"added_cond_kwargs": {"text_embeds": batch["pooled"].to(dtype), "time_ids": batch["time_ids"]}} if "pooled" in batch else {}
         noisy = noisy.to(dtype, memory_format=torch.channels_last)  # convolutions are faster so
-        return self.unet(noisy, timestep, encoder_hidden_states=text.to(dtype), return_dict=False)[0]
+        return self.unet(noisy, timestep, encoder_hidden_states=text.to(dtype), return_dict=False, **more)[0]
 
 
 def build(pipe: Any, cfg: Finetune, kind: str, seed: int) -> Denoiser:
     """The trainable part of a pipeline; ``kind``: the attention kernel.
 
     LoRA starts at nothing: its second matrix is zero, the first drawn from ``seed``, the same on all ranks.
+
+    Raises:
+        UserError: SDXL's two text encoders are asked to be trained.
     """
+    if cfg.train_text_encoder and diffusion.is_xl(pipe):
+        raise UserError("finetune.train_text_encoder is not supported for SDXL, which has two text encoders: leave it out")
     model = Denoiser(pipe.unet, pipe.text_encoder if cfg.train_text_encoder else None)
     attention.apply(pipe.unet, kind)
     model.requires_grad_(not cfg.lora_rank)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +12,87 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from skinsynth.config import Model
 from skinsynth.errors import UserError
 from skinsynth.models import hub
-from skinsynth.run import sha256_folder
+from skinsynth.run import sha256_file, sha256_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LACKS = "base model {} lacks weights that its configuration asks for: take a whole checkpoint, and a model.config of the same kind"
+
+
+def load_base(model: Model, precision: str = "fp32") -> Any:
+    """The base model of a configuration, as ``load_pipeline``; also from one ``.safetensors`` file (LDM layout).
+
+    Raises:
+        UserError: as ``hub.find_base``, or what was found cannot be loaded.
+    """
+    base = hub.find_base(model)
+    if base.weights.is_dir():
+        return load_pipeline(base.weights, precision)
+    pipe = _load(base.config, base.weights, lambda kind, extras: kind.from_single_file(
+        str(base.weights), config=str(base.config), dtype=DTYPES[precision], local_files_only=True, **extras))
+    text = [part for name, part in pipe.components.items() if name.startswith("text_encoder")]
+    if any(value.is_meta for part in text for value in part.parameters()):  # of these, diffusers leaves what the file lacks without a value
+        raise UserError(LACKS.format(base.weights))
+    return pipe
+
+
+def load_vae(model: Model) -> Any:
+    """The base model's VAE alone, float32. Raises as ``load_base``."""
+    from diffusers import AutoencoderKL
+
+    base = hub.find_base(model)
+    try:
+        if base.weights.is_dir():
+            return AutoencoderKL.from_pretrained(base.weights, subfolder="vae", local_files_only=True, use_safetensors=True,
+                                                 variant=hub.variant(base.weights))
+        return AutoencoderKL.from_single_file(str(base.weights), config=str(base.config), subfolder="vae", local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"the VAE in {base.weights} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
 def load_pipeline(folder: Path, precision: str = "fp32") -> Any:
-    """A ``StableDiffusionPipeline`` in eval mode, without safety checker (it is trained on web photographs, not on skin)."""
-    from diffusers import StableDiffusionPipeline
+    """A ``StableDiffusionPipeline`` (or XL) from a diffusers folder, in eval mode, without safety checker (it is trained on web
+    photographs, not on skin)."""
+    return _load(folder, folder, lambda kind, extras: kind.from_pretrained(
+        folder, dtype=DTYPES[precision], local_files_only=True, use_safetensors=True, variant=hub.variant(folder), **extras))
+
+
+def _load(config: Path, weights: Path, load: Callable[[Any, dict[str, Any]], Any]) -> Any:
+    import diffusers
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    name = hub.pipeline_name(config)
+    extras: dict[str, Any] = {"add_watermarker": False} if "XL" in name else {"safety_checker": None, "requires_safety_checker": False}
     try:
-        pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=DTYPES[precision], safety_checker=None, feature_extractor=None,
-                                                       requires_safety_checker=False, local_files_only=True, use_safetensors=True,
-                                                       variant=hub.variant(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"base model {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+        pipe = load(getattr(diffusers, name), {"feature_extractor": None, **extras})
+    except NotImplementedError:  # from torch, on a weight without a value
+        raise UserError(LACKS.format(weights)) from None
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"base model {weights} cannot be loaded: {str(error).splitlines()[0]}") from None
     pipe.set_progress_bar_config(disable=True)
+    for part in (pipe, pipe.unet, pipe.vae):  # where the base lay on this machine must not be in the weights made from it, nor in their hash
+        part.register_to_config(_name_or_path="")
     return pipe
 
 
-def weights_sha256(folder: Path) -> str:
-    """One hash over all files of a diffusers folder but its lineage, which says when and by what it was made."""
-    return sha256_folder(folder, "*/*")
+def weights_sha256(path: Path) -> str:
+    """One hash over all files of a diffusers folder but its lineage, which says when and by what it was made; or over one file."""
+    return sha256_folder(path, "*/*") if path.is_dir() else sha256_file(path)
+
+
+def base_sha256(model: Model) -> str:
+    """The hash of the base model of a configuration; of one file together with the configurations that it is loaded with."""
+    base = hub.find_base(model)
+    if base.weights.is_dir():
+        return weights_sha256(base.weights)
+    small = sorted(p for part in hub.PIPELINES[base.pipeline] for p in (base.config / part).iterdir() if p.suffix in (".json", ".txt"))
+    lines = [f"{p.relative_to(base.config)} {sha256_file(p)}\n" for p in small]
+    return hashlib.sha256("".join([f"{sha256_file(base.weights)}\n", *lines]).encode()).hexdigest()
 
 
 def latent_shape(pipe: Any, size: int) -> tuple[int, int, int]:
@@ -79,11 +133,29 @@ def draw_latents(vae: Any, pixels: torch.Tensor, draw: torch.Tensor) -> torch.Te
 
 
 @torch.inference_mode()
-def encode_prompts(pipe: Any, prompts: list[str]) -> torch.Tensor:
-    """float32 (n, tokens, width): the text encoder's last hidden state, as the pipeline itself would make it. One prompt at a time,
-    so that a prompt's embedding does not depend on its neighbours."""
-    found = [pipe.encode_prompt(p, pipe.device, 1, do_classifier_free_guidance=False)[0] for p in prompts]
-    return torch.cat(found).float().cpu()
+def encode_prompts(pipe: Any, prompts: list[str], size: int) -> dict[str, torch.Tensor]:
+    """What the UNet must be told, by name; the first dimension of each tensor counts the prompts, all are float32 on the CPU.
+
+    ``text`` (n, tokens, width): the last hidden states, as the pipeline itself would make them. SDXL also takes ``pooled``
+    (n, width of the second encoder) and ``time_ids`` (n, 6), which say that an image of ``size`` pixels is drawn uncut. One prompt at a
+    time, so that a prompt's embedding does not depend on its neighbours.
+    """
+    if not is_xl(pipe):
+        text = [pipe.encode_prompt(p, pipe.device, 1, do_classifier_free_guidance=False)[0] for p in prompts]
+        return {"text": torch.cat(text).float().cpu()}
+    found = []
+    for prompt in prompts:
+        hidden, _, pooled, _ = pipe.encode_prompt(prompt, device=pipe.device, do_classifier_free_guidance=False)
+        known = 0.0 if prompt == "" and pipe.config.force_zeros_for_empty_prompt else 1.0  # zeros are what SDXL was trained with
+        found.append((hidden * known, pooled * known))
+    time_ids = torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32)  # the image's own size, its crop, the size wanted
+    return {"text": torch.cat([f[0] for f in found]).float().cpu(), "pooled": torch.cat([f[1] for f in found]).float().cpu(),
+            "time_ids": time_ids.repeat(len(prompts), 1)}
+
+
+def is_xl(pipe: Any) -> bool:
+    """Whether the UNet wants a pooled embedding and sizes beside the text."""
+    return pipe.unet.config.addition_embed_type == "text_time"
 
 
 def diffusion_loss(model: Any, scheduler: Any, batch: dict[str, torch.Tensor], snr_gamma: float | None = None,
@@ -119,11 +191,15 @@ def set_scheduler(pipe: Any, name: str) -> None:
 
 
 @torch.inference_mode()
-def sample(pipe: Any, text: torch.Tensor, negative: torch.Tensor, noise: np.ndarray, steps: int, guidance: float) -> np.ndarray:
-    """Draws images: text (n, tokens, width), negative (1, tokens, width), noise float32 (n, c, h, w) -> uint8 (n, height, width, 3)."""
+def sample(pipe: Any, prompts: dict[str, torch.Tensor], negative: dict[str, torch.Tensor], noise: np.ndarray, steps: int,
+           guidance: float) -> np.ndarray:
+    """Draws images: noise float32 (n, c, h, w) -> uint8 (n, height, width, 3). ``prompts`` and ``negative`` as ``encode_prompts`` gives
+    them, for n prompts or for one that all images share."""
     place = {"device": pipe.device, "dtype": pipe.unet.dtype}
-    images = pipe(prompt_embeds=text.to(**place), negative_prompt_embeds=negative.expand(len(text), -1, -1).to(**place),
-                  latents=torch.from_numpy(noise).to(**place), num_inference_steps=steps, guidance_scale=guidance, output_type="np",
+    names = {"text": "prompt_embeds", "pooled": "pooled_prompt_embeds"}  # time_ids: the pipeline makes them of height and width
+    told = {f"{kind}{names[name]}": values[name].expand(len(noise), *values[name].shape[1:]).to(**place)
+            for kind, values in (("", prompts), ("negative_", negative)) for name in names if name in values}
+    images = pipe(**told, latents=torch.from_numpy(noise).to(**place), num_inference_steps=steps, guidance_scale=guidance, output_type="np",
                   height=noise.shape[-2] * pipe.vae_scale_factor, width=noise.shape[-1] * pipe.vae_scale_factor).images
     return (images * 255).round().astype(np.uint8)
 

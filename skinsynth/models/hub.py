@@ -4,36 +4,135 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
-from skinsynth.config import Config
+from skinsynth.config import Config, Model
 from skinsynth.errors import UserError
 from skinsynth.models import tiny
 
-REQUIRED = {"unet": "config.json", "vae": "config.json", "text_encoder": "config.json", "scheduler": "scheduler_config.json",
-            "tokenizer": "tokenizer_config.json"}
-NETWORKS = ("unet", "vae", "text_encoder")  # those of the parts that have weights
+PARTS = {"unet": "config.json", "vae": "config.json", "text_encoder": "config.json", "scheduler": "scheduler_config.json",
+         "tokenizer": "tokenizer_config.json"}
+PIPELINES = {"StableDiffusionPipeline": PARTS,  # what model_index.json says -> part: the file that it must have
+             "StableDiffusionXLPipeline": {**PARTS, "text_encoder_2": "config.json", "tokenizer_2": "tokenizer_config.json"}}
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")  # those of the parts that have weights
+PREFIXES = {"unet": ("model.diffusion_model.",), "vae": ("first_stage_model.",), "text_encoder_2": ("conditioner.embedders.1.",),
+            "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.")}  # of the names in one file (LDM layout)
 
 
-def resolve_base(base: str) -> Path:
-    """The local folder of a base model: ``builtin``, a diffusers folder, or a hub id that lies in the local cache.
+@dataclass(frozen=True)
+class Base:
+    """A base model on this machine. ``weights``: a diffusers folder, or one ``.safetensors`` file; ``config``: the diffusers folder that
+    its configurations and tokenizers come from, which is ``weights`` itself where that is a folder."""
 
-    Nothing is downloaded: compute nodes have no internet.
+    weights: Path
+    config: Path
+
+    @property
+    def pipeline(self) -> str:
+        """The name of the diffusers class."""
+        return pipeline_name(self.config)
+
+    def parameters(self) -> dict[str, int]:
+        """Network -> how many numbers it holds, by the headers of the files alone."""
+        parts = [part for part in PIPELINES[self.pipeline] if part in NETWORKS]
+        if self.weights.is_dir():
+            return {part: parameters(self.weights / part) for part in parts}
+        shapes = _shapes(self.weights)
+        return {part: sum(prod(shape) for name, shape in shapes.items() if name.startswith(PREFIXES[part])) for part in parts}
+
+
+def find_base(model: Model) -> Base:
+    """The base model of a configuration. Nothing is downloaded: compute nodes have no internet.
 
     Raises:
-        UserError: no such folder, not in the cache (with the command that fetches it), or a file is missing.
+        UserError: no such folder or file, not in the cache (with the command that fetches it), incomplete, or a kind that is not known.
     """
-    if base == "builtin":
-        folder = tiny.WEIGHTS
-    elif Path(base).is_dir():
-        folder = Path(base)
-    elif not _is_hub_id(base):
-        raise UserError(f"model.base={base}: no such folder (give 'builtin', a diffusers folder or a hub id such as owner/name)")
-    else:
-        folder = _cached("model.base", base)
-    check_folder(folder)
+    weights = _find("model.base", model.base)
+    if weights.is_dir():
+        check_folder(weights)
+        return Base(weights, weights)
+    shapes = _shapes(weights)
+    if model.config is None:
+        raise UserError(f"model.base={model.base} is one file, which has no tokenizer and no configuration: give model.config, a diffusers folder "
+                        f"or hub id of the same kind, for example model.config={_usual(shapes)}, then: skinsynth pull CONFIG model.config=...")
+    config = resolve_config(model.config)
+    _check_fit(weights, shapes, config)
+    return Base(weights, config)
+
+
+def resolve_base(base: str, config: str | None = None) -> Path:
+    """The local folder or file of a base model; the arguments are ``model.base`` and ``model.config``. Raises as ``find_base``."""
+    return find_base(Model(base=base, config=config)).weights
+
+
+def resolve_config(name: str) -> Path:
+    """The diffusers folder of ``model.config``; it need hold no weights. Raises as ``find_base``."""
+    folder = _find("model.config", name)
+    check_folder(folder, weights=False)
     return folder
+
+
+def _find(key: str, name: str) -> Path:
+    """``builtin``, a folder, a file or a hub id -> where it lies."""
+    if name == "builtin":
+        return tiny.WEIGHTS
+    if Path(name).is_dir():
+        return Path(name)
+    if key == "model.base" and name.endswith((".ckpt", ".pt", ".bin")):
+        raise UserError(f"{key}={name}: a pickled checkpoint, which may run any code when it is read; take its .safetensors form")
+    if key == "model.base" and name.endswith(".safetensors"):
+        if not Path(name).is_file():
+            raise UserError(f"{key}={name}: no such file")
+        return Path(name)
+    if not _is_hub_id(name):
+        raise UserError(f"{key}={name}: no such folder (give 'builtin', a diffusers folder{', a .safetensors file' * (key == 'model.base')} "
+                        "or a hub id such as owner/name)")
+    return _cached(key, name)
+
+
+# ---- one file ----
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """Tensor name -> shape of a ``.safetensors`` file, by its header.
+
+    Raises:
+        UserError: not such a file, or cut short.
+    """
+    try:
+        with open(path, "rb") as f:
+            size = int.from_bytes(f.read(8), "little")
+            header: Any = json.loads(f.read(size)) if size < 100_000_000 else None
+            tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+        end = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise UserError(f"{path} is not a safetensors file, or its beginning is damaged: fetch it again") from None
+    if path.stat().st_size < 8 + size + end:
+        raise UserError(f"{path} is cut short: {path.stat().st_size} bytes of {8 + size + end}; fetch it again")
+    return {name: tensor["shape"] for name, tensor in tensors.items()}
+
+
+def _usual(shapes: dict[str, list[int]]) -> str:
+    """The well-known model of the same kind as a file."""
+    if any(name.startswith(PREFIXES["text_encoder_2"]) for name in shapes):
+        return "stabilityai/stable-diffusion-xl-base-1.0"
+    second = any(name.startswith("cond_stage_model.model.") for name in shapes)
+    return "stabilityai/stable-diffusion-2-1" if second else "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def _check_fit(path: Path, shapes: dict[str, list[int]], config: Path) -> None:
+    """Raises ``UserError`` where a file lacks a network that the configuration has, or the text's width is another."""
+    parts = [part for part in PIPELINES[pipeline_name(config)] if part in NETWORKS]
+    missing = [part for part in parts if not any(name.startswith(PREFIXES[part]) for name in shapes)]
+    if missing:
+        raise UserError(f"{path} holds no {', '.join(missing)} as {config} has (expected a whole Stable Diffusion checkpoint in LDM layout, not a "
+                        f"LoRA or a VAE alone, and model.config of the same kind, such as {_usual(shapes)})")
+    text = next((shape[-1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), None)
+    wanted = json.loads((config / "unet" / "config.json").read_text()).get("cross_attention_dim")
+    if text != wanted:
+        raise UserError(f"{path} takes text of width {text}, model.config={config} gives {wanted}: take the same kind, such as {_usual(shapes)}")
 
 
 def resolve_classifier(model: str) -> Path | None:
@@ -55,7 +154,7 @@ def resolve_classifier(model: str) -> Path | None:
 
 
 def _is_hub_id(name: str) -> bool:
-    return not name.startswith((".", "/")) and name.count("/") == 1
+    return not name.startswith((".", "/")) and name.count("/") == 1 and not name.endswith(".safetensors")
 
 
 def _cached(key: str, name: str) -> Path:
@@ -75,17 +174,26 @@ def _cached(key: str, name: str) -> Path:
                         f"run: skinsynth pull CONFIG (or: hf download {name})") from None
 
 
-def check_folder(folder: Path) -> None:
-    """Raises ``UserError`` with the list of what a diffusers Stable Diffusion folder lacks."""
+def check_folder(folder: Path, weights: bool = True) -> None:
+    """Raises ``UserError`` with the list of what a diffusers Stable Diffusion (XL) folder lacks; ``weights=False``: its weights may."""
     missing = [] if (folder / "model_index.json").is_file() else ["model_index.json"]
-    for part, config in REQUIRED.items():
+    for part, config in PIPELINES[pipeline_name(folder)].items():
         if not (folder / part / config).is_file():
             missing.append(f"{part}/{config}")
-        elif part in NETWORKS and not list((folder / part).glob("*.safetensors")):
+        elif weights and part in NETWORKS and not list((folder / part).glob("*.safetensors")):
             missing.append(f"{part}/*.safetensors")
     if missing:
         raise UserError(f"base model {folder} is not complete: missing {', '.join(missing)} (expected a Stable Diffusion in diffusers "
-                        "layout with safetensors weights)")
+                        f"layout{' with safetensors weights' * weights})")
+
+
+def pipeline_name(folder: Path) -> str:
+    """What model_index.json says; the plain one where there is none (the caller finds the file missing)."""
+    path = folder / "model_index.json"
+    kind = json.loads(path.read_text()).get("_class_name") if path.is_file() else "StableDiffusionPipeline"
+    if kind not in PIPELINES:
+        raise UserError(f"base model {folder} is a {kind}: known are {', '.join(PIPELINES)}")
+    return kind
 
 
 def variant(folder: Path) -> str | None:
@@ -96,12 +204,7 @@ def variant(folder: Path) -> str | None:
 
 def parameters(folder: Path) -> int:
     """How many numbers the ``.safetensors`` files of a folder hold, by their headers alone."""
-    count = 0
-    for path in folder.glob("*.safetensors"):
-        with open(path, "rb") as f:
-            header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-        count += sum(prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-    return count
+    return sum(prod(shape) for path in folder.glob("*.safetensors") for shape in _shapes(path).values())
 
 
 # ---- fetching, where there is internet ----
@@ -112,14 +215,24 @@ def pull(cfg: Config, say: Callable[[str], None]) -> None:
     Raises:
         UserError: the hub cannot be reached, refuses (in its own words), or has no such files.
     """
-    for key, name, find, choose in (("model.base", cfg.model.base, resolve_base, base_files),
-                                    ("classify.model", cfg.classify.model, resolve_classifier, classifier_files)):
+    wanted = [("model.base", cfg.model.base, _base_itself, base_files), ("classify.model", cfg.classify.model, resolve_classifier, classifier_files)]
+    if cfg.model.config:
+        wanted.insert(1, ("model.config", cfg.model.config, resolve_config, config_files))
+    for key, name, find, choose in wanted:
         if name in ("builtin", "small"):
             say(f"{key}={name}: nothing to fetch")
-        elif not _is_hub_id(name) or Path(name).is_dir():
-            say(f"{key}={name}: a folder here, {_size(find(name))}")
+        elif not _is_hub_id(name) or Path(name).exists():
+            say(f"{key}={name}: here already, {_size(find(name))}")
         else:
             _pull_one(key, name, find, choose, say)
+
+
+def _base_itself(base: str) -> Path:
+    """As ``resolve_base``, but one file need not have its ``model.config`` yet."""
+    found = _find("model.base", base)
+    if found.is_dir():
+        check_folder(found)
+    return found
 
 
 def _pull_one(key: str, name: str, find: Callable[[str], Path | None], choose: Callable[[list[str]], list[str]], say: Callable[[str], None]) -> None:
@@ -144,18 +257,23 @@ def _fetch(key: str, name: str, choose: Callable[[list[str]], list[str]]) -> Non
         words = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"{key}={name} cannot be fetched; the hub's client says: {words or type(error).__name__}. Run this where there is internet "
                         "(a login node); a model with a licence to accept needs 'hf auth login' first") from None
-    if not any(file.endswith(".safetensors") for file in wanted):
+    if choose is not config_files and not any(file.endswith(".safetensors") for file in wanted):
         raise UserError(f"{key}={name}: its repository has no safetensors weights in the expected places; choose a model that has")
 
 
 def base_files(files: list[str]) -> list[str]:
     """Of a diffusers repository's files those that are read: no checkpoints of other tools, no safety checker."""
     found = [f for f in files if f == "model_index.json"]
-    for part in REQUIRED:
+    for part in PIPELINES["StableDiffusionXLPipeline"]:  # which are all that any has
         inside = [f for f in files if f.startswith(f"{part}/") and f.count("/") == 1]
         found += [f for f in inside if f.endswith((".json", ".txt"))]
         found += _weights(inside) if part in NETWORKS else []
     return found
+
+
+def config_files(files: list[str]) -> list[str]:
+    """As ``base_files``, without the weights: what one file is loaded with."""
+    return [f for f in base_files(files) if not f.endswith(".safetensors")]
 
 
 def classifier_files(files: list[str]) -> list[str]:
@@ -171,5 +289,5 @@ def _weights(files: list[str]) -> list[str]:
 
 
 def _size(folder: Path | None) -> str:
-    files = [p for p in folder.rglob("*") if p.is_file()] if folder else []
+    files = [p for p in (folder, *folder.rglob("*")) if p.is_file()] if folder else []
     return f"{sum(p.stat().st_size for p in files) / 1e9:.2f} GB in {folder}"

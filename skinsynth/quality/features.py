@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from skinsynth.errors import UserError
+from skinsynth.config import Model
+from skinsynth.models.diffusion import load_vae
 
 
 def space_name(base: str) -> str:
@@ -26,17 +27,9 @@ class Extractor:
     the VAE's encoder. Images always pass ``batch`` at a time, the last batch filled up, so a feature does not depend on its neighbours
     or on how the work was cut."""
 
-    def __init__(self, base: str, batch: int, device: Any = "cpu"):
-        """``base``: as in ``model.base``. Raises ``UserError`` where the folder holds no VAE."""
-        from diffusers import AutoencoderKL
-
-        from skinsynth.models import hub
-
-        folder = hub.resolve_base(base)
-        try:
-            vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", local_files_only=True, use_safetensors=True, variant=hub.variant(folder))
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"the VAE in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+    def __init__(self, base: str, batch: int, device: Any = "cpu", config: str | None = None):
+        """``base``, ``config``: as in ``model``. Raises ``UserError`` where there is no VAE that can be loaded."""
+        vae = load_vae(Model(base=base, config=config))
         self.encoder, self.batch, self.device = vae.encoder.float().to(device).eval(), batch, device
         self.pooled: list[torch.Tensor] = []
         for level in (self.encoder.conv_in, *self.encoder.down_blocks, self.encoder.mid_block):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from skinsynth.config import Config
 from skinsynth.data.cache import open_dataset
 from skinsynth.data.order import Mixture, sample_rng
-from skinsynth.data.shards import Dataset
+from skinsynth.data.shards import BadSample, Dataset
 from skinsynth.data.stream import Source
 from skinsynth.errors import UserError
 from skinsynth.models import vit
@@ -63,7 +63,7 @@ class Data:
     """The arm's sources and the held-out splits."""
 
     def __init__(self, cfg: Config, run: RunDir, arm: str):
-        self.seed = cfg.seed
+        self.seed, self.workers = cfg.seed, cfg.data.workers
         tolerate = cfg.data.on_error == "skip"  # of what is trained on; what is judged on must be whole
         self.splits = {name: open_dataset(cfg, run, name, tolerate and name == "train") for name in ("train", "val", "test")}
         weights = {name: weight for name, weight in cfg.classify.arms[arm].sources.items() if weight > 0}
@@ -95,7 +95,11 @@ class Data:
         """The names of the samples at those positions."""
         places = [self.mixture.at(position) for position in positions]
         found = [self.sources[self.names[number]] for number, _ in places]
-        return [dataset.keys[samples[index]] for (dataset, samples), (_, index) in zip(found, places, strict=True)]
+        return [source.dataset.keys[source.samples[index]] for source, (_, index) in zip(found, places, strict=True)]
+
+    @property
+    def bad(self) -> list[BadSample]:
+        return [error for source in self.sources.values() for error in source.bad]
 
     def _one(self, position: int) -> tuple[np.ndarray, int]:
         number, index = self.mixture.at(position)

@@ -15,14 +15,15 @@ from skinsynth.config import Config
 from skinsynth.data import concepts, views
 from skinsynth.data.cache import open_dataset
 from skinsynth.data.shards import BadSample, Dataset, ShardWriter, claim, missing_parts, to_npy, write_manifest
-from skinsynth.models import diffusion, hub
+from skinsynth.models import diffusion
 from skinsynth.run import Progress, RunDir, Task, sha256_file, write_bytes, write_json
 from skinsynth.world import World
 
 
 def encode(cfg: Config, run: RunDir, task: Task) -> None:
     """Writes ``<run>-latents``: one sample per chosen image, ``moments.npy`` float32 (views, 2, channels, h, w), views being the image and
-    crops of it, with ``encode.flip`` each with its mirror image; and ``encode/prompts.safetensors`` float32 (prompts, tokens, width).
+    crops of it, with ``encode.flip`` each with its mirror image; and ``encode/prompts.safetensors`` what
+    ``diffusion.encode_prompts`` gives.
 
     Units are the shards of the training split. With ``finetune.cache_latents=false`` only the prompts are encoded.
 
@@ -31,13 +32,12 @@ def encode(cfg: Config, run: RunDir, task: Task) -> None:
     """
     skip = cfg.data.on_error == "skip"
     train = open_dataset(cfg, run, "train", tolerate=skip)
-    base = hub.resolve_base(cfg.model.base)
-    pipe = diffusion.load_pipeline(base).to(World().device)
+    pipe = diffusion.load_base(cfg.model).to(World().device)
     diffusion.latent_shape(pipe, cfg.prepare.size)
     sources = concepts.sources(cfg, train)
     wanted = sorted({i for source in sources for i in source.samples}) if cfg.finetune.cache_latents else []
     folder, units = run.dataset(cfg, "latents"), len(train.manifest["shards"]) if wanted else 0
-    base_sha256 = diffusion.weights_sha256(base)
+    base_sha256 = diffusion.base_sha256(cfg.model)
     claim(folder, {"base_sha256": base_sha256, "train_sha256": sha256_file(train.folder / "manifest.json"), "seed": cfg.seed,
                    **asdict(cfg.encode), "samples": [train.keys[i] for i in wanted]})
     mine = {unit: sorted(set(train.shard_samples(unit)) & set(wanted)) for unit in task.mine(missing_parts(folder, units))}
@@ -70,7 +70,7 @@ def _readable(train: Dataset, samples: list[int], shard: ShardWriter) -> list[in
 def _finish(cfg: Config, run: RunDir, pipe: object, units: int, base_sha256: str, texts: list[str]) -> None:
     folder = run.dataset(cfg, "latents")
     embeddings = run.node("encode") / "prompts.safetensors"
-    write_bytes(embeddings, save({"embeddings": diffusion.encode_prompts(pipe, texts)}))
+    write_bytes(embeddings, save(diffusion.encode_prompts(pipe, texts, cfg.prepare.size)))
     write_json(run.node("encode") / "prompts.json", texts)
     manifest = write_manifest(folder, units, kind="latents", base=cfg.model.base, base_sha256=base_sha256, views=views.count(cfg.encode))
     run.finish("encode", {"images": manifest["count"], "prompts": len(texts)}, [folder / "manifest.json", embeddings])

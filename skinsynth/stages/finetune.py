@@ -9,7 +9,6 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from skinsynth.config import Config
-from skinsynth.models import attention, denoiser, diffusion, hub
+from skinsynth.models import attention, denoiser, diffusion
 from skinsynth.run import RunDir, code_version, sha256_file, write_json
 from skinsynth.stages.finetune_previews import Previews
 from skinsynth.train.checkpoint import Checkpoints
@@ -38,9 +37,8 @@ def finetune(cfg: Config, run: RunDir, world: World) -> None:
         Stopped: a stop signal; the same command goes on.
     """
     lap("start and imports")
-    base = hub.resolve_base(cfg.model.base)
-    base_sha256 = diffusion.weights_sha256(base)
-    pipe = _base(cfg, base)
+    base_sha256 = diffusion.base_sha256(cfg.model)
+    pipe = _base(cfg)
     kind = attention.choose(cfg.model.attention, world.device)
     model = denoiser.build(pipe, cfg.finetune, kind, cfg.seed)
     samples = Samples(cfg, run, pipe, base_sha256)
@@ -50,7 +48,7 @@ def finetune(cfg: Config, run: RunDir, world: World) -> None:
     lap("finding and checking the checkpoint")
     engine = Engine(cfg.finetune, world, model, NODE, checkpoints.found)
     lap("engine and its state")
-    previews = Previews(cfg, run, world, lambda: _base(cfg, base))
+    previews = Previews(cfg, run, world, lambda: _base(cfg))
 
     def evaluate(step: int, state: dict[str, Any]) -> dict[str, np.ndarray] | None:
         weights = engine.weights()
@@ -59,7 +57,7 @@ def finetune(cfg: Config, run: RunDir, world: World) -> None:
     train(engine, run, NODE, checkpoints, samples, _loss(cfg, pipe, world.device), evaluate, cfg.finetune.validate_every)
     weights = engine.weights()
     if world.is_main:
-        pipe = _base(cfg, base)  # a fresh one, free of wrappers and trained dtypes
+        pipe = _base(cfg)  # a fresh one, free of wrappers and trained dtypes
         denoiser.put_back(pipe, cfg.finetune, weights)
         export(cfg, run, pipe, samples, {"base": cfg.model.base, "base_sha256": base_sha256, "attention": kind, **_identity(cfg)})
         losses = [row["loss"] for row in read_lines(run.node(NODE) / "metrics.jsonl")]
@@ -68,9 +66,9 @@ def finetune(cfg: Config, run: RunDir, world: World) -> None:
     world.barrier()
 
 
-def _base(cfg: Config, base: Path) -> Any:
+def _base(cfg: Config) -> Any:
     """The base on the CPU, as it is, but for what it predicts."""
-    pipe = diffusion.load_pipeline(base)
+    pipe = diffusion.load_base(cfg.model)
     if cfg.finetune.prediction != "model":
         pipe.scheduler.register_to_config(prediction_type=cfg.finetune.prediction)
     return pipe
@@ -100,9 +98,10 @@ def export(cfg: Config, run: RunDir, pipe: Any, samples: Samples, made_by: dict[
     shutil.rmtree(temp, ignore_errors=True)
     if cfg.finetune.lora_rank:
         denoiser.save_lora(pipe, cfg.finetune, temp / "lora")
-        pipe = _base(cfg, hub.resolve_base(cfg.model.base))
+        pipe = _base(cfg)
         denoiser.merge_lora(pipe, temp / "lora", 1.0)
-    pipe.tokenizer.init_kwargs.pop("local_files_only", None)  # whether the hub could be reached must not be in the weights' hash
+    for name in {"tokenizer", "tokenizer_2"} & pipe.components.keys():
+        pipe.components[name].init_kwargs.pop("local_files_only", None)  # whether the hub could be reached must not be in the weights' hash
     pipe.save_pretrained(temp, safe_serialization=True)
     lineage = {**made_by, "weights_sha256": diffusion.weights_sha256(temp), "train": samples.train.folder.name,
                "train_sha256": sha256_file(samples.train.folder / "manifest.json"), "group_ids": samples.groups(), "code": code_version()}

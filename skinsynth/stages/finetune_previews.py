@@ -55,8 +55,8 @@ class Previews:
         prompts = list(dict.fromkeys(p for g in cfg.generate.classes.values() for p in g.prompts))[:PROMPTS]
         shape = diffusion.latent_shape(pipe, cfg.prepare.size)
         noise = np.stack([sample_rng(cfg.seed, 2**40 + i).standard_normal(shape, np.float32) for i in range(COLUMNS)])
-        negative = diffusion.encode_prompts(pipe, [cfg.generate.negative_prompt])
-        rows = [diffusion.sample(pipe, diffusion.encode_prompts(pipe, [p]).expand(COLUMNS, -1, -1), negative, noise, cfg.generate.steps,
+        negative = diffusion.encode_prompts(pipe, [cfg.generate.negative_prompt], cfg.prepare.size)
+        rows = [diffusion.sample(pipe, diffusion.encode_prompts(pipe, [p], cfg.prepare.size), negative, noise, cfg.generate.steps,
                                  cfg.generate.guidance) for p in prompts]
         pipe.scheduler = trained_with
         self.pipe = pipe.to("cpu")

@@ -106,12 +106,14 @@ class Painter:
             network.to(memory_format=torch.channels_last)
         diffusion.set_scheduler(self.pipe, cfg.generate.scheduler)
         prompts = sorted({p for c in cfg.generate.classes.values() for p in c.prompts})
-        self.texts = dict(zip(prompts, diffusion.encode_prompts(self.pipe, prompts), strict=True))
-        self.negative = diffusion.encode_prompts(self.pipe, [cfg.generate.negative_prompt])
+        self.where = {prompt: i for i, prompt in enumerate(prompts)}
+        self.texts = diffusion.encode_prompts(self.pipe, prompts, cfg.prepare.size)
+        self.negative = diffusion.encode_prompts(self.pipe, [cfg.generate.negative_prompt], cfg.prepare.size)
         self.shape = diffusion.latent_shape(self.pipe, cfg.prepare.size)
 
     def paint(self, batch: list[Planned]) -> np.ndarray:
         """uint8 (n, height, width, 3)."""
         noise = np.stack([sample_rng(image.seed, 0).standard_normal(self.shape, np.float32) for image in batch])
-        text = torch.stack([self.texts[image.prompt] for image in batch])
-        return diffusion.sample(self.pipe, text, self.negative, noise, self.cfg.generate.steps, self.cfg.generate.guidance)
+        rows = [self.where[image.prompt] for image in batch]
+        texts = {name: values[rows] for name, values in self.texts.items()}
+        return diffusion.sample(self.pipe, texts, self.negative, noise, self.cfg.generate.steps, self.cfg.generate.guidance)

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from skinsynth.config import Config
-from skinsynth.data import cache, isic
+from skinsynth.data import cache, isic, summary
 from skinsynth.data.isic import Aside, BadImage, Row
 from skinsynth.data.lesion import square
 from skinsynth.data.shards import ShardWriter, claim, encode_jpeg, missing_parts, part_path, write_manifest
@@ -35,6 +35,7 @@ from skinsynth.run import Progress, RunDir, Task, read_json, sha256_file, write_
 
 SPLITS = ("train", "val", "test")
 KNOWN = ("sex", "age", "site", "diagnosis")
+AT_ONCE = 4096  # calls handed to the threads at a time: each takes a kilobyte while it waits
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Plan:
     set_aside: list[Aside]
     samples: dict[str, dict[str, Any]]  # image name -> the fields of its Row, and its group
     splits: dict[str, list[str]]  # split -> image names in the order of the shards
+    duplicates: dict[str, int]  # pairs listed and applied, and images whose very bytes another one has
 
     def units(self) -> list[tuple[str, int]]:
         """(split, shard) of every unit, in a fixed order."""
@@ -99,11 +101,13 @@ def _shared_plan(cfg: Config, folders: dict[str, Path]) -> Plan:
             fcntl.flock(lock, fcntl.LOCK_EX)
         request = _request(cfg)
         found = read_json(path)
+        if found is not None and found.keys() != {f.name for f in fields(Plan)}:
+            raise UserError(f"{path} was begun by another version of skinsynth: delete {cfg.data.shards}/{cfg.data.name}-* and prepare again")
         plan = Plan(**found) if found is not None else make_plan(cfg, request)
         for folder in folders.values():
             claim(folder, {**request, "content": plan.request["content"]})
         if found is None:
-            write_text(path, json.dumps(asdict(plan), sort_keys=True))
+            write_text(path, json.dumps(vars(plan), sort_keys=True))
     return plan
 
 
@@ -136,12 +140,19 @@ def make_plan(cfg: Config, request: dict[str, Any]) -> Plan:
     rows, hashes = _hash_images(rows, data.images, aside)
     rows = _contradictions(rows, hashes, aside)
     _check_bad(cfg, count, [{"split": "", **a} for a in aside])
-    group_of = isic.groups(rows, hashes, isic.read_pairs(Path(data.duplicates), hashes) if data.duplicates else [])
+    pairs = isic.read_pairs(Path(data.duplicates), hashes) if data.duplicates else []
+    group_of = isic.groups(rows, hashes, pairs)
     split_of = isic.split_groups(group_of, {r.image_name: r.target for r in rows}, asdict(cfg.prepare.split), cfg.seed)
     order = sorted(group_of, key=lambda name: isic.random_key(cfg.seed, "order", name))
     content = hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
-    return Plan({**request, "content": content}, count, aside, {r.image_name: {**asdict(r), "group": group_of[r.image_name]} for r in rows},
-                {split: [name for name in order if split_of[name] == split] for split in SPLITS})
+    return Plan({**request, "content": content}, count, aside, {r.image_name: {**vars(r), "group": group_of[r.image_name]} for r in rows},
+                {split: [name for name in order if split_of[name] == split] for split in SPLITS}, _duplicates(pairs, hashes))
+
+
+def _duplicates(pairs: list[tuple[str, str]], hashes: dict[str, str]) -> dict[str, int]:
+    """``pairs_applied``: both images are there; ``equal_files``: images beyond the first of each content."""
+    applied = sum(one in hashes and other in hashes for one, other in pairs)
+    return {"pairs_listed": len(pairs), "pairs_applied": applied, "equal_files": len(hashes) - len(set(hashes.values()))}
 
 
 def _hash_images(rows: list[Row], images: str | None, aside: list[Aside]) -> tuple[list[Row], dict[str, str]]:
@@ -158,7 +169,7 @@ def _hash_images(rows: list[Row], images: str | None, aside: list[Aside]) -> tup
         if isinstance(found, BadImage):
             aside.append({"key": row.image_name, "reason": str(found)})
         else:
-            kept.append(Row(**{**asdict(row), "file": found[0]}))
+            kept.append(replace(row, file=found[0]))
             hashes[row.image_name] = found[1]
     return kept, hashes
 
@@ -187,7 +198,8 @@ def _in_threads(work: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
     cv2.setNumThreads(1)  # the images run side by side already
     with ThreadPoolExecutor(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))) as pool:
         try:
-            yield from pool.map(guarded, items)
+            for start in range(0, len(items), AT_ONCE):
+                yield from pool.map(guarded, items[start : start + AT_ONCE])
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -217,7 +229,7 @@ def _make_unit(cfg: Config, plan: Plan, split: str, shard: int, folder: Path, pr
                 writer.skip(name, str(made))
                 continue
             sample = _sample(plan, name, split)
-            columns = {k: sample[k] for k in ("target", "group", *KNOWN)}
+            columns = {k: sample[k] for k in ("target", "group", "caption", *KNOWN)}
             writer.add(name, {"jpg": made[0], "json": json.dumps(sample, sort_keys=True).encode()}, **columns)
             notes += [{"key": name, "note": made[1]}] if made[1] else []
         writer.extra["notes"] = notes
@@ -254,9 +266,13 @@ def _report(cfg: Config, run: RunDir, manifests: dict[str, dict[str, Any]]) -> N
                    "set_aside": sum(a["split"] == s for a in aside)} for s, m in manifests.items()}
     reasons = dict(Counter(a["reason"] for a in aside).most_common())
     rows = len(aside) + sum(m["count"] for m in manifests.values())
-    run.finish("prepare", {**metrics, "rows": rows, "set_aside": {"total": len(aside), "reasons": reasons}},
+    pairs, folder = manifests["train"].get("duplicates"), run.dataset(cfg, "train")
+    lines = _lines(rows, len(aside), reasons, pairs)
+    found = list(manifests.values())
+    write_text(folder / "split.md", summary.markdown(f"{cfg.data.name}: {cfg.prepare.size} px, seed {cfg.seed}", found, lines))
+    run.finish("prepare", {**metrics, "rows": rows, "duplicates": pairs, "set_aside": {"total": len(aside), "reasons": reasons}},
                [run.dataset(cfg, s) / "manifest.json" for s in SPLITS])
-    _print(cfg, metrics, len(aside), reasons)
+    _print(cfg, found, [*lines, f"the same as a file: {folder / 'split.md'}"])
 
 
 def _facts(cfg: Config, plan: Plan, split: str, names: list[str], notes: list[dict[str, str]]) -> dict[str, Any]:
@@ -264,17 +280,8 @@ def _facts(cfg: Config, plan: Plan, split: str, names: list[str], notes: list[di
     ids = sorted({s["group"] for s in samples})
     return {"name": f"{cfg.data.name}-{split}", "split": split, "kind": "real", "size": cfg.prepare.size, "seed": cfg.seed, "groups": len(ids),
             "group_ids": ids, "patients": len({s["patient_id"] for s in samples} - {None}), "notes": notes, "request": plan.request,
-            "statistics": {str(t): _statistics([s for s in samples if s["target"] == t]) for t in sorted({s["target"] for s in samples})}}
-
-
-def _statistics(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counts of one class; ages in years; what is unknown is counted under ``unknown``."""
-    ages = [s["age"] for s in samples if s["age"] is not None]
-    counts = {k: dict(sorted(Counter(str(s[k] or "unknown") for s in samples).items())) for k in ("sex", "site", "diagnosis")}
-    mean = round(sum(ages) / len(ages), 2) if ages else None
-    age = {"known": len(ages), "mean": mean, "min": min(ages, default=None), "max": max(ages, default=None)}
-    return {"images": len(samples), "groups": len({s["group"] for s in samples}), "patients": len({s["patient_id"] for s in samples} - {None}),
-            "age": age, **counts}
+            "duplicates": plan.duplicates,
+            "statistics": {str(t): summary.statistics([s for s in samples if s["target"] == t]) for t in sorted({s["target"] for s in samples})}}
 
 
 def _check_bad(cfg: Config, rows: int, aside: list[dict[str, str]]) -> None:
@@ -321,14 +328,25 @@ def _check_classes(facts: dict[str, dict[str, Any]]) -> None:
                                 "or prepare.split, delete the folders and prepare again")
 
 
-def _print(cfg: Config, metrics: dict[str, dict[str, Any]], aside: int, reasons: dict[str, int]) -> None:
-    table = Table(title=f"{cfg.data.name}: {cfg.prepare.size} px, seed {cfg.seed}")
-    for column in ("split", "benign", "malignant", "groups", "patients", "set aside"):
-        table.add_column(column, justify="left" if column == "split" else "right")
-    for split, m in metrics.items():
-        row = (m["classes"].get("0", 0), m["classes"].get("1", 0), m["groups"], m["patients"], m["set_aside"])
-        table.add_row(split, *(f"{value:,}" for value in row))
+def _lines(rows: int, aside: int, reasons: dict[str, int], pairs: dict[str, int] | None) -> list[str]:
+    """What a reader must know beside the table."""
+    why = ": " + "; ".join(f"{n:,} x {reason}" for reason, n in reasons.items()) if reasons else ""
+    found = [f"{rows:,} rows, {aside:,} set aside{why}"]
+    if pairs:  # a set that was prepared by an earlier version and lies elsewhere may not say
+        found.append(f"duplicates: {pairs['pairs_applied']:,} of {pairs['pairs_listed']:,} listed pairs applied; {pairs['equal_files']:,} images are "
+                     "copies of another file")
+    return found
+
+
+def _print(cfg: Config, manifests: list[dict[str, Any]], lines: list[str]) -> None:
+    rows = summary.rows(manifests)
+    table = Table(title=f"{cfg.data.name}: {cfg.prepare.size} px, seed {cfg.seed}", box=None, pad_edge=False)
+    for column in summary.COLUMNS[:-2]:  # sites and diagnoses need lines of their own in a log of 80 columns
+        table.add_column(column, justify="left" if column in summary.LEFT else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row[:-2])
+    lines = [*(f"{row[0]}, {row[1]}: {row[-2]}; {row[-1]}" for row in rows), *lines]
     console = Console()
     console.print(table)
-    if aside:
-        console.print(f"{aside:,} rows set aside: " + "; ".join(f"{n} x {reason}" for reason, n in reasons.items()), highlight=False)
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)

@@ -5,34 +5,55 @@ The losses stay on the device until they are flushed, so that no step waits for 
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import logging
 import math
 import resource
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import psutil
 import torch
 
 from skinsynth.config import Training
+from skinsynth.data.shards import BadSample
 from skinsynth.errors import UserError
 from skinsynth.run import write_json, write_text
 from skinsynth.train.engine import Batch, Engine
 from skinsynth.train.optimizer import learning_rate
 
+log = logging.getLogger(__name__)
+
 # Dense bf16 peak in FLOP/s, from the vendors' data sheets; of other devices no MFU is told.
 PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A40": 150e12, "A6000": 155e12, "V100": 125e12}
 
 
-class TrainLog:
-    """``flush`` is a collective; all else is each rank's own."""
+class Data(Protocol):
+    """What a training reads. ``workers``: threads that load; ``bad``: the samples that could not be read and were skipped."""
 
-    def __init__(self, folder: Path, engine: Engine, begin: int, keys: Callable[[range], list[str]]):
-        self.path, self.engine, self.keys, self.begin = folder / "metrics.jsonl", engine, keys, begin
+    workers: int
+
+    @property
+    def bad(self) -> list[BadSample]: ...
+
+    def batch(self, positions: range) -> Batch:
+        """Positions of the run -> a micro batch, on the CPU. Called from other threads."""
+
+    def keys(self, positions: range) -> list[str]:
+        """The names of those samples."""
+
+
+class TrainLog:
+    """``flush`` and ``bad_samples`` are collectives; all else is each rank's own."""
+
+    def __init__(self, folder: Path, engine: Engine, begin: int, data: Data):
+        self.path, self.engine, self.data, self.begin = folder / "metrics.jsonl", engine, data, begin
         self.waiting: list[tuple[int, torch.Tensor]] = []
         self.since, self.waited, self.flops = time.perf_counter(), 0.0, 0
         self.usual = [row["loss"] for row in read_lines(self.path) if row["step"] <= begin]
@@ -111,7 +132,7 @@ class TrainLog:
         if bad is None:
             return
         step, loss = bad
-        names = self.keys(range(step * cfg.global_batch, (step + 1) * cfg.global_batch))
+        names = self.data.keys(range(step * cfg.global_batch, (step + 1) * cfg.global_batch))
         what = f"is {loss} at step {step + 1}"
         if math.isfinite(loss):
             what = (f"explodes: {loss:.4g} on average over steps {numbers[0] + 1} to {numbers[-1] + 1}, usually "
@@ -119,6 +140,20 @@ class TrainLog:
         shown = ", ".join(names[:16]) + (f" and {len(names) - 16} more" if len(names) > 16 else "")
         raise UserError(f"the loss {what} (samples {shown}): lower the learning rate, take more warm-up steps, or bf16 or fp32 instead of fp16; "
                         "the last checkpoint is from before")
+
+    def bad_samples(self) -> int:
+        """How many samples were skipped on all ranks since the start; ``bad-samples.csv`` lists them."""
+        found = {(bad.key, bad.folder): bad for rank in self.engine.world.gather(self.data.bad) for bad in rank}
+        path = self.path.with_name("bad-samples.csv")
+        if found and self.engine.world.is_main:
+            text = io.StringIO()
+            rows = csv.writer(text, lineterminator="\n")
+            rows.writerow(["key", "shard", "reason"])
+            rows.writerows([bad.key, f"{bad.folder}/{bad.shard}", bad.reason] for _, bad in sorted(found.items()))
+            if not path.exists() or path.read_text() != text.getvalue():
+                log.warning("%d samples cannot be read and are skipped: %s lists them", len(found), path)
+                write_text(path, text.getvalue())
+        return len(found)
 
     def pictures(self, step: int, found: dict[str, np.ndarray] | None) -> None:
         """uint8 (height, width, 3) each."""

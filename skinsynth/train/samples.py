@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 
 from skinsynth.config import Config
 from skinsynth.data import concepts, views
+from skinsynth.data.cache import open_dataset
 from skinsynth.data.order import sample_rng
-from skinsynth.data.shards import Dataset, from_npy
+from skinsynth.data.shards import BadSample, Dataset
+from skinsynth.data.stream import Source
 from skinsynth.errors import UserError
 from skinsynth.models import diffusion
 from skinsynth.run import RunDir, read_json
@@ -21,10 +23,10 @@ from skinsynth.train.engine import Batch
 
 @dataclass
 class Prompts:
-    """What ``encode`` made of the prompts; or their tokens, where the text encoder trains."""
+    """What ``encode`` made of the prompts; or their ``tokens``, where the text encoder trains."""
 
     rows: dict[str, int]
-    values: torch.Tensor  # float32 (prompts, tokens, width), or int64 (prompts, tokens)
+    values: dict[str, torch.Tensor]  # as ``diffusion.encode_prompts``; or int64 (prompts, tokens)
 
     @classmethod
     def of(cls, cfg: Config, run: RunDir, pipe: Any) -> Prompts:
@@ -33,75 +35,83 @@ class Prompts:
             raise UserError(f"{run.node('encode')} has no prompts.json: run encode first")
         if cfg.finetune.train_text_encoder:
             tokenizer = pipe.tokenizer
-            values = tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+            values = {"tokens": tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
+                                          return_tensors="pt").input_ids}
         else:
-            values = load_file(run.node("encode") / "prompts.safetensors")["embeddings"]
+            values = load_file(run.node("encode") / "prompts.safetensors")
         return cls({text: row for row, text in enumerate(texts)}, values)
 
 
 class Samples:
     """``batch`` gives, for n positions: ``latents`` and ``noise`` float32 (n, channels, h, w), ``timestep`` int64 (n,), ``weight`` float32 (n,),
-    and ``text`` (cached embeddings) or ``tokens``. Without a latent cache, instead of ``latents``: ``pixels`` uint8 (n, height, width, 3) and
-    ``draw`` float32 (n, channels, h, w), the normal numbers with which the VAE's posterior is drawn from.
+    and what ``diffusion.encode_prompts`` gives, or ``tokens``. Without a latent cache, instead of ``latents``: ``pixels`` uint8
+    (n, height, width, 3) and ``draw`` float32 (n, channels, h, w), the normal numbers with which the VAE's posterior is drawn from.
 
     Raises:
         UserError: latents of another base or other views; images or prompts that were not encoded.
     """
 
     def __init__(self, cfg: Config, run: RunDir, pipe: Any, base_sha256: str):
-        self.cfg, self.seed, self.base_sha256 = cfg, cfg.seed, base_sha256
-        self.train = Dataset.open(run.dataset(cfg, "train"))
+        self.cfg, self.seed, self.base_sha256, self.workers = cfg, cfg.seed, base_sha256, cfg.data.workers
+        skip = cfg.data.on_error == "skip"
+        self.train = open_dataset(cfg, run, "train", skip)
         self.sources = concepts.sources(cfg, self.train)
-        self.mixture = concepts.mixture(self.sources, cfg.seed)
+        self.mixture = concepts.mixture(self.sources, cfg.seed, cfg.data)
+        self.feeds = [Source(self.train, source.samples, cfg.data.on_error) for source in self.sources]
+        self.prompt_of = [dict(zip(source.samples, source.prompts, strict=True)) for source in self.sources]
         self.prompts = Prompts.of(cfg, run, pipe)
         self.shape = diffusion.latent_shape(pipe, cfg.prepare.size)
         self.scale, self.timesteps = pipe.vae.config.scaling_factor, pipe.scheduler.config.num_train_timesteps
         # instance and prior losses are means of their own in the paper: halves of the batch, so each counts double
         self.factor = 2.0 if any(s.prior for s in self.sources) else 1.0
-        self.latents = self._open_latents(run) if cfg.finetune.cache_latents else None
+        self.latents = self._open_latents(run, skip) if cfg.finetune.cache_latents else None
 
-    def _open_latents(self, run: RunDir) -> Dataset:
-        latents = Dataset.open(run.dataset(self.cfg, "latents"))
+    def _open_latents(self, run: RunDir, skip: bool) -> Dataset:
+        latents = Dataset.open(run.dataset(self.cfg, "latents"), skip)
         self.where = {key: i for i, key in enumerate(latents.keys)}
         if latents.manifest["base_sha256"] != self.base_sha256:
             raise UserError(f"{latents.folder} was encoded with another base model than {self.cfg.model.base}: delete it and encode again")
         absent = [self.train.keys[i] for source in self.sources for i in source.samples if self.train.keys[i] not in self.where]
-        if absent:
+        if absent and not skip:
             raise UserError(f"{latents.folder} lacks {len(absent)} images of the concepts (first: {absent[0]}): delete it and encode again")
         return latents
 
     def batch(self, positions: range) -> Batch:
         rows = [self._one(position) for position in positions]
-        return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+        prompts = [row.pop("prompt") for row in rows]
+        told = {name: values[prompts] for name, values in self.prompts.values.items()}
+        return {**{name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}, **told}
 
     def keys(self, positions: range) -> list[str]:
-        return [self.train.keys[self._place(position)[1]] for position in positions]
+        places = [self.mixture.at(position) for position in positions]
+        return [self.train.keys[self.sources[number].samples[index]] for number, index in places]
 
-    def _place(self, position: int) -> tuple[concepts.Source, int, str]:
-        """Source, number of the image in the training split, prompt."""
-        number, index = self.mixture.at(position)
-        source = self.sources[number]
-        return source, source.samples[index], source.prompts[index]
+    @property
+    def bad(self) -> list[BadSample]:
+        return [error for feed in self.feeds for error in feed.bad]
 
     def _one(self, position: int) -> dict[str, Any]:
-        source, image, prompt = self._place(position)
-        cfg, rng = self.cfg.finetune, sample_rng(self.seed, position)
+        number, index = self.mixture.at(position)
+        source, cfg, rng = self.sources[number], self.cfg.finetune, sample_rng(self.seed, position)
         view = int(rng.integers(views.count(self.cfg.encode)))
         draw = rng.standard_normal(self.shape, np.float32)
         noise = rng.standard_normal(self.shape, np.float32)
         timestep = rng.integers(self.timesteps)
-        text = "" if rng.random() < cfg.caption_dropout else prompt
+        dropped = rng.random() < cfg.caption_dropout
         if cfg.noise_offset:
             noise += cfg.noise_offset * rng.standard_normal((self.shape[0], 1, 1), np.float32)
         weight = self.factor * (cfg.prior_weight if source.prior else 1.0)
-        return {**self._image(image, view, draw), "noise": noise, "timestep": np.int64(timestep), "weight": np.float32(weight),
-                "tokens" if cfg.train_text_encoder else "text": self.prompts.values[self.prompts.rows[text]].numpy()}
+        image, found = self.feeds[number].read(index, lambda train, image: (image, self._image(train, image, view, draw)))
+        prompt = "" if dropped else self.prompt_of[number][image]
+        return {**found, "noise": noise, "timestep": np.int64(timestep), "weight": np.float32(weight), "prompt": self.prompts.rows[prompt]}
 
-    def _image(self, image: int, view: int, draw: np.ndarray) -> dict[str, Any]:
-        key = self.train.keys[image]
+    def _image(self, train: Dataset, image: int, view: int, draw: np.ndarray) -> dict[str, Any]:
+        key = train.keys[image]
         if self.latents is None:
-            return {"pixels": views.views(self.train.image(image), key, self.cfg.encode, self.seed)[view], "draw": draw}
-        mean, std = from_npy(self.latents.read(self.where[key], "moments.npy"))[view]
+            return {"pixels": views.views(train.image(image), key, self.cfg.encode, self.seed)[view], "draw": draw}
+        if key not in self.where:  # encode could not read the image
+            raise train.bad(image, "has no latents")
+        mean, std = self.latents.array(self.where[key], "moments.npy")[view]
         return {"latents": ((mean + std * draw) * self.scale).astype(np.float32)}
 
     def groups(self) -> list[str]:
