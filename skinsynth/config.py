@@ -53,7 +53,7 @@ class Data:
     instance_data_dir: str | None = None
     class_data_dir: str | None = None
     shards: str = "shards"
-    remote: str | None = free(field(default=None))  # where <name>-{train,val,test} lie prepared: an http(s) URL, "pipe:COMMAND with {name}", or a folder
+    remote: str | None = free(field(default=None))  # where <name>-{train,val,test} lie prepared: a URL, "pipe:COMMAND {name}" or a folder
     cache: str | None = free(field(default=None))  # where the remote's tars are kept: <cache>/<name>-train/...; None: beside the index in ``shards``
     cache_gb: float | None = free(at_least(None, 0.001))  # the remote's tars that are kept at most; None: all
     workers: int = free(at_least(2, 1, 256))  # loader threads of each rank

@@ -54,7 +54,7 @@ def finetune(cfg: Config, run: RunDir, world: World) -> None:
         weights = engine.weights()
         return previews.draw(step, weights) if world.is_main else None
 
-    train(engine, run, NODE, checkpoints, samples, _loss(cfg, pipe, world.device), evaluate, cfg.finetune.validate_every)
+    state = train(engine, run, NODE, checkpoints, samples, _loss(cfg, pipe, world.device), evaluate, cfg.finetune.validate_every)
     weights = engine.weights()
     if world.is_main:
         pipe = _base(cfg)  # a fresh one, free of wrappers and trained dtypes
@@ -62,7 +62,8 @@ def finetune(cfg: Config, run: RunDir, world: World) -> None:
         export(cfg, run, pipe, samples, {"base": cfg.model.base, "base_sha256": base_sha256, "attention": kind, **_identity(cfg)})
         losses = [row["loss"] for row in read_lines(run.node(NODE) / "metrics.jsonl")]
         tail = losses[-max(1, len(losses) // 10):]
-        run.finish(NODE, {"steps": len(losses), "loss": sum(tail) / len(tail), "attention": kind}, [run.weights / "lineage.json"])
+        run.finish(NODE, {"steps": cfg.finetune.steps, "loss": sum(tail) / len(tail) if tail else None, "attention": kind,
+                          "bad_samples": state["bad_samples"]}, [run.weights / "lineage.json"])
     world.barrier()
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from skinsynth.errors import UserError
@@ -161,7 +162,11 @@ class Checkpoints:
     def _write(self, final: Path, temp: Path, mine: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         try:
             file = temp / f"rank-{self.world.rank:05d}.safetensors"
-            save_file(mine, file)
+            try:
+                save_file(mine, file)
+            except SafetensorError as error:  # its words for a full disk: "I/O error: No space left on device (os error 28)"
+                number = re.search(r"os error (\d+)", str(error))
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) if number else error from None
             sync(file)
             write_json(file.with_suffix(".json"), {"bytes": file.stat().st_size, "sha256": sha256_file(file)})
             if self.world.is_main:

@@ -18,7 +18,7 @@ from gang import main as run_gang
 
 from skinsynth import config
 from skinsynth.models import tiny
-from skinsynth.run import RunDir, Task
+from skinsynth.run import RunDir, Task, read_json
 from skinsynth.train.log import read_lines
 from skinsynth.world import World
 
@@ -26,6 +26,7 @@ METHODS = ("dreambooth", "text-to-image")
 PARTS = {"unet": {}, "unet and text": {"train_text_encoder": True}, "lora": {"lora_rank": 4, "lr": 1e-3},
          "lora and text": {"lora_rank": 4, "lr": 1e-3, "train_text_encoder": True}}
 MATRIX = [(method, part, zero) for method in METHODS for part in PARTS for zero in range(4)]
+DIAGONAL = [(method, part, (i + 2 * j) % 4) for j, method in enumerate(METHODS) for i, part in enumerate(PARTS)]  # all parts, all stages
 
 
 @pytest.fixture(scope="module")
@@ -114,27 +115,23 @@ def from_checkpoint(other: RunDir, step: int, run: RunDir) -> RunDir:
     return run
 
 
-@pytest.fixture(scope="module")
-def matrix(maker, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
-    """Each of the matrix run through, and again from the checkpoint at half its way; ``{(method, part, zero): (whole, resumed)}``."""
+def run_all(cases, maker, folder: Path):  # type: ignore[no-untyped-def]
+    """Each case run through, and again from the checkpoint at half its way; ``{(method, part, zero): (whole, resumed)}``."""
     found, order = {}, []
-    for method, part, zero in MATRIX:
+    for method, part, zero in cases:
         name, keys = name_of(method, part, zero), {**PARTS[part], "zero": zero, "ema_decay": 0.5 if part == "unet" else 0.0, "keep": 9}
         whole, resumed = (maker(f"{name}-{kind}", method, **keys) for kind in ("whole", "resumed"))
         found[method, part, zero] = whole, resumed
         order.append(whole)
-    folder = tmp_path_factory.mktemp("gang")
     on_two_ranks(order, folder)
     on_two_ranks([from_checkpoint(whole, 2, resumed) for whole, resumed in found.values()], folder)
     return found
 
 
-@pytest.mark.parametrize(("method", "part", "zero"), MATRIX, ids=[name_of(*m) for m in MATRIX])
-def test_saves_resumes_and_exports(matrix, method: str, part: str, zero: int) -> None:  # type: ignore[no-untyped-def]
+def check(part: str, whole: RunDir, resumed: RunDir) -> None:
     from diffusers import StableDiffusionPipeline
     from safetensors.torch import load_file
 
-    whole, resumed = matrix[method, part, zero]
     assert len(losses(whole)) == 4
     assert losses(resumed) == losses(whole)
     theirs, mine = (load_file(run.weights / "unet/diffusion_pytorch_model.safetensors") for run in (whole, resumed))
@@ -155,18 +152,30 @@ def test_saves_resumes_and_exports(matrix, method: str, part: str, zero: int) ->
         assert all(torch.allclose(merged[n], after, atol=1e-6) for n, after in pipe.unet.state_dict().items())
 
 
-def test_the_stages_and_one_rank_agree(matrix, maker) -> None:  # type: ignore[no-untyped-def]
-    """The same losses at every ZeRO stage, and on one rank."""
-    for part in PARTS:
-        runs = [matrix["dreambooth", part, zero][0] for zero in range(4)]
-        for run in runs[1:]:
-            assert losses(run) == pytest.approx(losses(runs[0]), abs=1e-4)
+@pytest.mark.timeout(400)
+def test_methods_save_resume_and_export(maker, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Each method with each kind of weights, every ZeRO stage twice; and DreamBooth on one rank has the losses of two."""
+    found = run_all(DIAGONAL, maker, tmp_path)
+    for (_, part, _), pair in found.items():
+        check(part, *pair)
     alone = maker("alone", "dreambooth", ema_decay=0.5)
     run_gang([str(alone.path)], World())
-    assert losses(alone) == pytest.approx(losses(matrix["dreambooth", "unet", 2][0]), abs=1e-4)
+    assert losses(alone) == pytest.approx(losses(found["dreambooth", "unet", 0][0]), abs=1e-4)
 
 
-def test_elastic(maker, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.soak
+@pytest.mark.timeout(1500)
+def test_the_whole_matrix(maker, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Every method and kind of weights at every ZeRO stage; the stages have the same losses."""
+    found = run_all(MATRIX, maker, tmp_path)
+    for (method, part, _), (whole, resumed) in found.items():
+        check(part, whole, resumed)
+        assert losses(whole) == pytest.approx(losses(found[method, part, 0][0]), abs=1e-4)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_elastic_between_all_stages(maker, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Twenty losses after a change of ranks and stage are those without it: 2 ranks -> 1, 1 -> 2, and from each stage to another."""
     keys = {"steps": 23, "checkpoint_every": 3, "keep": 99, "ema_decay": 0.9, "schedule": "cosine"}
     alone = maker("elastic-alone", "dreambooth", **keys)
@@ -183,3 +192,54 @@ def test_elastic(maker, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     assert len(expected) == 23
     for run in (*whole.values(), back, *turned.values(), *shrunk):
         assert losses(run)[3:] == pytest.approx(expected[3:], abs=1e-4), run.path.name
+
+
+@pytest.mark.timeout(300)
+def test_twenty_losses_after_another_number_of_ranks(maker, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """One rank -> two at ZeRO 2 -> one: the losses of the one rank."""
+    keys = {"steps": 23, "checkpoint_every": 3, "keep": 99, "ema_decay": 0.9, "schedule": "cosine"}
+    alone = maker("turn-alone", "dreambooth", **keys)
+    run_gang([str(alone.path)], World())
+    grown = from_checkpoint(alone, 3, maker("turn-1-to-2", "dreambooth", zero=2, **keys))
+    on_two_ranks([grown], tmp_path)
+    shrunk = from_checkpoint(grown, 12, maker("turn-2-to-1", "dreambooth", **keys))
+    run_gang([str(shrunk.path)], World())
+    for run, step in ((grown, 3), (shrunk, 12)):
+        assert losses(run)[step:] == pytest.approx(losses(alone)[step:], abs=1e-4)
+
+
+def test_without_the_latent_cache_the_losses_are_the_same(maker) -> None:  # type: ignore[no-untyped-def]
+    """The VAE in every step, on the same views, draws what is drawn from its cached posterior."""
+    cached, uncached = (maker(f"cache-{cache}", "dreambooth", cache_latents=cache) for cache in (True, False))
+    run_gang([str(cached.path), str(uncached.path)], World())
+    assert losses(uncached) == pytest.approx(losses(cached), rel=1e-4)
+
+
+def test_a_damaged_sample_stops_all_ranks_or_is_skipped(maker, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """No hang: the rank that cannot read says so before a step, and both stop with the reason; with skip they go on and list it."""
+    stop, skip = (maker(f"damaged-{how}", "dreambooth", **{"cache_latents": False}) for how in ("stop", "skip"))
+    cfg = skip.config()
+    cfg.data.on_error = "skip"
+    skip.create(cfg)
+    train = stop.dataset(cfg, "train")
+    damaged = train / "00000.tar"
+    whole = damaged.read_bytes()
+    part = json.loads((train / "parts/00000.json").read_text())
+    try:
+        broken = bytearray(whole)
+        for members in part["members"]:
+            broken[members["jpg"][0] + 40] ^= 255
+        damaged.unlink()  # a copy: the file may be linked to
+        damaged.write_bytes(broken)
+        with pytest.raises(AssertionError) as caught:
+            on_two_ranks([stop], tmp_path, 120)
+        assert "[1, 1]" in str(caught.value)
+        assert "is damaged: its jpg has another checksum" in str(caught.value)
+        assert "stopped: BadSample" in str(caught.value), "the other rank says which one could not read"
+        on_two_ranks([skip], tmp_path, 120)
+    finally:
+        damaged.write_bytes(whole)
+    listed = (skip.node("finetune") / "bad-samples.csv").read_text().splitlines()[1:]
+    assert listed
+    assert {row.split(",")[0] for row in listed} <= set(part["keys"])
+    assert read_json(skip.done_path("finetune"))["metrics"]["bad_samples"] == len(listed)

@@ -1,0 +1,191 @@
+"""The loop on a model of a few weights: what it does when the loss or the memory goes wrong, and what its checkpoints survive."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from skinsynth.config import Training
+from skinsynth.data.shards import BadSample
+from skinsynth.errors import UserError
+from skinsynth.run import RunDir
+from skinsynth.train.checkpoint import Checkpoints
+from skinsynth.train.engine import Batch, Engine
+from skinsynth.train.log import read_lines
+from skinsynth.train.loop import train
+from skinsynth.world import Stopped, World
+
+
+class Numbers:
+    """Samples are numbers; ``bad`` are none."""
+
+    workers = 2
+    bad: list[BadSample] = []  # noqa: RUF012
+
+    def batch(self, positions: range) -> Batch:
+        return {"x": torch.tensor([float(p % 7) for p in positions]), "position": torch.tensor(list(positions))}
+
+    def keys(self, positions: range) -> list[str]:
+        return [f"sample-{p}" for p in positions]
+
+
+def square(model: Any, batch: Batch) -> torch.Tensor:
+    return ((model(batch["x"][:, None]) - 3) ** 2).mean()
+
+
+def go(folder: Path, loss: Callable[[Any, Batch], torch.Tensor] = square, world: World | None = None, **keys: Any) -> tuple[RunDir, Any]:
+    cfg = Training(**{"steps": 60, "global_batch": 4, "lr": 1e-3, "log_every": 5, "checkpoint_every": 10, "zero": 0, **keys})
+    run, world = RunDir(folder), world or World()
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 1)
+    checkpoints = Checkpoints(run.node("it") / "checkpoints", world, {"lr": cfg.lr}, cfg.keep, cfg.keep_every)
+    engine = Engine(cfg, world, model, "it", checkpoints.found)
+    return run, train(engine, run, "it", checkpoints, Numbers(), loss)
+
+
+def steps_of(run: RunDir) -> list[int]:
+    return [int(p.name[5:]) for p in sorted((run.node("it") / "checkpoints").glob("step-*"))]
+
+
+def losses(run: RunDir) -> list[float]:
+    return [row["loss"] for row in read_lines(run.node("it") / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_at_the_last_good_checkpoint(tmp_path: Path, value: float) -> None:
+    def poisoned(model: Any, batch: Batch) -> torch.Tensor:
+        return square(model, batch) + torch.where(batch["position"] == 93, value, 0.0).sum()
+
+    with pytest.raises(UserError, match=r"at step 24 \(samples sample-92, sample-93, sample-94, sample-95\)") as caught:
+        go(tmp_path / "run", poisoned)
+    assert str(value) in str(caught.value)
+    run = RunDir(tmp_path / "run")
+    assert steps_of(run) == [10, 20]
+    assert len(losses(run)) == 20
+
+
+def test_a_loss_that_explodes_stops_too(tmp_path: Path) -> None:
+    def exploding(model: Any, batch: Batch) -> torch.Tensor:
+        return square(model, batch) * torch.where(batch["position"].max() >= 160, 1e4, 1.0)
+
+    with pytest.raises(UserError, match=r"explodes: .* over steps 41 to 45, usually"):
+        go(tmp_path / "run", exploding)
+    assert steps_of(RunDir(tmp_path / "run")) == [30, 40]
+    go(tmp_path / "free", exploding, explode=1e9)
+
+
+def test_out_of_memory_says_what_to_turn_on(tmp_path: Path) -> None:
+    def greedy(model: Any, batch: Batch) -> torch.Tensor:
+        return square(model, batch) + torch.empty(2**50).sum()
+
+    with pytest.raises(UserError, match=r"out of memory \(.*it\.micro_batch=2 .*it\.precision=bf16.*it\.zero=1"):
+        go(tmp_path / "run", greedy)
+
+
+def test_a_stop_goes_on_at_that_very_step(tmp_path: Path) -> None:
+    whole, _ = go(tmp_path / "whole")
+    world = World()
+
+    def stopping(model: Any, batch: Batch) -> torch.Tensor:
+        if int(batch["position"][0]) == 4 * 16:
+            world.note_stop(signal.SIGUSR2, None)
+        return square(model, batch)
+
+    with pytest.raises(Stopped, match="at step 17 of 60"):
+        go(tmp_path / "run", stopping, world)
+    assert steps_of(RunDir(tmp_path / "run")) == [10, 17]
+    run, _ = go(tmp_path / "run")
+    assert losses(run) == losses(whole)
+
+
+def test_a_changed_checkpoint_is_passed_over_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run, _ = go(tmp_path / "run")
+    newest = run.node("it") / "checkpoints/step-00000060/rank-00000.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    before = losses(run)
+    with caplog.at_level("WARNING"):
+        go(tmp_path / "run")
+    assert "step-00000060 is passed over: rank-00000.safetensors has changed since it was written" in caplog.text
+    assert losses(run) == before
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    go(tmp_path / "run")
+    with pytest.raises(UserError, match=r"(?s)made with another configuration:\n  lr: 0.001 -> 0.01\n.*delete"):
+        go(tmp_path / "run", lr=1e-2)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    run, _ = go(tmp_path / "run")
+    checkpoints = Checkpoints(run.node("it") / "checkpoints", World(), {"lr": 1e-3})
+    with pytest.raises(UserError, match=r"has no 'weight' of '0\.weight': it was made by another model"):
+        Engine(Training(zero=0), World(), torch.nn.Sequential(torch.nn.Linear(1, 1)), "it", checkpoints.found)
+
+
+def test_the_newest_are_kept_and_those_of_every_so_many_steps(tmp_path: Path) -> None:
+    run, _ = go(tmp_path / "run", keep=1, keep_every=20)
+    assert steps_of(run) == [20, 40, 60]
+
+
+def test_a_full_disk_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    """The writing thread's error reaches the loop; nothing half-written looks whole, and the same command goes on."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limited = {"done": False}
+
+    def limiting(model: Any, batch: Batch) -> torch.Tensor:
+        if int(batch["position"][0]) == 4 * 15 and not limited["done"]:
+            limited["done"] = True
+            time.sleep(1)  # the thread that writes step 10 is not to be the one that fails
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+        return square(model, batch)
+
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            go(tmp_path / "run", limiting, log_every=1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert steps_of(RunDir(tmp_path / "run")) == [10]
+    run, _ = go(tmp_path / "run")
+    whole, _ = go(tmp_path / "whole")
+    assert losses(run)[-10:] == losses(whole)[-10:]
+
+
+def test_what_is_logged(tmp_path: Path) -> None:
+    run, _ = go(tmp_path / "run")
+    rows = read_lines(run.node("it") / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    assert rows[0].keys() == {"step", "loss", "lr", "samples_per_second", "samples_per_second_per_rank", "tflops_per_rank", "mfu", "data_wait",
+                              "peak_memory_gb"}
+    assert 0 <= rows[-1]["data_wait"] < 1
+    assert rows[-1]["peak_memory_gb"] > 0.1
+    startup = json.loads((run.node("it") / "startup.json").read_text())
+    assert startup["seconds"]["first step"] > 0
+
+
+def test_a_moving_average_is_what_is_exported(tmp_path: Path) -> None:
+    """Against the average written out: decay min(0.9, (1 + t) / (10 + t)), begun with the weights after the first step."""
+    seen: list[float] = []
+    cfg = Training(steps=8, global_batch=4, lr=1e-2, zero=0, ema_decay=0.9)
+    torch.manual_seed(0)
+    engine = Engine(cfg, World(), torch.nn.Linear(1, 1), "it")
+    expected = 0.0
+    for step in range(8):
+        decay = min(0.9, (1 + step) / (10 + step))
+        engine.step(1e-2, decay, [Numbers().batch(range(4 * step, 4 * step + 4))], square)
+        now = float(engine.weights("weight")["bias"])
+        expected = now if step == 0 else decay * expected + (1 - decay) * now
+        seen.append(now)
+    assert float(engine.weights()["bias"]) == pytest.approx(expected, rel=1e-5)
+    assert len(set(seen)) == 8
