@@ -23,13 +23,14 @@ from skinsynth.config import Model
 from skinsynth.data.shards import Dataset
 from skinsynth.errors import UserError
 from skinsynth.models import diffusion, hub
+from skinsynth.models.denoiser import Denoiser
 from skinsynth.models.tiny import WEIGHTS
 from skinsynth.run import RunDir, Task
 from skinsynth.stages.encode import encode
 from skinsynth.stages.finetune import finetune
 from skinsynth.stages.generate import generate
 from skinsynth.stages.prepare import prepare
-from skinsynth.train.loop import read_lines
+from skinsynth.train.log import read_lines
 from skinsynth.world import World
 
 SIZE = 32  # pixels
@@ -293,7 +294,7 @@ def test_the_loss_is_the_error_of_what_the_model_predicts(kind: str, bases: Path
         predicted = pipe.unet(a.sqrt() * latents + (1 - a).sqrt() * noise, timestep, told["text"], **more).sample
         batch = {"latents": latents, "noise": noise, "timestep": timestep, "weight": weight, **told}
         schedule = DDPMScheduler.from_config(pipe.scheduler.config)
-        plain, capped = (diffusion.diffusion_loss(pipe.unet, schedule, batch, gamma).item() for gamma in (None, 5.0))
+        plain, capped = (diffusion.diffusion_loss(Denoiser(pipe.unet), schedule, batch, gamma).item() for gamma in (None, 5.0))
     errors = (predicted - target).square().mean(dim=(1, 2, 3))
     assert plain == pytest.approx((errors * weight).mean().item(), rel=1e-4)
     snr = (a / (1 - a)).flatten()
