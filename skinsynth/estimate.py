@@ -17,7 +17,7 @@ from rich.table import Table
 
 from skinsynth import stages
 from skinsynth.chain import Node, chain
-from skinsynth.config import Concept, Config, Images, Training
+from skinsynth.config import Config, Images, Training
 from skinsynth.errors import UserError
 from skinsynth.models import hub
 from skinsynth.run import RunDir
@@ -85,7 +85,8 @@ def count(cfg: Config) -> Counts:
     found.train, found.held_out = sizes["train"], sizes["val"] + sizes["test"]
     shards = {name: ceil(size / cfg.prepare.shard_size) for name, size in sizes.items()}
     found.shards = {"train": shards["train"], "held_out": shards["val"] + shards["test"]}
-    found.latents = min(found.train, sum(_taken(rows, images, share["train"]) for c in cfg.finetune.concepts.values() for images in _sources(c)))
+    if cfg.finetune.cache_latents:
+        found.latents = min(found.train, sum(_taken(rows, images, share["train"]) for images in _chosen(cfg)))
     return found
 
 
@@ -100,8 +101,11 @@ def _rows(cfg: Config) -> list[Any]:
     raise UserError("data.metadata is not set")
 
 
-def _sources(concept: Concept) -> list[Images]:
-    return [concept.instance, *([concept.class_] if concept.class_prompt else [])]
+def _chosen(cfg: Config) -> list[Images]:
+    """What fine-tuning takes of the training images."""
+    if cfg.finetune.method == "text-to-image":
+        return [cfg.finetune.images]
+    return [images for c in cfg.finetune.concepts.values() for images in (c.instance, *([c.class_] if c.class_prompt else []))]
 
 
 def _taken(rows: list[Any], images: Images, share: float) -> int:
@@ -161,9 +165,16 @@ def jpeg_bytes(side: int) -> float:
     return JPEG_256 * (side / 256) ** JPEG_GROWTH + OVERHEAD
 
 
-def _checkpoints(training: Training, numbers: int, ranks: int) -> int:
-    """As kept, and one more while it is written: AdamW's two moments and the weights, and under ZeRO a float32 copy of these."""
-    return (training.keep + 1) * numbers * (16 if training.zero and ranks > 1 else 12)
+def _checkpoints(training: Training, numbers: int) -> int:
+    """As kept, and one more while it is written: float32 weights, AdamW's two moments, and the moving average where there is one."""
+    count = training.keep + 1 + (training.steps // training.keep_every if training.keep_every else 0)
+    return count * numbers * 4 * (4 if training.ema_decay else 3)
+
+
+def _trained(cfg: Config, networks: dict[str, int]) -> int:
+    """Numbers that fine-tuning trains."""
+    whole = networks["unet"] + (networks["text_encoder"] if cfg.finetune.train_text_encoder else 0)
+    return whole if not cfg.finetune.lora_rank else round(2.3e-4 * cfg.finetune.lora_rank * whole)  # as in SD 1.5: 0.2 M a rank
 
 
 def written(cfg: Config, stage: Stage, images: Counts, model: Sizes) -> int | None:
@@ -173,12 +184,12 @@ def written(cfg: Config, stage: Stage, images: Counts, model: Sizes) -> int | No
         return REPORT
     if name == "finetune":
         networks = model.networks
-        return _checkpoints(cfg.finetune, networks["unet"], stage.ranks) + 4 * sum(networks.values()) if networks else None
+        return _checkpoints(cfg.finetune, _trained(cfg, networks)) + 4 * sum(networks.values()) if networks else None
     if name == "classify":  # the weights of each evaluation that is the best so far stay until the end
         best = ceil(cfg.classify.steps / cfg.classify.evaluate_every)
-        return _checkpoints(cfg.classify, model.classifier, stage.ranks) + 4 * best * model.classifier if model.classifier else None
+        return _checkpoints(cfg.classify, model.classifier) + 4 * best * model.classifier if model.classifier else None
     each = {"prepare": jpeg_bytes(side) + INDEX + 500, "generate": jpeg_bytes(side) + INDEX,
-            "encode": 8 * (1 + cfg.encode.flip) * model.channels * (side // model.down) ** 2 + 1024 + INDEX,
+            "encode": 8 * cfg.encode.crops * (1 + cfg.encode.flip) * model.channels * (side // model.down) ** 2 + 1024 + INDEX,
             "screen": 4 * model.features + 3 * 32**2 + INDEX}
     return None if amount is None else round(amount * each[name])
 

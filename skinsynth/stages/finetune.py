@@ -18,11 +18,11 @@ from diffusers import DDPMScheduler
 from skinsynth.config import Config
 from skinsynth.models import attention, denoiser, diffusion
 from skinsynth.run import RunDir, code_version, sha256_file, write_json
-from skinsynth.stages.finetune_previews import Previews
 from skinsynth.train.checkpoint import Checkpoints
 from skinsynth.train.engine import Batch, Engine
 from skinsynth.train.log import lap, read_lines
 from skinsynth.train.loop import train
+from skinsynth.train.previews import Previews
 from skinsynth.train.samples import Samples
 from skinsynth.world import World
 

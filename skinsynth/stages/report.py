@@ -117,11 +117,19 @@ def page(cfg: Config, run: RunDir, summary: dict[str, Any]) -> str:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("report.html.j2").render(
         name=run.name, verdict=verdict(summary), summary=summary, metrics=METRICS, classes=CLASSES, epochs=_epochs(run, summary["arms"]),
-        loss=_loss(run), previews=[(n, _picture(run.node("finetune") / "previews" / f"{n}.png")) for n in ("base", "tuned")],
+        loss=_loss(run), previews=_previews(run),
         prompts=list(dict.fromkeys(p for g in cfg.generate.classes.values() for p in g.prompts)), grids=_grids(cfg, run),
         pairs=_pairs(cfg, run), copy_quantile=cfg.screen.copy_quantile, config=configs.dump(cfg),
         provenance=read_json(run.path / "provenance.json") or {},
         lineage=read_json(run.weights / "lineage.json") or {}, set_aside=run.metrics("prepare").get("set_aside", {}))
+
+
+def _previews(run: RunDir) -> list[tuple[str, str | None]]:
+    """(caption, picture): before and after, and the strip where more was drawn on the way."""
+    folder = run.node("finetune") / "previews"
+    steps = sorted(folder.glob("[0-9]*.png"))
+    found = [("before" if int(path.stem) == 0 else f"after {int(path.stem):,} steps", _picture(path)) for path in (*steps[:1], *steps[1:][-1:])]
+    return [*found, ("over time: the number of steps above each", _picture(folder / "strip.png"))] if len(steps) > 2 else found
 
 
 def _picture(path: Path) -> str | None:

@@ -195,6 +195,15 @@ class Engine:
         key = key or ("ema" if self.cfg.ema_decay else WEIGHT)
         return {name: self.full(key, name).cpu().contiguous() for name in self.trained}
 
+    def state_bytes(self) -> dict[str, int]:
+        """What this rank holds between steps: the model's weights, float32 masters beside them, the optimizer's states."""
+        parameters: list[Any] = list(self.bare.parameters())
+        held = [getattr(p, "ds_tensor", p) for p in parameters]  # ZeRO 3 keeps a share of each
+        masters = self._flat() if self.sharded else []
+        states = [t for state in self.adam.state.values() for t in state.values() if torch.is_tensor(t)]
+        return {name: sum(t.numel() * t.element_size() for t in tensors)
+                for name, tensors in (("weights", held), ("masters", masters), ("optimizer", states))}
+
     def scaler(self) -> dict[str, Any]:
         """The loss scale of fp16; {} at other precisions."""
         if self.cfg.precision != "fp16":

@@ -85,7 +85,7 @@ class TrainLog:
             loss.item()  # waits for the device, this once
             lap("first step")
             if self.engine.world.is_main:
-                write_json(self.path.parent / "startup.json", {"step": step, "seconds": dict(LAPS)})
+                write_json(self.path.parent / "startup.json", {"step": step, "seconds": dict(LAPS), "state_bytes": self.engine.state_bytes()})
 
     def flush(self, waited: float) -> None:
         """``waited``: seconds that this rank has waited for data since the start.

@@ -189,3 +189,22 @@ def test_a_moving_average_is_what_is_exported(tmp_path: Path) -> None:
         seen.append(now)
     assert float(engine.weights()["bias"]) == pytest.approx(expected, rel=1e-5)
     assert len(set(seen)) == 8
+
+
+def test_the_8_bit_optimizer_goes_on_with_the_same_losses(tmp_path: Path) -> None:
+    """Its packed states are saved as they are (large enough a layer to be packed)."""
+    def run(folder: Path, steps: int) -> list[float]:
+        cfg = Training(steps=steps, global_batch=4, lr=1e-3, zero=0, optimizer="adamw8bit", checkpoint_every=5, log_every=5)
+        out, world = RunDir(folder), World()
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(1, 128), torch.nn.Linear(128, 128), torch.nn.Linear(128, 1))
+        checkpoints = Checkpoints(out.node("it") / "checkpoints", world, {})
+        engine = Engine(cfg, world, model, "it", checkpoints.found)
+        train(engine, out, "it", checkpoints, Numbers(), square)
+        packed = engine.adam.state[engine.trained["1.weight"]]["state1"]
+        assert packed.dtype == torch.uint8
+        return losses(out)
+
+    whole = run(tmp_path / "whole", 15)
+    run(tmp_path / "run", 5)
+    assert run(tmp_path / "run", 15) == whole
