@@ -86,6 +86,8 @@ class Prepare:
 class Model:
     base: str = "builtin"  # "builtin", a diffusers folder, a hub id, or one .safetensors file as other tools share them
     config: str | None = None  # with one file: the diffusers folder or hub id that its tokenizer and configurations come from
+    lora: str | None = None  # a .safetensors file that is merged into the base, as a published fine-tune may be one
+    lora_scale: float = at_least(1.0, 0)
     attention: str = one_of("auto", "sdpa", "xformers")
 
 

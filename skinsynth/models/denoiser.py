@@ -100,23 +100,3 @@ def save_lora(pipe: Any, cfg: Finetune, folder: Path) -> None:
         metadata["text_encoder_lora_adapter_metadata"] = pipe.text_encoder.peft_config["default"].to_dict()
     type(pipe).save_lora_weights(folder, unet_lora_layers=layers(pipe.unet), text_encoder_lora_layers=text,
                                  safe_serialization=True, **metadata)
-
-
-def merge_lora(pipe: Any, path: Path, scale: float) -> None:
-    """Adds a LoRA file (or folder with one) to the weights of a pipeline, for good.
-
-    Raises:
-        UserError: no such file, or it was made for a base of another shape.
-    """
-    if not path.exists():
-        raise UserError(f"LoRA {path} does not exist (give a .safetensors file, or a folder with pytorch_lora_weights.safetensors)")
-    folder, name = (path, None) if path.is_dir() else (path.parent, path.name)
-    try:
-        pipe.load_lora_weights(folder, weight_name=name, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"LoRA {path} cannot be loaded: {str(error).splitlines()[0]}") from None
-    except RuntimeError as error:  # torch's "size mismatch for ..."
-        line = next((row.strip() for row in str(error).splitlines() if "size mismatch" in row), str(error).splitlines()[0])
-        raise UserError(f"LoRA {path} does not fit the base model, which has another shape: {line}") from None
-    pipe.fuse_lora(lora_scale=scale)
-    pipe.unload_lora_weights()

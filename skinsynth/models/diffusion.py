@@ -28,14 +28,45 @@ def load_base(model: Model, precision: str = "fp32") -> Any:
         UserError: as ``hub.find_base``, or what was found cannot be loaded.
     """
     base = hub.find_base(model)
-    if base.weights.is_dir():
-        return load_pipeline(base.weights, precision)
+    pipe = load_pipeline(base.weights, precision) if base.weights.is_dir() else _from_one_file(base, precision)
+    if model.lora:
+        merge_lora(pipe, Path(model.lora), model.lora_scale)
+    return pipe
+
+
+def _from_one_file(base: hub.Base, precision: str) -> Any:
     pipe = _load(base.config, base.weights, lambda kind, extras: kind.from_single_file(
         str(base.weights), config=str(base.config), dtype=DTYPES[precision], local_files_only=True, **extras))
     text = [part for name, part in pipe.components.items() if name.startswith("text_encoder")]
     if any(value.is_meta for part in text for value in part.parameters()):  # of these, diffusers leaves what the file lacks without a value
         raise UserError(LACKS.format(base.weights))
     return pipe
+
+
+def lora_file(path: Path) -> Path:
+    """Raises ``UserError`` where there is none."""
+    file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"LoRA {path} does not exist (give a .safetensors file, or a folder with pytorch_lora_weights.safetensors)")
+    return file
+
+
+def merge_lora(pipe: Any, path: Path, scale: float) -> None:
+    """Adds a LoRA file (or folder with one) to the weights of a pipeline, for good.
+
+    Raises:
+        UserError: no such file, or it was made for a base of another shape.
+    """
+    file = lora_file(path)
+    try:
+        pipe.load_lora_weights(file.parent, weight_name=file.name, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"LoRA {path} cannot be loaded: {str(error).splitlines()[0]}") from None
+    except RuntimeError as error:  # torch's "size mismatch for ..."
+        line = next((row.strip() for row in str(error).splitlines() if "size mismatch" in row), str(error).splitlines()[0])
+        raise UserError(f"LoRA {path} does not fit the base model, which has another shape: {line}") from None
+    pipe.fuse_lora(lora_scale=scale)
+    pipe.unload_lora_weights()
 
 
 def load_vae(model: Model) -> Any:
@@ -86,8 +117,15 @@ def weights_sha256(path: Path) -> str:
 
 
 def base_sha256(model: Model) -> str:
-    """The hash of the base model of a configuration; of one file together with the configurations that it is loaded with."""
-    base = hub.find_base(model)
+    """The hash of the base model of a configuration; of one file together with the configurations that it is loaded with, and of what is
+    merged into it with that."""
+    own = _base_sha256(hub.find_base(model))
+    if not model.lora:
+        return own
+    return hashlib.sha256(f"{own} {weights_sha256(lora_file(Path(model.lora)))} {model.lora_scale}".encode()).hexdigest()
+
+
+def _base_sha256(base: hub.Base) -> str:
     if base.weights.is_dir():
         return weights_sha256(base.weights)
     small = sorted(p for part in hub.PIPELINES[base.pipeline] for p in (base.config / part).iterdir() if p.suffix in (".json", ".txt"))

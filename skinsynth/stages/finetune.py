@@ -100,7 +100,7 @@ def export(cfg: Config, run: RunDir, pipe: Any, samples: Samples, made_by: dict[
     if cfg.finetune.lora_rank:
         denoiser.save_lora(pipe, cfg.finetune, temp / "lora")
         pipe = _base(cfg)
-        denoiser.merge_lora(pipe, temp / "lora", 1.0)
+        diffusion.merge_lora(pipe, temp / "lora", 1.0)
     for name in {"tokenizer", "tokenizer_2"} & pipe.components.keys():
         pipe.components[name].init_kwargs.pop("local_files_only", None)  # whether the hub could be reached must not be in the weights' hash
     pipe.save_pretrained(temp, safe_serialization=True)

@@ -11,15 +11,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, overrides
 from gang import main as run_gang
 
 from skinsynth import config
-from skinsynth.models import tiny
+from skinsynth.config import Encode, Model
+from skinsynth.data import views
+from skinsynth.errors import UserError
+from skinsynth.models import diffusion, tiny
 from skinsynth.run import RunDir, Task, read_json
 from skinsynth.train.log import read_lines
+from skinsynth.train.samples import Samples
 from skinsynth.world import World
 
 METHODS = ("dreambooth", "text-to-image")
@@ -243,3 +248,70 @@ def test_a_damaged_sample_stops_all_ranks_or_is_skipped(maker, tmp_path: Path) -
     assert listed
     assert {row.split(",")[0] for row in listed} <= set(part["keys"])
     assert read_json(skip.done_path("finetune"))["metrics"]["bad_samples"] == len(listed)
+
+
+def test_a_lora_is_a_base_to_start_from_and_must_fit_it(maker, small_base: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Merged into its base it gives the weights that were exported with it; another base says that it has another shape."""
+    tuned = maker("lora", "dreambooth", lora_rank=4, lr=1e-2)
+    run_gang([str(tuned.path)], World())
+    model = Model(base=str(small_base), lora=str(tuned.weights / "lora"))
+    merged, exported = diffusion.load_base(model).unet.state_dict(), diffusion.load_pipeline(tuned.weights).unet.state_dict()
+    assert all(torch.equal(merged[name], exported[name]) for name in exported)
+    halved = diffusion.load_base(Model(base=str(small_base), lora=str(tuned.weights / "lora"), lora_scale=0.5)).unet.state_dict()
+    plain = diffusion.load_base(Model(base=str(small_base))).unet.state_dict()
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    assert torch.allclose(halved[name] - plain[name], (merged[name] - plain[name]) / 2, atol=1e-6)
+    others = [Model(base=str(small_base)), Model(base=str(small_base), lora=model.lora, lora_scale=0.5)]
+    assert len({diffusion.base_sha256(m) for m in (model, *others)}) == 3
+    with pytest.raises(UserError, match="does not fit the base model, which has another shape: size mismatch for"):
+        diffusion.load_base(Model(lora=model.lora))
+    with pytest.raises(UserError, match="does not exist"):
+        diffusion.load_base(Model(lora=str(tmp_path / "none.safetensors")))
+
+
+def test_noise_offset_and_prediction(maker) -> None:  # type: ignore[no-untyped-def]
+    """Offset noise has a mean of its own in each channel; a model that is trained to predict velocity says so in its scheduler."""
+    run = maker("velocity", "dreambooth", noise_offset=0.5, prediction="v_prediction", cache_latents=False)
+    run_gang([str(run.path)], World())
+    assert diffusion.load_pipeline(run.weights).scheduler.config.prediction_type == "v_prediction"
+    cfg = run.config()
+    pipe = diffusion.load_base(cfg.model)
+    offset = Samples(cfg, run, pipe, "").batch(range(64))["noise"].mean(dim=(2, 3)).std().item()
+    cfg.finetune.noise_offset = 0.0
+    plain = Samples(cfg, run, pipe, "").batch(range(64))["noise"].mean(dim=(2, 3)).std().item()
+    assert plain == pytest.approx(1 / 16, rel=0.3)
+    assert offset == pytest.approx((0.5**2 + 1 / 256) ** 0.5, rel=0.2)
+
+
+def test_views_are_crops_of_the_image_and_the_same_wherever_made() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    cfg = Encode(flip=True, crops=3)
+    made = views.views(image, "ISIC_1", cfg, 7)
+    assert len(made) == views.count(cfg) == 6
+    assert (made[0] == image).all()
+    assert (made[1] == image[:, ::-1]).all()
+    assert all((a == b).all() for a, b in zip(made, views.views(image, "ISIC_1", cfg, 7), strict=True))
+    assert not (made[2] == views.views(image, "ISIC_2", cfg, 7)[2]).all()
+    assert len({view.tobytes() for view in made}) == 6
+
+
+def test_fewer_images_than_a_global_batch(maker) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UserError, match=r"finetune.global_batch=256, but only \d+ training images are chosen"):
+        run_gang([str(maker("few", "text-to-image", global_batch=256).path)], World())
+
+
+def test_previews_over_time(maker) -> None:  # type: ignore[no-untyped-def]
+    """A strip in the run folder and pictures in TensorBoard, each ``validate_every`` steps."""
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = maker("previews", "dreambooth", validate_every=2, lr=1e-2)
+    run_gang([str(run.path)], World())
+    folder = run.node("finetune") / "previews"
+    assert sorted(p.name for p in folder.iterdir()) == ["00000000.png", "00000002.png", "00000004.png", "strip.png"]
+    assert Image.open(folder / "strip.png").size == (3 * 2 * 64 + 2 * 3, 2 * 64 + 14)
+    assert (folder / "00000000.png").read_bytes() != (folder / "00000004.png").read_bytes()
+    events = EventAccumulator(str(run.node("finetune") / "tensorboard"))
+    events.Reload()
+    assert [picture.step for picture in events.Images("previews")] == [2, 4]
+    assert {"loss", "samples_per_second", "data_wait", "peak_memory_gb"} <= set(events.Tags()["scalars"])
