@@ -11,8 +11,8 @@ import sys
 from dataclasses import dataclass
 
 from skinsynth import stages
-from skinsynth.config import Config
 from skinsynth.errors import UserError
+from skinsynth.knobs import Config
 from skinsynth.run import Task
 
 
@@ -26,6 +26,10 @@ class Node:
     @property
     def stage(self) -> str:
         return self.name.split("/")[0]
+
+    def tasks(self, cfg: Config) -> int:
+        """Independent tasks: a gang is one, of many ranks."""
+        return 1 if self.stage in stages.GANGS else cfg.cluster.of(self.stage).array
 
 
 def chain(cfg: Config) -> list[Node]:

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from skinsynth import stages
 from skinsynth.chain import Node, chain
-from skinsynth.config import Config, Images, Training
 from skinsynth.errors import UserError
+from skinsynth.knobs import Config, Images, Training
 from skinsynth.models import hub
 from skinsynth.run import RunDir
 from skinsynth.speeds import Rate, gpus, rank_count, rate
@@ -217,7 +217,7 @@ def estimate(cfg: Config, earlier: RunDir | None = None) -> list[Stage]:
 
 def _stage(cfg: Config, node: Node, images: Counts, model: Sizes, speed: Rate | None) -> Stage:
     wanted, gang, each = cfg.cluster.of(node.stage), node.stage in stages.GANGS, gpus(cfg, node.stage)
-    found = Stage(node.name, tasks=1 if gang else wanted.array, ranks=rank_count(cfg, node.stage), limit=wanted.minutes * 60)
+    found = Stage(node.name, tasks=node.tasks(cfg), ranks=rank_count(cfg, node.stage), limit=wanted.minutes * 60)
     _amounts(cfg, found, images)
     found.device = "gpu" if each else "core"
     nodes = wanted.nodes if gang else 1

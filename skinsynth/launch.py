@@ -10,8 +10,8 @@ from rich.console import Console
 
 from skinsynth import slurm, stages
 from skinsynth.chain import Node, chain
-from skinsynth.config import Config
 from skinsynth.errors import UserError
+from skinsynth.knobs import Config
 from skinsynth.local import Local, stop_processes
 from skinsynth.models import hub
 from skinsynth.run import RunDir

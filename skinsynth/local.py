@@ -15,8 +15,8 @@ from rich.console import Console
 
 from skinsynth import stages
 from skinsynth.chain import Node, StageJob
-from skinsynth.config import Config
 from skinsynth.errors import UserError
+from skinsynth.knobs import Config
 from skinsynth.run import RunDir, birth, read_json, write_json
 from skinsynth.status import LiveTable, newest_log
 
@@ -80,7 +80,7 @@ class Local:
         gang = node.stage in stages.GANGS
         executor.update_parameters(timeout_min=wanted.minutes, tasks_per_node=wanted.tasks_per_node if gang else 1,
                                    gpus_per_node=wanted.gpus_per_node, stderr_to_stdout=True)
-        count = 1 if gang else wanted.array
+        count = node.tasks(self.cfg)
         with _ignored(signal.SIGINT):  # a job inherits that: Ctrl-C is for the launch, which then stops its jobs in order
             self.jobs[node.name] = [executor.submit(StageJob(node.name, str(self.run.path), i, count)) for i in range(count)]
         pids = [(name, int(job.job_id)) for name, jobs in self.jobs.items() for job in jobs]

@@ -32,6 +32,7 @@ import psutil
 import skinsynth
 from skinsynth import config as configs
 from skinsynth.errors import UserError
+from skinsynth.knobs import Config
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "deepspeed", "submitit", "webdataset", "xformers", "numpy", "opencv-python-headless")
 
@@ -69,17 +70,17 @@ class RunDir:
     def weights(self) -> Path:
         return self.node("finetune") / "weights"
 
-    def dataset(self, cfg: configs.Config, kind: str) -> Path:
+    def dataset(self, cfg: Config, kind: str) -> Path:
         """``train``, ``val``, ``test`` belong to the data; ``latents``, ``synthetic`` to this run."""
         owner = cfg.data.name if kind in ("train", "val", "test") else self.name
         return Path(cfg.data.shards) / f"{owner}-{kind}"
 
-    def config(self) -> configs.Config:
+    def config(self) -> Config:
         if not self.config_path.is_file():
             raise UserError(f"{self.path} is no run folder: config.yaml is missing (make one with 'skinsynth launch CONFIG run={self.path}')")
         return configs.load(self.config_path)
 
-    def create(self, cfg: configs.Config) -> None:
+    def create(self, cfg: Config) -> None:
         """Writes the resolved configuration; refuses a folder that was made with another one.
 
         Cluster keys may change between launches: they change where the work is done, not what comes out.

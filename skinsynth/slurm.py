@@ -21,8 +21,8 @@ from rich.console import Console
 
 from skinsynth import stages
 from skinsynth.chain import Node, StageJob
-from skinsynth.config import Config
 from skinsynth.errors import UserError
+from skinsynth.knobs import Config
 from skinsynth.run import RunDir, Task, read_json, write_json
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "slurm"
@@ -272,7 +272,7 @@ def _settled(names: list[str], console: Console, patience: float = 60) -> dict[s
 
 def _missing(cfg: Config, run: RunDir, node: Node, kept: list[Submitted]) -> list[Task]:
     """The tasks to submit: those that did not do their share yet and are not with Slurm."""
-    count = 1 if node.stage in stages.GANGS else cfg.cluster.of(node.stage).array
+    count = node.tasks(cfg)
     if any(job.tasks != count for job in kept):  # cut in another way: let those end first
         return []
     left = run.unfinished(node.name, count) or list(range(count))
@@ -299,7 +299,7 @@ def plan(cfg: Config, run: RunDir, nodes: list[Node]) -> str:
     """Every sbatch file of the chain as it would be submitted to an idle cluster; ``$generate`` stands for that node's job id."""
     parts = []
     for node in nodes:
-        count = 1 if node.stage in stages.GANGS else cfg.cluster.of(node.stage).array
+        count = node.tasks(cfg)
         needs = [f"${need.replace('/', '_')}" for need in node.needs]
         parts.append(f"# ---- {node.name}: {count} task{'s' if count > 1 else ''}\n{script(cfg, run, node.name, count, needs)}")
     return "\n".join(parts)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from skinsynth import stages
-from skinsynth.config import Config
+from skinsynth.knobs import Config
 from skinsynth.run import RunDir, read_json
 
 

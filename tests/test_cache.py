@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from skinsynth.config import Config
 from skinsynth.data import cache
 from skinsynth.data.cache import Cache, open_dataset
 from skinsynth.data.shards import BadSample, Dataset
 from skinsynth.data.stream import Source
 from skinsynth.errors import UserError
+from skinsynth.knobs import Config
 from skinsynth.run import RunDir, Task
 from skinsynth.stages.prepare import SPLITS, prepare
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import overrides
 
-from skinsynth import config
+from skinsynth import config, knobs
 from skinsynth.data.order import sample_rng
 from skinsynth.data.shards import Dataset
 from skinsynth.errors import UserError
@@ -23,7 +23,7 @@ from skinsynth.train.log import read_lines
 
 
 @pytest.fixture
-def setup(chain: Path, drawn: Path, tmp_path: Path) -> tuple[config.Config, RunDir]:
+def setup(chain: Path, drawn: Path, tmp_path: Path) -> tuple[knobs.Config, RunDir]:
     """A run folder with the datasets and the screening of the shared chain; safe to change."""
     cfg = config.load("configs/demo.yaml", overrides(drawn, tmp_path))
     run = RunDir(tmp_path / "run")
@@ -61,7 +61,7 @@ def test_the_result_is_that_of_the_checkpoint_chosen_on_validation(chain: Path) 
         assert again["auroc"] == pytest.approx(done["auroc"])
 
 
-def test_arms_differ_in_their_sources_alone(setup: tuple[config.Config, RunDir]) -> None:
+def test_arms_differ_in_their_sources_alone(setup: tuple[knobs.Config, RunDir]) -> None:
     cfg, run = setup
     real, hybrid = (Data(cfg, run, arm) for arm in ("baseline", "hybrid"))
     assert (real.names, hybrid.names) == (["real"], ["real", "synthetic"])
@@ -82,7 +82,7 @@ def test_augmentation_is_the_samples_own() -> None:
     assert np.array_equal(augment(image, sample_rng(0, 5)), np.clip(turned * gain + offset, 0, 255).astype(np.uint8))
 
 
-def test_synthetic_images_in_the_test_split_are_an_error(setup: tuple[config.Config, RunDir], chain: Path) -> None:
+def test_synthetic_images_in_the_test_split_are_an_error(setup: tuple[knobs.Config, RunDir], chain: Path) -> None:
     cfg, run = setup
     test = run.dataset(cfg, "test")
     shutil.rmtree(test)
@@ -91,7 +91,7 @@ def test_synthetic_images_in_the_test_split_are_an_error(setup: tuple[config.Con
         Data(cfg, run, "baseline")
 
 
-def test_a_group_in_two_splits_is_an_error(setup: tuple[config.Config, RunDir]) -> None:
+def test_a_group_in_two_splits_is_an_error(setup: tuple[knobs.Config, RunDir]) -> None:
     cfg, run = setup
     splits = {name: Dataset.open(run.dataset(cfg, name)) for name in ("train", "val", "test")}
     leaked = splits["train"].columns["group"][0]
@@ -100,7 +100,7 @@ def test_a_group_in_two_splits_is_an_error(setup: tuple[config.Config, RunDir]) 
         check_held_out(splits, {})
 
 
-def test_a_test_group_that_trained_the_generator_is_an_error(setup: tuple[config.Config, RunDir]) -> None:
+def test_a_test_group_that_trained_the_generator_is_an_error(setup: tuple[knobs.Config, RunDir]) -> None:
     cfg, run = setup
     path = run.dataset(cfg, "synthetic") / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -110,7 +110,7 @@ def test_a_test_group_that_trained_the_generator_is_an_error(setup: tuple[config
         Data(cfg, run, "hybrid")
 
 
-def test_what_is_missing_is_named(setup: tuple[config.Config, RunDir]) -> None:
+def test_what_is_missing_is_named(setup: tuple[knobs.Config, RunDir]) -> None:
     cfg, run = setup
     os.unlink(run.node("screen") / "accepted.json")
     with pytest.raises(UserError, match="were not screened"):
@@ -124,7 +124,7 @@ def test_what_is_missing_is_named(setup: tuple[config.Config, RunDir]) -> None:
 
 
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
-def test_a_bad_training_image_stops_or_is_replaced(setup: tuple[config.Config, RunDir], on_error: str) -> None:
+def test_a_bad_training_image_stops_or_is_replaced(setup: tuple[knobs.Config, RunDir], on_error: str) -> None:
     cfg, run = setup
     folder = run.dataset(cfg, "train")
     os.truncate(folder / "00000.tar", 5000)

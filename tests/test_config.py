@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from skinsynth import config
-from skinsynth.config import Config
 from skinsynth.errors import UserError
+from skinsynth.knobs import Config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, overrides, skinsynth
 
-from skinsynth import config
+from skinsynth import config, knobs
 from skinsynth.data.shards import ShardWriter, write_manifest
 from skinsynth.doctor import cluster, login
 from skinsynth.doctor.check import Check
@@ -146,7 +146,7 @@ def test_slurms_time_limits(limit: str, minutes: float) -> None:
 def test_wishes_beside_a_partition() -> None:
     there = {p.name: p for p in (cluster.Partition("main", True, True, 60, 3, 4), cluster.Partition("long", False, True, inf, 2, 2))}
     cfg = config.load("configs/demo.yaml", ["cluster=slurm"])
-    cfg.cluster.stages = {"finetune": config.Resources(nodes=2, minutes=60), "generate": config.Resources(minutes=61)}
+    cfg.cluster.stages = {"finetune": knobs.Resources(nodes=2, minutes=60), "generate": config.Resources(minutes=61)}
 
     def told(stage: str) -> tuple[str, str]:
         found = cluster._unfit(cfg, stage, there)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, overrides
 
-from skinsynth import config
+from skinsynth import config, knobs
 from skinsynth.data.shards import Dataset, from_npy
 from skinsynth.errors import UserError
 from skinsynth.models import diffusion, hub
@@ -141,11 +141,11 @@ def test_an_image_size_that_the_base_cannot_take() -> None:
 
 def test_ranks_that_do_not_divide_the_global_batch() -> None:
     with pytest.raises(UserError, match=r"3 ranks; \[1, 2, 4, 8\] ranks can"):
-        micro_batch(config.Finetune(global_batch=8), World(0, 3), "finetune")
+        micro_batch(knobs.Finetune(global_batch=8), World(0, 3), "finetune")
 
 
 def test_learning_rate_schedules() -> None:
-    cfg = config.Finetune(steps=110, warmup_steps=10, lr=1.0, schedule="linear")
+    cfg = knobs.Finetune(steps=110, warmup_steps=10, lr=1.0, schedule="linear")
     assert [learning_rate(cfg, s) for s in (0, 9, 10, 60)] == pytest.approx([0.1, 1.0, 1.0, 0.5])
     cfg.schedule = "cosine"
     assert [learning_rate(cfg, s) for s in (10, 60, 109)] == pytest.approx([1.0, 0.5, 0.000247], abs=1e-5)

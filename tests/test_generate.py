@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from conftest import overrides
 
-from skinsynth import config
+from skinsynth import config, knobs
 from skinsynth.data.shards import Dataset
 from skinsynth.errors import UserError
 from skinsynth.run import RunDir, Task, read_json
 from skinsynth.stages.generate import generate, plan
 
 
-def begin(chain: Path, drawn: Path, folder: Path, **more: object) -> tuple[config.Config, RunDir]:
+def begin(chain: Path, drawn: Path, folder: Path, **more: object) -> tuple[knobs.Config, RunDir]:
     """A run folder with the shared chain's weights and nothing generated."""
     cfg = config.load("configs/demo.yaml", overrides(drawn, folder, **more))
     run = RunDir(folder / "run")
@@ -59,7 +59,7 @@ def test_each_image_says_where_it_comes_from(chain: Path) -> None:
 
 
 def test_the_plan_mixes_classes_and_uses_prompts_in_turn() -> None:
-    cfg = config.Config()
+    cfg = knobs.Config()
     cfg.generate.classes = {"a": config.GeneratedClass(0, ["p", "q"], 6), "b": config.GeneratedClass(1, ["r"], 3),
                             "none": config.GeneratedClass(1, [], 0)}
     images = plan(cfg)

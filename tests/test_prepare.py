@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from skinsynth.config import Config
 from skinsynth.data.phantom import write_dataset
 from skinsynth.data.shards import Dataset, ShardWriter
 from skinsynth.errors import UserError
+from skinsynth.knobs import Config
 from skinsynth.run import RunDir, Task, read_json
 from skinsynth.stages.prepare import SPLITS, check_disjoint, prepare
 

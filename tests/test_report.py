@@ -15,8 +15,8 @@ import pytest
 from conftest import ROOT
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from skinsynth.config import Arm, Config, GeneratedClass
 from skinsynth.data.shards import ShardWriter, encode_jpeg, write_manifest
+from skinsynth.knobs import Arm, Config, GeneratedClass
 from skinsynth.quality.metrics import binary_metrics
 from skinsynth.run import RunDir, Task, read_json, write_json
 from skinsynth.stages import report as stage

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from skinsynth import run as runs
-from skinsynth.config import Config
 from skinsynth.errors import UserError
+from skinsynth.knobs import Config
 from skinsynth.run import Progress, RunDir, Task
 
 

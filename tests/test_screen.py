@@ -12,9 +12,9 @@ import cv2
 import numpy as np
 import pytest
 
-from skinsynth.config import Config, GeneratedClass
 from skinsynth.data.shards import Dataset, ShardWriter, encode_jpeg, write_manifest
 from skinsynth.errors import UserError
+from skinsynth.knobs import Config, GeneratedClass
 from skinsynth.quality import copies
 from skinsynth.run import RunDir, Task, read_json, sha256_file
 from skinsynth.stages.screen import screen

@@ -18,10 +18,10 @@ import torch
 from conftest import ROOT, overrides
 from safetensors.torch import load_file, save_file
 
-from skinsynth import config
-from skinsynth.config import Model
+from skinsynth import config, knobs
 from skinsynth.data.shards import Dataset
 from skinsynth.errors import UserError
+from skinsynth.knobs import Model
 from skinsynth.models import diffusion, hub
 from skinsynth.models.denoiser import Denoiser
 from skinsynth.models.tiny import WEIGHTS
@@ -200,7 +200,7 @@ def prepared(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def begin(prepared: Path, drawn: Path, folder: Path, **more: object) -> tuple[config.Config, RunDir]:
+def begin(prepared: Path, drawn: Path, folder: Path, **more: object) -> tuple[knobs.Config, RunDir]:
     shutil.copytree(prepared / "shards", folder / "shards", copy_function=os.link)  # makes the folder, too
     cfg = config.load("configs/demo.yaml", overrides(drawn, folder, **{**KEYS, **more}))
     run = RunDir(Path(cfg.run))

@@ -29,9 +29,9 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import IO, Any
 
-from skinsynth.config import Config, Data
 from skinsynth.data.shards import SHARD, Dataset, Handle, check_part, claim, part_path
 from skinsynth.errors import UserError
+from skinsynth.knobs import Config, Data
 from skinsynth.run import RunDir, sha256_file, sync, write_bytes
 
 SPLITS = ("train", "val", "test")

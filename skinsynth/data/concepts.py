@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from skinsynth.config import Config, Data, Images
 from skinsynth.data.order import Mixture, permutation
 from skinsynth.data.shards import Dataset
 from skinsynth.errors import UserError
+from skinsynth.knobs import Config, Data, Images
 
 
 @dataclass(frozen=True)

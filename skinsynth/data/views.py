@@ -7,8 +7,8 @@ import zlib
 import cv2
 import numpy as np
 
-from skinsynth.config import Encode
 from skinsynth.data.order import sample_rng
+from skinsynth.knobs import Encode
 
 
 def count(cfg: Encode) -> int:

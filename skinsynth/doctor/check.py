@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from skinsynth import stages
-from skinsynth.config import Config
 from skinsynth.errors import UserError
+from skinsynth.knobs import Config
 from skinsynth.models import hub
 
 OK, WARN, FAIL = "ok", "warn", "fail"

@@ -9,9 +9,9 @@ from math import inf
 from pathlib import Path
 
 from skinsynth import slurm, stages
-from skinsynth.chain import chain
-from skinsynth.config import Config
+from skinsynth.chain import Node, chain
 from skinsynth.doctor.check import FAIL, OK, WARN, Check
+from skinsynth.knobs import Config
 from skinsynth.run import RunDir
 
 
@@ -105,7 +105,7 @@ def _unfit(cfg: Config, stage: str, there: dict[str, Partition]) -> Check | None
 
 def _test_only(cfg: Config, run: RunDir, node: str) -> str:
     """What the whole script gets to hear: accounts, GPUs, memory, constraints. Nothing is submitted."""
-    count = 1 if node.split("/")[0] in stages.GANGS else cfg.cluster.of(node).array
+    count = Node(node, ()).tasks(cfg)
     with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
         file.write(slurm.script(cfg, run, node, count, []))
         file.flush()

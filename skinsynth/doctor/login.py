@@ -15,10 +15,10 @@ from pathlib import Path
 
 from skinsynth import config as configs
 from skinsynth import estimate
-from skinsynth.config import Config
 from skinsynth.doctor import cluster
 from skinsynth.doctor.check import FAIL, OK, WARN, Check, data, existing, guarded, models, writable
 from skinsynth.errors import UserError
+from skinsynth.knobs import Config
 from skinsynth.run import RunDir
 
 CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from skinsynth.config import Config
 from skinsynth.doctor.check import FAIL, OK, WARN, Check, data, guarded, models, writable
+from skinsynth.knobs import Config
 from skinsynth.run import code_version
 from skinsynth.speeds import gpus
 from skinsynth.world import World, join, place

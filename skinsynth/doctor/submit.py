@@ -12,10 +12,10 @@ from typing import Any
 
 from skinsynth import config as configs
 from skinsynth import slurm
-from skinsynth.config import Config
 from skinsynth.doctor.check import FAIL, Check, failed
 from skinsynth.doctor.node import node_checks
 from skinsynth.errors import UserError
+from skinsynth.knobs import Config
 from skinsynth.run import RunDir, read_json, write_json, write_text
 from skinsynth.world import place
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from skinsynth.config import Finetune
 from skinsynth.errors import UserError
+from skinsynth.knobs import Finetune
 from skinsynth.models import attention, diffusion
 
 # The projections of the attention layers, as in diffusers' own LoRA scripts (Hu et al. 2022)

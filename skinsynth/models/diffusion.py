@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from skinsynth.config import Model
 from skinsynth.errors import UserError
+from skinsynth.knobs import Model
 from skinsynth.models import hub
 from skinsynth.run import sha256_file, sha256_folder
 

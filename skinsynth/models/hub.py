@@ -9,8 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from skinsynth.config import Config, Model
 from skinsynth.errors import UserError
+from skinsynth.knobs import Config, Model
 from skinsynth.models import tiny
 
 PARTS = {"unet": "config.json", "vae": "config.json", "text_encoder": "config.json", "scheduler": "scheduler_config.json",

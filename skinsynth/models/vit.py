@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from skinsynth.config import Classify
 from skinsynth.errors import UserError
+from skinsynth.knobs import Classify
 
 LABELS = {0: "benign", 1: "malignant"}
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from skinsynth.config import Model
+from skinsynth.knobs import Model
 from skinsynth.models.diffusion import load_vae
 
 

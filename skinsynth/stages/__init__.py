@@ -15,8 +15,8 @@ import sys
 import traceback
 from pathlib import Path
 
-from skinsynth.config import Config
 from skinsynth.errors import UserError
+from skinsynth.knobs import Config
 from skinsynth.run import RunDir, Task, write_json
 from skinsynth.world import Stopped, World, join, leave, lost_peer, on_stop, place
 

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from skinsynth.config import Config
 from skinsynth.data.cache import open_dataset
 from skinsynth.data.order import Mixture, sample_rng
 from skinsynth.data.shards import BadSample, Dataset
 from skinsynth.data.stream import Source
 from skinsynth.errors import UserError
+from skinsynth.knobs import Config
 from skinsynth.models import vit
 from skinsynth.quality.metrics import binary_metrics
 from skinsynth.run import RunDir, read_json, write_bytes

@@ -11,10 +11,10 @@ from dataclasses import asdict
 import numpy as np
 from safetensors.torch import save
 
-from skinsynth.config import Config
 from skinsynth.data import concepts, views
 from skinsynth.data.cache import open_dataset
 from skinsynth.data.shards import BadSample, Dataset, ShardWriter, claim, missing_parts, to_npy, write_manifest
+from skinsynth.knobs import Config
 from skinsynth.models import diffusion
 from skinsynth.run import Progress, RunDir, Task, sha256_file, write_bytes, write_json
 from skinsynth.world import World

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler
 
-from skinsynth.config import Config
+from skinsynth.knobs import Config
 from skinsynth.models import attention, denoiser, diffusion
 from skinsynth.run import RunDir, code_version, sha256_file, write_json
 from skinsynth.train.checkpoint import Checkpoints

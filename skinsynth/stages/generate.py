@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from skinsynth.config import Config
 from skinsynth.data.order import Mixture, sample_rng
 from skinsynth.data.shards import ShardWriter, claim, encode_jpeg, missing_parts, write_manifest
 from skinsynth.errors import UserError
+from skinsynth.knobs import Config
 from skinsynth.models import attention, diffusion
 from skinsynth.run import Progress, RunDir, Task
 from skinsynth.world import World

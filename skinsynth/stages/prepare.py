@@ -25,12 +25,12 @@ import cv2
 from rich.console import Console
 from rich.table import Table
 
-from skinsynth.config import Config
 from skinsynth.data import cache, isic, summary
 from skinsynth.data.isic import Aside, BadImage, Row
 from skinsynth.data.lesion import square
 from skinsynth.data.shards import ShardWriter, claim, encode_jpeg, missing_parts, part_path, write_manifest
 from skinsynth.errors import UserError
+from skinsynth.knobs import Config
 from skinsynth.run import Progress, RunDir, Task, read_json, sha256_file, write_text
 
 SPLITS = ("train", "val", "test")

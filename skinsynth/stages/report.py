@@ -18,9 +18,9 @@ import matplotlib
 import numpy as np
 
 from skinsynth import config as configs
-from skinsynth.config import Config
 from skinsynth.data.cache import open_dataset
 from skinsynth.errors import UserError
+from skinsynth.knobs import Config
 from skinsynth.run import RunDir, Task, read_json, write_json, write_text
 
 METRICS = ("accuracy", "balanced_accuracy", "auroc", "sensitivity", "specificity")

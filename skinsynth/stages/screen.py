@@ -22,10 +22,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from skinsynth.config import Config
 from skinsynth.data.cache import open_dataset
 from skinsynth.data.shards import BadSample, Dataset, to_npy
 from skinsynth.errors import UserError
+from skinsynth.knobs import Config
 from skinsynth.quality import copies
 from skinsynth.quality.distances import Scaler, kid
 from skinsynth.quality.features import Extractor, space_name

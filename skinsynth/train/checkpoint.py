@@ -145,7 +145,7 @@ class Checkpoints:
         mine = self._gather(engine)
         facts = {"step": step, "topology": engine.topology, "identity": self.identity, "state": {**state, "scaler": engine.scaler()}}
         self.world.barrier()  # the folder is there
-        self._thread = threading.Thread(target=self._write, args=(final, temp, mine, facts), name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(final, temp, mine, facts), name="checkpoint", daemon=True)
         self._thread.start()
 
     def _gather(self, engine: Engine) -> dict[str, torch.Tensor]:
@@ -200,6 +200,11 @@ class Checkpoints:
             self._thread.join()
         self._thread, error, self._error = None, self._error, None
         self.world.together(error)
+
+    def close(self, patience: float = 15) -> None:
+        """Lets a write that is under way end, where the ranks leave without being together; one that waits for a lost rank is given up."""
+        if self._thread:
+            self._thread.join(patience)
 
     def _prune(self) -> None:
         whole = sorted(self.folder.glob("step-*"))

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from skinsynth.config import Training
 from skinsynth.errors import UserError
+from skinsynth.knobs import Training
 from skinsynth.train.optimizer import build_optimizer
 from skinsynth.world import World
 

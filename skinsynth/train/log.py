@@ -21,9 +21,9 @@ import numpy as np
 import psutil
 import torch
 
-from skinsynth.config import Training
 from skinsynth.data.shards import BadSample
 from skinsynth.errors import UserError
+from skinsynth.knobs import Training
 from skinsynth.run import write_json, write_text
 from skinsynth.train.engine import Batch, Engine
 from skinsynth.train.optimizer import learning_rate

@@ -7,6 +7,7 @@ a step, before it: whether one has heard a signal, or could not read its batch. 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any, NoReturn
 
 import numpy as np
@@ -39,7 +40,7 @@ def train(engine: Engine, run: RunDir, node: str, checkpoints: Checkpoints, data
     log = TrainLog(run.node(node), engine, begin, data)
     progress = Progress(run, node, 0, cfg.steps, "steps", begin) if world.is_main else None
     todo = ((step, share(step, cfg.global_batch, engine.micro, world.rank, world.size)) for step in range(begin, cfg.steps))
-    with Feed(data.batch, todo, data.workers, pin=engine.device.type == "cuda") as feed:
+    with closing(checkpoints), Feed(data.batch, todo, data.workers, pin=engine.device.type == "cuda") as feed:
         batches = iter(feed)
         for step in range(begin, cfg.steps):
             mine, error = _next(batches)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from skinsynth.config import Training
 from skinsynth.errors import UserError
+from skinsynth.knobs import Training
 
 
 class AdamW(torch.optim.AdamW):

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from skinsynth.config import Config
 from skinsynth.data.order import sample_rng
+from skinsynth.knobs import Config
 from skinsynth.models import denoiser, diffusion
 from skinsynth.run import RunDir, write_bytes
 from skinsynth.world import World

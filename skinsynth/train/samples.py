@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from skinsynth.config import Config
 from skinsynth.data import concepts, views
 from skinsynth.data.cache import open_dataset
 from skinsynth.data.order import sample_rng
 from skinsynth.data.shards import BadSample, Dataset
 from skinsynth.data.stream import Source
 from skinsynth.errors import UserError
+from skinsynth.knobs import Config
 from skinsynth.models import diffusion
 from skinsynth.run import RunDir, read_json
 from skinsynth.train.engine import Batch

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from skinsynth.config import Training
 from skinsynth.data.shards import BadSample
 from skinsynth.errors import UserError
+from skinsynth.knobs import Training
 from skinsynth.run import RunDir
 from skinsynth.train.checkpoint import Checkpoints
 from skinsynth.train.engine import Batch, Engine

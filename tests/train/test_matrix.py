@@ -18,9 +18,9 @@ from conftest import ROOT, overrides
 from gang import main as run_gang
 
 from skinsynth import config
-from skinsynth.config import Encode, Model
 from skinsynth.data import views
 from skinsynth.errors import UserError
+from skinsynth.knobs import Encode, Model
 from skinsynth.models import diffusion, tiny
 from skinsynth.run import RunDir, Task, read_json
 from skinsynth.train.log import read_lines

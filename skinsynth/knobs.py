@@ -1,0 +1,286 @@
+"""Every knob of a run, in one place: typed dataclasses. ``config`` reads and checks them. No torch here."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+def one_of(default: str, *others: str) -> Any:
+    """A string field that takes one of the given values."""
+    return field(default=default, metadata={"choices": (default, *others)})
+
+
+def free(knob: Any) -> Any:
+    """Marks a knob that changes how the work is done, not what comes out: it may change between launches of one run."""
+    return field(default=knob.default, metadata={**knob.metadata, "free": True})
+
+
+def at_least(default: Any, low: float, high: float = math.inf) -> Any:
+    """A numeric field with its range, both ends included."""
+    return field(default=default, metadata={"range": (low, high)})
+
+
+@dataclass
+class Data:
+    """Where the real images come from and where datasets are kept.
+
+    Either ``metadata`` (CSV in the SIIM-ISIC columns) with ``images`` (the folder of JPEGs), or the DreamBooth
+    form: ``instance_data_dir`` (becomes target 1) with ``class_data_dir`` (becomes target 0).
+    """
+
+    name: str = "isic"  # datasets are called <shards>/<name>-{train,val,test}
+    metadata: str | None = None
+    images: str | None = None
+    duplicates: str | None = None  # CSV of known near-duplicate pairs: the first two columns that hold ids
+    instance_data_dir: str | None = None
+    class_data_dir: str | None = None
+    shards: str = "shards"
+    remote: str | None = free(field(default=None))  # where <name>-{train,val,test} lie prepared: a URL, "pipe:COMMAND {name}" or a folder
+    cache: str | None = free(field(default=None))  # where the remote's tars are kept: <cache>/<name>-train/...; None: beside the index in ``shards``
+    cache_gb: float | None = free(at_least(None, 0.001))  # the remote's tars that are kept at most; None: all
+    workers: int = free(at_least(2, 1, 256))  # loader threads of each rank
+    on_error: str = free(one_of("stop", "skip"))  # a sample that cannot be read: stop the training, or take the next one and report it
+    streams: int = at_least(16, 1)  # canonical streams: shards that an epoch reads from side by side
+    shuffle_window: int = at_least(2048, 1)  # samples of a stream that are shuffled among each other
+
+
+@dataclass
+class Split:
+    """Shares of the groups' images; they are scaled to sum to one."""
+
+    train: float = at_least(0.7, 0.01)
+    val: float = at_least(0.1, 0.01)
+    test: float = at_least(0.2, 0.01)
+
+
+@dataclass
+class Prepare:
+    size: int = at_least(512, 16, 2048)  # pixels, the side of the square result
+    split: Split = field(default_factory=Split)
+    crop: str = one_of("lesion", "centre", "none")
+    hair_removal: bool = True
+    shard_size: int = at_least(1000, 1)  # images per shard
+    quality: int = at_least(95, 50, 100)  # JPEG quality
+    max_bad: float = at_least(0.05, 0, 1)  # share of images that may be set aside before the stage stops
+
+
+@dataclass
+class Model:
+    base: str = "builtin"  # "builtin", a diffusers folder, a hub id, or one .safetensors file as other tools share them
+    config: str | None = None  # with one file: the diffusers folder or hub id that its tokenizer and configurations come from
+    lora: str | None = None  # a .safetensors file that is merged into the base, as a published fine-tune may be one
+    lora_scale: float = at_least(1.0, 0)
+    attention: str = one_of("auto", "sdpa", "xformers")
+
+
+@dataclass
+class Encode:
+    batch: int = at_least(16, 1)
+    flip: bool = True  # also the mirrored image, so that training may draw either
+    crops: int = at_least(1, 1)  # views of an image to draw from: the first is the image, each other a random crop of it
+    crop_scale: float = at_least(0.8, 0.1, 1)  # the smallest share of the side that a crop keeps
+
+
+@dataclass
+class Images:
+    """Which images of the training split: ``where`` compares columns (a value, or a list of values); count None takes all."""
+
+    where: dict[str, Any] = field(default_factory=dict)
+    count: int | None = at_least(None, 1)
+
+
+@dataclass
+class Concept:
+    """One DreamBooth concept; ``class_`` is spelt ``class`` in YAML."""
+
+    instance_prompt: str = ""
+    class_prompt: str = ""
+    instance: Images = field(default_factory=Images)
+    class_: Images = field(default_factory=Images)
+
+
+@dataclass
+class Training:
+    """What both trainings (fine-tuning, classification) share."""
+
+    steps: int = at_least(1000, 1)  # optimizer steps
+    global_batch: int = at_least(8, 1)
+    micro_batch: int = free(at_least(0, 0))  # per rank and pass; 0: global batch / ranks, that is, no accumulation
+    lr: float = at_least(2e-6, 0)
+    weight_decay: float = at_least(0.01, 0)
+    warmup_steps: int = at_least(0, 0)
+    schedule: str = one_of("constant", "linear", "cosine")
+    max_grad_norm: float = at_least(1.0, 0)
+    optimizer: str = one_of("adamw", "adamw8bit")  # adamw8bit: bitsandbytes, on a GPU, zero=0
+    ema_decay: float = at_least(0.0, 0, 0.999999)  # an exponential moving average of the weights is exported; 0: none
+    zero: int = free(at_least(2, 0, 3))  # DeepSpeed ZeRO stage; 0: plain data parallel
+    offload: str = free(one_of("none", "optimizer", "parameters"))  # to the host's memory; parameters: both, with zero=3
+    precision: str = one_of("fp32", "bf16", "fp16")
+    explode: float = free(at_least(20.0, 1))  # stop where the loss of log_every steps is this many times the usual one
+    checkpoint_every: int = free(at_least(200, 1))
+    keep: int = free(at_least(2, 1))  # newest checkpoints kept
+    keep_every: int = free(at_least(0, 0))  # and those of every so many steps; 0: none
+    log_every: int = free(at_least(10, 1))
+
+
+@dataclass
+class Finetune(Training):
+    """DreamBooth (Ruiz et al. 2023) with prior preservation, several concepts at once; or text-to-image on captions from the metadata."""
+
+    method: str = one_of("dreambooth", "text-to-image")
+    concepts: dict[str, Concept] = field(default_factory=dict)  # dreambooth
+    images: Images = field(default_factory=Images)  # text-to-image
+    train_text_encoder: bool = False
+    lora_rank: int = at_least(0, 0)  # 0: all weights are trained
+    lora_alpha: int | None = at_least(None, 1)  # None: the rank, that is, a scale of one
+    cache_latents: bool = True  # False: the VAE runs in every step
+    prior_weight: float = at_least(1.0, 0)
+    prediction: str = one_of("model", "epsilon", "v_prediction")  # what the UNet is trained to predict; model: as the base was
+    noise_offset: float = at_least(0.0, 0)  # offset noise (Guttenberg 2023), for very dark or bright images
+    snr_gamma: float | None = at_least(None, 0)  # min-SNR weighting (Hang et al. 2023); None: plain MSE
+    snr_floor: float = at_least(0.0, 0)  # with snr_gamma: truncated SNR (Salimans and Ho 2022)
+    caption_dropout: float = at_least(0.0, 0, 1)  # share of samples trained on the empty prompt
+    gradient_checkpointing: bool = free(at_least(False, 0))
+    validate_every: int = free(at_least(0, 0))  # steps between previews; 0: at the end only
+
+
+@dataclass
+class GeneratedClass:
+    """One class of the synthetic set; its prompts are used in turn."""
+
+    target: int = at_least(0, 0)
+    prompts: list[str] = field(default_factory=list)
+    count: int = at_least(100, 0)
+
+
+@dataclass
+class Generate:
+    classes: dict[str, GeneratedClass] = field(default_factory=dict)
+    negative_prompt: str = ""
+    steps: int = at_least(50, 1)
+    guidance: float = at_least(7.5, 1)
+    scheduler: str = one_of("dpmsolver++", "ddim", "euler")
+    batch: int = at_least(8, 1)
+    shard_size: int = at_least(1000, 1)  # images per unit, that is, per output shard
+    quality: int = at_least(95, 50, 100)
+    precision: str = one_of("fp32", "bf16", "fp16")
+
+
+@dataclass
+class Screen:
+    blank_std: float = at_least(6.0, 0)  # grey levels (0-255): a picture with less spread is blank
+    copy_quantile: float = at_least(0.995, 0.5, 1)  # of the similarity that held-out real images have to training images
+    kid_subsets: int = at_least(50, 1)
+    kid_subset_size: int = at_least(100, 2)
+    batch: int = at_least(64, 1)
+    min_accepted: float = at_least(0.2, 0, 1)  # with a smaller share accepted, the chain stops
+
+
+@dataclass
+class Arm:
+    """A training mix: the weights of the sources ``real`` and ``synthetic`` in each batch."""
+
+    sources: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Classify(Training):
+    """ViT training; the defaults are the study's (AdamW, 2e-5, batch 32, weight decay 0.01, linear with warm-up)."""
+
+    global_batch: int = at_least(32, 1)
+    lr: float = at_least(2e-5, 0)
+    schedule: str = one_of("linear", "constant", "cosine")
+    zero: int = free(at_least(0, 0, 3))
+    model: str = "google/vit-base-patch16-224-in21k"  # a folder, a hub id, or "small": a ViT from the keys below
+    hidden_size: int = at_least(96, 8)
+    layers: int = at_least(4, 1)
+    heads: int = at_least(4, 1)
+    patch: int = at_least(8, 1)
+    image_size: int | None = at_least(None, 16)  # pixels; None: that of the shards (small) or of the pretrained model
+    evaluate_every: int = at_least(100, 1)  # steps; one "epoch" of the tables
+    arms: dict[str, Arm] = field(default_factory=dict)
+
+
+@dataclass
+class Site:
+    """What sbatch is asked for, in its own words. Given for the whole cluster, or for one stage, which then goes first."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    gres: str | None = None
+    mem_gb: float | None = at_least(None, 0.1)  # per node
+    exclude: str | None = None
+    mail_type: str | None = None
+    mail_user: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)  # any other sbatch option, for example {reservation: skin}
+
+
+@dataclass
+class Resources(Site):
+    """What one stage gets. Unit stages use ``array`` independent tasks, step stages one gang of nodes x ranks."""
+
+    array: int = at_least(1, 1)
+    throttle: int = at_least(256, 1)  # tasks of the array that may run at once
+    nodes: int = at_least(1, 1)
+    tasks_per_node: int = at_least(1, 1)  # one per GPU
+    gpus_per_node: int = at_least(0, 0)
+    threads: int = at_least(0, 0)  # CPU threads a task; 0: local: all cores, shared out among the stage's tasks; slurm: one
+    minutes: int = at_least(60, 1)  # time limit
+
+
+@dataclass
+class Cluster(Site):
+    """Who runs the stages: this machine, this process, or Slurm. These keys change no result, so they may change between launches."""
+
+    kind: str = one_of("local", "debug", "slurm")
+    cores: int = at_least(0, 0)  # local: cores in use at once; 0: those of this machine
+    python: str | None = None  # slurm: the interpreter on the nodes, for example 'apptainer exec --nv skinsynth.sif python'; None: this one
+    env: str | None = None  # slurm: a shell script that every job sources first; None: slurm/env.sh
+    signal_seconds: int = at_least(120, 1)  # slurm: how long before the time limit a job is told to save and to ask for another turn
+    max_restarts: int = at_least(5, 1)  # slurm: restarts in a row without any progress, after which a job gives up
+    stages: dict[str, Resources] = field(default_factory=dict)
+
+    def of(self, stage: str) -> Resources:
+        """The resources of a stage; those of ``default`` where it has none of its own."""
+        return self.stages.get(stage) or self.stages.get("default") or Resources()
+
+    def site(self, stage: str) -> dict[str, Any]:
+        """The site's options that are set for a stage: its own before the cluster's; both their ``extra``."""
+        own = self.of(stage)
+        found = {f.name: getattr(own, f.name) if getattr(own, f.name) is not None else getattr(self, f.name) for f in fields(Site)}
+        return {**{k: v for k, v in found.items() if v is not None}, "extra": {**self.extra, **own.extra}}
+
+    @property
+    def all_cores(self) -> int:
+        return self.cores or len(os.sched_getaffinity(0))
+
+    def threads_of(self, stage: str) -> int:
+        """CPU threads of each of the stage's tasks. More threads than cores would cost more than they give: they wait by spinning."""
+        wanted = self.of(stage)
+        if self.kind == "slurm":
+            return wanted.threads or 1
+        return wanted.threads or max(1, self.all_cores // (wanted.array * wanted.tasks_per_node))
+
+    def busy_cores(self, stage: str) -> int:
+        wanted = self.of(stage)
+        return wanted.array * wanted.tasks_per_node * self.threads_of(stage)
+
+
+@dataclass
+class Config:
+    run: str = "runs/default"
+    seed: int = at_least(0, 0, 2**31 - 1)
+    data: Data = field(default_factory=Data)
+    prepare: Prepare = field(default_factory=Prepare)
+    model: Model = field(default_factory=Model)
+    encode: Encode = field(default_factory=Encode)
+    finetune: Finetune = field(default_factory=Finetune)
+    generate: Generate = field(default_factory=Generate)
+    screen: Screen = field(default_factory=Screen)
+    classify: Classify = field(default_factory=Classify)
+    cluster: Cluster = field(default_factory=Cluster)
