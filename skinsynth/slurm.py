@@ -25,6 +25,7 @@ from skinsynth.errors import UserError
 from skinsynth.knobs import Config
 from skinsynth.run import RunDir, Task, read_json, write_json
 
+HELD = ("launch failed requeued held", "JobHoldMaxRequeue")  # Slurm's reasons of a job that it put on hold by itself
 SCRIPTS = Path(__file__).resolve().parent.parent / "slurm"
 
 
@@ -210,6 +211,7 @@ def submit_chain(cfg: Config, run: RunDir, nodes: list[Node], console: Console) 
         SlurmError: Slurm does not answer or refuses a job; then nothing of this launch is left in the queue.
     """
     active = _settled([job_name(run, n.name) for n in nodes], console)
+    _release(active, console)
     strays = sorted(active.keys() - {job.id for job in submitted(run)})
     if strays:
         console.print(f"cancelling what a launch that died had submitted: {', '.join(strays)}")
@@ -240,6 +242,15 @@ def submit_chain(cfg: Config, run: RunDir, nodes: list[Node], console: Console) 
     except BaseException:
         _take_back(run, new, before, console)
         raise
+
+
+def _release(active: dict[str, Job], console: Console) -> None:
+    """Slurm itself holds a job that it could not start (a node was lost at that moment, its disk was full), until somebody lets it go.
+    A hold that a person or an administrator set stays."""
+    held = [job.id for job in active.values() if job.reason in HELD]
+    if held:
+        ask("scontrol", "release", ",".join(held))
+        console.print(f"released what Slurm held because it could not be started: {span(held)} ({active[held[0]].reason})", highlight=False)
 
 
 def _take_back(run: RunDir, new: list[Submitted], before: list[Submitted], console: Console) -> None:

@@ -296,3 +296,44 @@ def test_a_stage_by_hand(slurm: Environment, drawn: Path, chain: Path, tmp_path:
     assert f"asking Slurm to run job {job} again" in log
     until("it is gone", lambda: job not in command(env, "squeue", "-h", "--format=%i"), 60)
     assert restarts(env, job) == 1, "a cancelled job asks for no other turn"
+
+
+def test_what_slurm_holds_since_it_could_not_start_is_released_by_the_next_launch(slurm: Environment, drawn: Path, tmp_path: Path) -> None:
+    """No node can make the job's folder, as when its disk is full: Slurm requeues it and holds it, for an administrator to look."""
+    if "SKINSYNTH_DEVCLUSTER" not in slurm:
+        pytest.skip("nodes can be broken on our own devcluster only")
+    shown = command(slurm, "scontrol", "show", "config")
+    job = int(next(line.split("=")[1] for line in shown.splitlines() if line.startswith("NEXT_JOB_ID")))
+    blockers = [Path(slurm["SKINSYNTH_DEVCLUSTER"]) / f"spool/node{n}/job{job:05d}" for n in range(1, 5)]
+    for blocker in blockers:
+        blocker.write_text("in the way")
+    arguments = ["launch", "configs/demo.yaml", *overrides(drawn, tmp_path), "cluster=devcluster", "cluster.stages.prepare.array=1"]
+    run = RunDir(tmp_path / "run")
+    try:
+        skinsynth_on(slurm, *arguments)
+        until("Slurm holds it", lambda: "launch failed requeued held" in str(states(slurm, run)["prepare"]["detail"]), 60)
+    finally:
+        for blocker in blockers:
+            blocker.unlink()
+    said = skinsynth_on(slurm, *arguments)
+    assert f"released what Slurm held because it could not be started: {job} (launch failed requeued held)" in said
+    assert f"prepare              with Slurm already: {job}" in said
+    until("prepare is done", lambda: run.is_done("prepare"), 60)
+    skinsynth_on(slurm, "cancel", str(run.path))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(400)
+def test_a_job_that_gets_nowhere_ends_with_the_reason(slurm: Environment, drawn: Path, chain: Path, tmp_path: Path) -> None:
+    """Every rank is killed before its first checkpoint, each time: after so many restarts in a row the job gives up, and says why."""
+    items, run = begun(drawn, chain, tmp_path)
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nexec timeout --signal=KILL 7 {sys.executable} \"$@\"\n")
+    python.chmod(0o755)
+    skinsynth_on(slurm, "launch", "configs/demo.yaml", *items, "cluster=devcluster", f"cluster.python={python}", "cluster.max_restarts=2",
+                 "cluster.stages.finetune.tasks_per_node=1", "cluster.stages.classify.extra={hold: true}", "cluster.signal_seconds=5")
+    until("it gives up", lambda: states(slurm, run)["finetune"]["state"] == "failed", 300)
+    assert "it was restarted 3 times in a row without getting any further" in str(states(slurm, run)["finetune"]["detail"])
+    job = next(job["id"] for job in read_json(run.path / "jobs.json") if job["node"] == "finetune")
+    assert restarts(slurm, job) == 3
+    skinsynth_on(slurm, "cancel", str(run.path))
