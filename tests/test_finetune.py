@@ -80,12 +80,6 @@ def test_killed_and_stopped_gangs_go_on_with_the_same_losses(chain: Path, drawn:
     assert diffusion.weights_sha256(run.weights) == diffusion.weights_sha256(chain / "run/finetune/weights")
 
 
-def test_one_rank_has_the_losses_of_two(chain: Path, drawn: Path, tmp_path: Path) -> None:
-    run = begin(chain, drawn, tmp_path / "a")
-    finish(run, 1, 29614)
-    assert losses(run) == pytest.approx(losses(chain / "run"), abs=1e-4)
-
-
 def test_export_loads_with_plain_diffusers_and_was_trained(chain: Path) -> None:
     from diffusers import StableDiffusionPipeline
 

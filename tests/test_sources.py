@@ -233,6 +233,7 @@ def test_every_kind_is_encoded_tuned_exported_and_drawn_with(kind: str, bases: P
     assert len(Dataset.open(run.dataset(cfg, "synthetic"))) == 6
 
 
+@pytest.mark.soak  # make test has bf16 in tests/train/test_matrix.py; here it is SDXL
 @pytest.mark.timeout(400)
 def test_two_ranks_in_bf16_as_on_gpus(bases: Path, prepared: Path, drawn: Path, tmp_path: Path) -> None:
     """What the large models need: ZeRO 2, weights in bf16 (DeepSpeed casts no input), gradient checkpointing; the loss is that of float32."""
