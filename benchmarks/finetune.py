@@ -94,7 +94,7 @@ def peer(folder: Path) -> float:
     from skinsynth.models import hub
 
     accelerator = Accelerator(cpu=True)
-    pipe = StableDiffusionPipeline.from_pretrained(hub.resolve_base("builtin"))
+    pipe = StableDiffusionPipeline.from_pretrained(hub.resolve_base("builtin"), dtype=torch.float32)
     noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     vae, text_encoder, unet = pipe.vae.requires_grad_(False), pipe.text_encoder.requires_grad_(False), pipe.unet.train()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=3e-4, weight_decay=1e-2)

@@ -28,8 +28,8 @@ OURS, PLAIN, STOCK, LIT = "skinsynth", "webdataset (cv2)", "webdataset (its own 
 def decode(jpeg: bytes) -> np.ndarray:
     import cv2
 
-    image: Any = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    image: Any = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB)
+    return image
 
 
 def ours(folder: Path, begin: int = 0) -> Iterator[Any]:
@@ -154,7 +154,7 @@ def main() -> None:
         what, where = sides[side]
         return float(in_process("benchmarks.stream", what, folder / where, env=_with_litdata() if side == LIT else None)["samples_per_second"])
 
-    rounds = alternate({side: partial(measure, side) for side in sides})
+    rounds = alternate({side: partial(measure, side) for side in sides}, rounds=7)
     count = json.loads((folder / "ours" / "manifest.json").read_text())["count"]
     report("stream", rounds, OURS, PLAIN, "samples/s",
            f"{count} JPEGs of 256 px, {EPOCHS} epochs, shuffled, decoded to uint8, batches of {BATCH}, {WORKERS} workers (ours: threads; the others: "

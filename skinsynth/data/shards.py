@@ -333,12 +333,15 @@ def decode(data: bytes, out: np.ndarray | None = None) -> np.ndarray:
     """
     import cv2
 
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     if image is None:
         raise ValueError("not an image that can be decoded")
     if out is not None and out.shape != image.shape:
         raise ValueError(f"it is {image.shape[1]} x {image.shape[0]} pixels, not {out.shape[1]} x {out.shape[0]}")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=out)
+    if out is None:
+        return image
+    np.copyto(out, image)
+    return out
 
 
 def to_npy(values: np.ndarray) -> bytes:
