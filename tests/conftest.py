@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch comes: other work on the cores must not make the tests crawl
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # before torch comes: other work on the cores must not make the tests crawl
 ROOT = Path(__file__).resolve().parent.parent
 DEVCLUSTER = ROOT / "slurm" / "devcluster"
 REAL = ROOT.parent / "shared" / "isic"
