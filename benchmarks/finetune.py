@@ -148,7 +148,7 @@ def main() -> None:
     def measure(side: str) -> float:
         return float(in_process("benchmarks.finetune", side, folder)["samples_per_second"])
 
-    rounds = alternate({OURS: partial(measure, "ours"), PEER: partial(measure, "peer")})
+    rounds = alternate({OURS: partial(measure, "ours"), PEER: partial(measure, "peer")}, rounds=3)
     report("finetune", rounds, OURS, PEER, "samples/s",
            f"whole UNet of the built-in model, batch {BATCH}, 64 px, float32, SDPA, {STEPS} steps, median of windows of {WINDOW} steps without the "
            "first; ours on latents and embeddings that encode made before, which is not counted")

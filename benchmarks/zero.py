@@ -52,7 +52,7 @@ def main() -> None:
         sizes[NAMES[stage]] = found["bytes"]
         return float(found["seconds"])
 
-    rounds = alternate({NAMES[stage]: partial(one, stage) for stage in NAMES}, rounds=3)
+    rounds = alternate({NAMES[stage]: partial(one, stage) for stage in NAMES}, rounds=2)
     for stage in (1, 2, 3):
         own = {name: values for name, values in rounds.items() if name in (NAMES[0], NAMES[stage])}
         report(f"zero{stage}", own, NAMES[stage], NAMES[0], "s/step",

@@ -26,7 +26,7 @@ class Prompts:
     """What ``encode`` made of the prompts; or their ``tokens``, where the text encoder trains."""
 
     rows: dict[str, int]
-    values: dict[str, torch.Tensor]  # as ``diffusion.encode_prompts``; or int64 (prompts, tokens)
+    values: dict[str, np.ndarray]  # as ``diffusion.encode_prompts``; or int64 (prompts, tokens)
 
     @classmethod
     def of(cls, cfg: Config, run: RunDir, pipe: Any) -> Prompts:
@@ -39,7 +39,7 @@ class Prompts:
                                           return_tensors="pt").input_ids}
         else:
             values = load_file(run.node("encode") / "prompts.safetensors")
-        return cls({text: row for row, text in enumerate(texts)}, values)
+        return cls({text: row for row, text in enumerate(texts)}, {name: tensor.numpy() for name, tensor in values.items()})
 
 
 class Samples:
@@ -79,8 +79,10 @@ class Samples:
     def batch(self, positions: range) -> Batch:
         rows = [self._one(position) for position in positions]
         prompts = [row.pop("prompt") for row in rows]
-        told = {name: values[prompts] for name, values in self.prompts.values.items()}
-        return {**{name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}, **told}
+        # numpy alone: a loader thread that had torch's threads work for it would make all of them sleep between the operations of a step
+        found = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        found |= {name: values[prompts] for name, values in self.prompts.values.items()}
+        return {name: torch.from_numpy(values) for name, values in found.items()}
 
     def keys(self, positions: range) -> list[str]:
         places = [self.mixture.at(position) for position in positions]
