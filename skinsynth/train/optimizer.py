@@ -31,8 +31,7 @@ class AdamW(torch.optim.AdamW):
 def build_optimizer(cfg: Training, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """Raises ``UserError`` where adamw8bit is asked for and bitsandbytes is not to be had."""
     if cfg.optimizer == "adamw":
-        fused = torch.cuda.is_available() and cfg.offload == "none"
-        return AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=fused or None)
+        return AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=cfg.offload == "none" or None)  # on CPUs, too
     try:
         import bitsandbytes
     except ImportError as error:
