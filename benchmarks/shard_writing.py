@@ -71,7 +71,7 @@ def main() -> None:
         return float(in_process("benchmarks.shard_writing", *SIDES[side]))
 
     rounds = alternate({side: partial(run, side) for side in SIDES})
-    report("shard_writing", rounds, "skinsynth, 2 writers", "webdataset, 2 writers", "samples/s",
+    report("shard-writing", rounds, "skinsynth, 2 writers", "webdataset, 2 writers", "samples/s",
            f"{len(images()) * PASSES} ready JPEGs to tars of {SHARD}, all writers together; ours with sha256 and CRC-32, index, fsync and rename")
 
 

@@ -251,7 +251,9 @@ class Engine:
         if not self.sharded and key == WEIGHT:
             p.data.copy_(value)
         elif not self.sharded:
-            self.adam.state[p][key] = value.to(p.device)
+            # in the parameter's own memory format: the fused kernels go through both as they lie
+            same = value.shape == p.shape
+            self.adam.state[p][key] = torch.empty_like(p, dtype=value.dtype).copy_(value) if same else value.to(p.device)
         elif self.cfg.zero < 3:
             value = value.to(p.device)
             ds.safe_set_full_fp32_param(p, value) if key == WEIGHT else ds.safe_set_full_optimizer_state(p, value, key)

@@ -220,6 +220,9 @@ def test_without_the_latent_cache_the_losses_are_the_same(maker) -> None:  # typ
     cached, uncached = (maker(f"cache-{cache}", "dreambooth", cache_latents=cache) for cache in (True, False))
     run_gang([str(cached.path), str(uncached.path)], World())
     assert losses(uncached) == pytest.approx(losses(cached), rel=1e-4)
+    resumed = from_checkpoint(cached, 2, maker("cache-resumed", "dreambooth"))
+    run_gang([str(resumed.path)], World())
+    assert losses(resumed) == losses(cached), "one rank, whose convolutions lie channels-last"
 
 
 @pytest.fixture(scope="module")
