@@ -70,7 +70,7 @@ def test_the_chain_from_launch_to_report_over_four_nodes(slurm: Environment, cha
 
 # ---- the campaign: each disturbance in turn, for a gang (finetune) and for an array (generate) at once ----
 
-LONG = {"finetune.steps": 36, "finetune.checkpoint_every": 4, "generate.classes.benign.count": 12, "generate.classes.malignant.count": 12,
+LONG = {"finetune.steps": 90, "finetune.checkpoint_every": 4, "generate.classes.benign.count": 12, "generate.classes.malignant.count": 12,
         "generate.shard_size": 8, "generate.steps": 20}
 
 
@@ -218,7 +218,7 @@ def test_whatever_happens_it_ends_with_the_same(slurm: Environment, undisturbed:
     items, run = begun(drawn, chain, tmp_path)
     if node == "generate":
         shutil.copytree(undisturbed / "run/finetune/weights", run.weights, copy_function=os.link)
-        run.finish("finetune", {"steps": 36, "loss": 0.0}, [run.weights / "lineage.json"])
+        run.finish("finetune", {"steps": LONG["finetune.steps"], "loss": 0.0}, [run.weights / "lineage.json"])
     held = [f"cluster.stages.{stage}.extra={{hold: true}}" for stage in ("classify", "screen", "generate") if stage != node]
     skinsynth_on(slurm, "launch", "configs/demo.yaml", *items, "cluster=devcluster", "cluster.partition=scavenge", "cluster.max_restarts=12",
                  "cluster.signal_seconds=50", "cluster.stages.finetune.tasks_per_node=1", "cluster.stages.generate.array=1", *held)
@@ -241,7 +241,7 @@ def same_shards(made: Path, expected: Path) -> None:
 
 def same_losses(made: RunDir, expected: RunDir) -> None:
     mine, theirs = ([json.loads(line) for line in (run.node("finetune") / "metrics.jsonl").read_text().splitlines()] for run in (made, expected))
-    assert [row["step"] for row in mine] == list(range(1, 37))
+    assert [row["step"] for row in mine] == list(range(1, LONG["finetune.steps"] + 1))
     assert [row["loss"] for row in mine] == [row["loss"] for row in theirs]
     assert read_json(made.weights / "lineage.json")["weights_sha256"] == read_json(expected.weights / "lineage.json")["weights_sha256"]
 
@@ -283,7 +283,7 @@ def test_a_stage_by_hand(slurm: Environment, drawn: Path, chain: Path, tmp_path:
     """`sbatch slurm/stage.sbatch` on a folder made by `config --write`; a signal leads to a requeue without submitit, too."""
     items, run = begun(drawn, chain, tmp_path)
     shown = skinsynth_on(slurm, "config", "configs/demo.yaml", *items, "--write")
-    assert "steps: 36" in shown
+    assert f"steps: {LONG['finetune.steps']}" in shown
     env = {**slurm, "SKINSYNTH_PYTHON": sys.executable}
     job = command(env, "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", f"--output={tmp_path}/%j.out",
                   "slurm/stage.sbatch", "finetune", str(run.path)).strip()
