@@ -91,10 +91,10 @@ def peer(folder: Path) -> float:
     from diffusers.optimization import get_scheduler
     from PIL import Image
 
-    from skinsynth.models import hub
+    from skinsynth.models import tiny
 
     accelerator = Accelerator(cpu=True)
-    pipe = StableDiffusionPipeline.from_pretrained(hub.resolve_base("builtin"), dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny.WEIGHTS, dtype=torch.float32)
     noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     vae, text_encoder, unet = pipe.vae.requires_grad_(False), pipe.text_encoder.requires_grad_(False), pipe.unet.train()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=3e-4, weight_decay=1e-2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,12 @@ def free_keys(node: Any, prefix: str = "") -> Iterator[str]:
             yield from free_keys(getattr(node, f.name), name)
         elif f.metadata.get("free"):
             yield name
+
+
+def binding(section: Any) -> dict[str, Any]:
+    """The knobs of a section that decide what comes out, as plain values: what a checkpoint of it must have been made with."""
+    plain, unbound = asdict(section), set(free_keys(section))
+    return {name: value for name, value in plain.items() if name not in unbound}
 
 
 def check(config: Config) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from skinsynth.errors import UserError
+from skinsynth.knobs import Model
 from skinsynth.quality.distances import Scaler, kid, mmd2
 from skinsynth.quality.features import Extractor, space_name
 
@@ -81,7 +82,7 @@ def pictures(drawn: Path) -> np.ndarray:
 
 
 def test_features_do_not_depend_on_batching_and_order(pictures: np.ndarray) -> None:
-    extractor = Extractor("builtin", 4)
+    extractor = Extractor(Model(), 4)
     whole = extractor(pictures[:7])
     assert whole.dtype == np.float32
     assert np.array_equal(whole, np.concatenate([extractor(pictures[i:i + 1]) for i in range(7)]))
@@ -90,7 +91,7 @@ def test_features_do_not_depend_on_batching_and_order(pictures: np.ndarray) -> N
 
 
 def test_the_feature_space_tells_blurred_lesions_from_sharp_ones(pictures: np.ndarray) -> None:
-    extractor = Extractor("builtin", 16)
+    extractor = Extractor(Model(), 16)
     blurred = np.stack([cv2.GaussianBlur(p, (0, 0), 1.0) for p in pictures[40:]])
     sharp, rest, soft = extractor(pictures[:40]), extractor(pictures[40:]), extractor(blurred)
     scale = Scaler.of(sharp)
@@ -102,4 +103,4 @@ def test_the_space_is_named_without_a_path(tmp_path: Path) -> None:
     assert space_name("builtin") == "builtin-vae"
     assert space_name(str(tmp_path / "sd15")) == "sd15-vae"
     with pytest.raises(UserError, match="no such folder"):
-        Extractor(str(tmp_path / "sd15"), 4)
+        Extractor(Model(base=str(tmp_path / "sd15")), 4)

@@ -17,6 +17,7 @@ from conftest import ROOT, overrides
 from skinsynth import config, knobs
 from skinsynth.data.shards import Dataset, from_npy
 from skinsynth.errors import UserError
+from skinsynth.knobs import Model
 from skinsynth.models import diffusion, hub
 from skinsynth.run import RunDir, read_json
 from skinsynth.train.engine import micro_batch
@@ -85,7 +86,7 @@ def test_export_loads_with_plain_diffusers_and_was_trained(chain: Path) -> None:
 
     weights = chain / "run/finetune/weights"
     tuned = StableDiffusionPipeline.from_pretrained(weights)
-    base = StableDiffusionPipeline.from_pretrained(hub.resolve_base("builtin"))
+    base = StableDiffusionPipeline.from_pretrained(hub.find_base(Model()).weights)
     assert tuned("a dermoscopy image", num_inference_steps=2, height=64, width=64).images[0].size == (64, 64)
     moved = [not torch.equal(a, b.float()) for a, b in zip(tuned.unet.state_dict().values(), base.unet.state_dict().values(), strict=True)]
     assert sum(moved) > 0.9 * len(moved)
@@ -102,7 +103,7 @@ def test_lineage_names_the_groups_that_were_trained_on(chain: Path) -> None:
 
 def test_latent_cache_holds_what_the_vae_gives(chain: Path) -> None:
     latents, train = Dataset.open(chain / "shards/run-latents"), Dataset.open(chain / "shards/small-train")
-    vae = diffusion.load_pipeline(hub.resolve_base("builtin")).vae
+    vae = diffusion.load_pipeline(hub.find_base(Model()).weights).vae
     image = train.image(train.keys.index(latents.keys[3]))
     cached = from_npy(latents.read(3, "moments.npy"))
     for variant, pixels in ((0, image), (1, image[:, ::-1].copy())):
@@ -113,24 +114,24 @@ def test_latent_cache_holds_what_the_vae_gives(chain: Path) -> None:
     ("unet/diffusion_pytorch_model.safetensors", "unet/*.safetensors"), ("vae/config.json", "vae/config.json"),
     ("model_index.json", "model_index.json"), ("tokenizer/tokenizer_config.json", "tokenizer")])
 def test_a_base_model_with_a_file_missing(tmp_path: Path, missing: str, said: str) -> None:
-    shutil.copytree(hub.resolve_base("builtin"), tmp_path / "base")
+    shutil.copytree(hub.find_base(Model()).weights, tmp_path / "base")
     (tmp_path / "base" / missing).unlink()
     with pytest.raises(UserError) as caught:
-        hub.resolve_base(str(tmp_path / "base"))
+        hub.find_base(Model(base=str(tmp_path / "base")))
     assert "not complete" in str(caught.value)
     assert said in str(caught.value)
 
 
 def test_a_base_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        hub.resolve_base(str(tmp_path / "none"))
+        hub.find_base(Model(base=str(tmp_path / "none")))
     with pytest.raises(UserError, match="hf download nobody/nothing"):
-        hub.resolve_base("nobody/nothing")
+        hub.find_base(Model(base="nobody/nothing"))
 
 
 def test_an_image_size_that_the_base_cannot_take() -> None:
     with pytest.raises(UserError, match="multiple of 16"):
-        diffusion.latent_shape(diffusion.load_pipeline(hub.resolve_base("builtin")), 72)
+        diffusion.latent_shape(diffusion.load_pipeline(hub.find_base(Model()).weights), 72)
 
 
 def test_ranks_that_do_not_divide_the_global_batch() -> None:

@@ -19,6 +19,7 @@ import pytest
 from conftest import ROOT
 
 from skinsynth.errors import UserError
+from skinsynth.knobs import Model
 from skinsynth.models import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -65,7 +66,7 @@ def answers(repositories: dict[str, dict[str, bytes]], asked: list[str]) -> type
 @pytest.fixture(scope="module")
 def repositories() -> dict[str, dict[str, bytes]]:
     """A base model with what other tools put beside it, one in half precision only, and a classifier."""
-    folder = hub.resolve_base("builtin")
+    folder = hub.find_base(Model()).weights
     base = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     half = {name.replace(".safetensors", ".fp16.safetensors"): data for name, data in base.items()}
     beside = dict.fromkeys(["everything.ckpt", "everything.safetensors", "unet/diffusion_pytorch_model.bin", "unet/model.non_ema.safetensors",
@@ -119,7 +120,8 @@ def test_what_is_read_is_fetched_once_and_nothing_else(internet: tuple[dict[str,
 def test_fetched_in_half_precision_and_loaded_offline(internet: tuple[dict[str, str], list[str]]) -> None:
     env, _ = internet
     assert pull(env, f"model.base={HALF}").returncode == 0
-    code = ("from skinsynth.models import diffusion, hub; folder = hub.resolve_base('someone/half');"
+    code = ("from skinsynth.knobs import Model; from skinsynth.models import diffusion, hub;"
+            "folder = hub.find_base(Model(base='someone/half')).weights;"
             "print(hub.variant(folder), next(diffusion.load_pipeline(folder).unet.parameters()).dtype)")
     done = run("-c", code, **{**env, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"})
     assert done.stdout.strip() == "fp16 torch.float32", done.stderr
@@ -143,7 +145,8 @@ def test_a_cache_that_lacks_a_file_is_not_taken_for_whole(internet: tuple[dict[s
     assert pull(env, f"model.base={BASE}").returncode == 0
     weights = next(Path(env["HF_HOME"]).glob("hub/*/snapshots/*/unet/*.safetensors"))
     weights.unlink()
-    told = run("-c", f"from skinsynth.models import hub; hub.resolve_base('{BASE}')", **{**env, "HF_HUB_OFFLINE": "1"})
+    code = f"from skinsynth.knobs import Model; from skinsynth.models import hub; hub.find_base(Model(base='{BASE}'))"
+    told = run("-c", code, **{**env, "HF_HUB_OFFLINE": "1"})
     assert "missing unet/*.safetensors" in told.stderr
     assert pull(env, f"model.base={BASE}").returncode == 0
     assert weights.is_file()
@@ -177,12 +180,12 @@ def test_a_classifier_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"missing \*\.safetensors"):
         hub.resolve_classifier(str(tmp_path))
-    shutil.copy(next(hub.resolve_base("builtin").glob("vae/*.safetensors")), tmp_path / "model.safetensors")
+    shutil.copy(next(hub.find_base(Model()).weights.glob("vae/*.safetensors")), tmp_path / "model.safetensors")
     assert hub.resolve_classifier(str(tmp_path)) == tmp_path
 
 
 def test_parameters_are_counted_from_the_headers() -> None:
     from safetensors.numpy import load_file
 
-    folder = hub.resolve_base("builtin") / "vae"
+    folder = hub.find_base(Model()).weights / "vae"
     assert hub.parameters(folder) == sum(a.size for p in folder.glob("*.safetensors") for a in load_file(p).values()) > 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from skinsynth.data.order import Mixture, permutation
 from skinsynth.data.shards import Dataset
 from skinsynth.errors import UserError
-from skinsynth.knobs import Config, Data, Images
+from skinsynth.knobs import Config, Images
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,10 @@ def _dreambooth(cfg: Config, train: Dataset) -> list[Source]:
     return found
 
 
-def mixture(found: list[Source], seed: int, data: Data | None = None) -> Mixture:
-    """Every concept as often as the others; instance and class images of a concept in turn. ``data``: streams and window."""
-    data = data or Data()
-    return Mixture(tuple(len(s.samples) for s in found), tuple(1.0 for _ in found), seed, tuple(s.shards for s in found), data.streams,
-                   data.shuffle_window)
+def mixture(cfg: Config, found: list[Source]) -> Mixture:
+    """Every concept as often as the others; instance and class images of a concept in turn."""
+    return Mixture(tuple(len(s.samples) for s in found), tuple(1.0 for _ in found), cfg.seed, tuple(s.shards for s in found), cfg.data.streams,
+                   cfg.data.shuffle_window)
 
 
 def prompts(cfg: Config, found: list[Source]) -> list[str]:

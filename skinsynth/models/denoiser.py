@@ -18,7 +18,6 @@ from skinsynth.models import attention, diffusion
 # The projections of the attention layers, as in diffusers' own LoRA scripts (Hu et al. 2022)
 UNET_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Denoiser(torch.nn.Module):
@@ -55,9 +54,8 @@ def build(pipe: Any, cfg: Finetune, kind: str, seed: int) -> Denoiser:
     if cfg.lora_rank:
         torch.manual_seed(seed)
         add_adapters(model, cfg)
-        if cfg.precision in HALF:  # what is not trained needs no master copy
-            for p in model.parameters():
-                p.data = p.data.to(torch.float32 if p.requires_grad else HALF[cfg.precision])
+        for p in model.parameters():  # what is not trained needs no master copy
+            p.data = p.data.to(torch.float32 if p.requires_grad else diffusion.DTYPES[cfg.precision])
     if cfg.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
         if cfg.train_text_encoder:

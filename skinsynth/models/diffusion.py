@@ -43,21 +43,13 @@ def _from_one_file(base: hub.Base, precision: str) -> Any:
     return pipe
 
 
-def lora_file(path: Path) -> Path:
-    """Raises ``UserError`` where there is none."""
-    file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"LoRA {path} does not exist (give a .safetensors file, or a folder with pytorch_lora_weights.safetensors)")
-    return file
-
-
 def merge_lora(pipe: Any, path: Path, scale: float) -> None:
     """Adds a LoRA file (or folder with one) to the weights of a pipeline, for good.
 
     Raises:
         UserError: no such file, or it was made for a base of another shape.
     """
-    file = lora_file(path)
+    file = hub.lora_file(path)
     try:
         pipe.load_lora_weights(file.parent, weight_name=file.name, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError) as error:
@@ -122,7 +114,7 @@ def base_sha256(model: Model) -> str:
     own = _base_sha256(hub.find_base(model))
     if not model.lora:
         return own
-    return hashlib.sha256(f"{own} {weights_sha256(lora_file(Path(model.lora)))} {model.lora_scale}".encode()).hexdigest()
+    return hashlib.sha256(f"{own} {weights_sha256(hub.lora_file(Path(model.lora)))} {model.lora_scale}".encode()).hexdigest()
 
 
 def _base_sha256(base: hub.Base) -> str:

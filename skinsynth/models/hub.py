@@ -51,6 +51,8 @@ def find_base(model: Model) -> Base:
         UserError: no such folder or file, not in the cache (with the command that fetches it), incomplete, or a kind that is not known.
     """
     weights = _find("model.base", model.base)
+    if model.lora:
+        lora_file(Path(model.lora))
     if weights.is_dir():
         check_folder(weights)
         return Base(weights, weights)
@@ -63,9 +65,12 @@ def find_base(model: Model) -> Base:
     return Base(weights, config)
 
 
-def resolve_base(base: str, config: str | None = None) -> Path:
-    """The local folder or file of a base model; the arguments are ``model.base`` and ``model.config``. Raises as ``find_base``."""
-    return find_base(Model(base=base, config=config)).weights
+def lora_file(path: Path) -> Path:
+    """Raises ``UserError`` where there is none."""
+    file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"LoRA {path} does not exist (give a .safetensors file, or a folder with pytorch_lora_weights.safetensors)")
+    return file
 
 
 def resolve_config(name: str) -> Path:
@@ -139,7 +144,7 @@ def resolve_classifier(model: str) -> Path | None:
     """The local folder of a pretrained classifier; None for ``small``, which is built. Nothing is downloaded.
 
     Raises:
-        UserError: as ``resolve_base``.
+        UserError: as ``find_base``.
     """
     if model == "small":
         return None
@@ -228,7 +233,7 @@ def pull(cfg: Config, say: Callable[[str], None]) -> None:
 
 
 def _base_itself(base: str) -> Path:
-    """As ``resolve_base``, but one file need not have its ``model.config`` yet."""
+    """The weights alone, as ``find_base``, but one file need not have its ``model.config`` yet."""
     found = _find("model.base", base)
     if found.is_dir():
         check_folder(found)

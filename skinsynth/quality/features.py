@@ -27,9 +27,9 @@ class Extractor:
     the VAE's encoder. Images always pass ``batch`` at a time, the last batch filled up, so a feature does not depend on its neighbours
     or on how the work was cut."""
 
-    def __init__(self, base: str, batch: int, device: Any = "cpu", config: str | None = None):
-        """``base``, ``config``: as in ``model``. Raises ``UserError`` where there is no VAE that can be loaded."""
-        vae = load_vae(Model(base=base, config=config))
+    def __init__(self, model: Model, batch: int, device: Any = "cpu"):
+        """Raises ``UserError`` where there is no VAE that can be loaded."""
+        vae = load_vae(model)
         self.encoder, self.batch, self.device = vae.encoder.float().to(device).eval(), batch, device
         self.pooled: list[torch.Tensor] = []
         for level in (self.encoder.conv_in, *self.encoder.down_blocks, self.encoder.mid_block):

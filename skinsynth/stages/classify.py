@@ -11,7 +11,6 @@ import io
 import json
 import os
 import shutil
-from dataclasses import fields
 from typing import Any
 
 import cv2
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from skinsynth import config
 from skinsynth.data.cache import open_dataset
 from skinsynth.data.order import Mixture, sample_rng
 from skinsynth.data.shards import BadSample, Dataset
@@ -30,7 +30,7 @@ from skinsynth.quality.metrics import binary_metrics
 from skinsynth.run import RunDir, read_json, write_bytes
 from skinsynth.train.checkpoint import Checkpoints
 from skinsynth.train.engine import Batch, Engine
-from skinsynth.train.log import keep_lines, read_lines
+from skinsynth.train.log import Clock, keep_lines, read_lines
 from skinsynth.train.loop import train
 from skinsynth.world import World
 
@@ -46,14 +46,19 @@ def classify(cfg: Config, run: RunDir, world: World, arm: str) -> None:
     """
     if arm not in cfg.classify.arms:
         raise UserError(f"classify.arms has no '{arm}'; there are {', '.join(cfg.classify.arms)}")
+    clock = Clock()
+    clock.lap("start and imports")
     data = Data(cfg, run, arm)
     model = vit.build(cfg.classify, cfg.prepare.size, cfg.seed)
-    identity = {f.name: getattr(cfg.classify, f.name) for f in fields(cfg.classify) if not f.metadata.get("free") and f.name != "arms"}
-    checkpoints = Checkpoints(run.node(f"classify/{arm}") / "checkpoints", world, {**identity, "sources": cfg.classify.arms[arm].sources},
-                              cfg.classify.keep, cfg.classify.keep_every)
+    clock.lap("models and data")
+    identity = config.binding(cfg.classify)
+    identity["arms"] = {arm: identity["arms"][arm]}  # the other arms may change
+    checkpoints = Checkpoints(run.node(f"classify/{arm}") / "checkpoints", world, identity, cfg.classify.keep, cfg.classify.keep_every)
+    clock.lap("finding and checking the checkpoint")
     engine = Engine(cfg.classify, world, model, "classify", checkpoints.found)
+    clock.lap("engine and its state")
     judge = Judge(cfg, run, arm, engine, data)
-    state = train(engine, run, f"classify/{arm}", checkpoints, data, judge.loss, judge.evaluate, cfg.classify.evaluate_every)
+    state = train(engine, run, f"classify/{arm}", checkpoints, clock, data, judge.loss, judge.evaluate, cfg.classify.evaluate_every)
     if world.is_main:
         judge.finish(state)
     world.barrier()

@@ -8,19 +8,19 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
 
+from skinsynth import config
 from skinsynth.knobs import Config
 from skinsynth.models import attention, denoiser, diffusion
 from skinsynth.run import RunDir, code_version, sha256_file, write_json
 from skinsynth.train.checkpoint import Checkpoints
 from skinsynth.train.engine import Batch, Engine
-from skinsynth.train.log import lap, read_lines
+from skinsynth.train.log import Clock, read_lines
 from skinsynth.train.loop import train
 from skinsynth.train.previews import Previews
 from skinsynth.train.samples import Samples
@@ -36,30 +36,31 @@ def finetune(cfg: Config, run: RunDir, world: World) -> None:
         UserError: latents of another base, a base that does not fit, ranks that do not divide the global batch, a loss that is no number.
         Stopped: a stop signal; the same command goes on.
     """
-    lap("start and imports")
+    clock = Clock()
+    clock.lap("start and imports")
     base_sha256 = diffusion.base_sha256(cfg.model)
     pipe = _base(cfg)
     kind = attention.choose(cfg.model.attention, world.device)
     model = denoiser.build(pipe, cfg.finetune, kind, cfg.seed)
     samples = Samples(cfg, run, pipe, base_sha256)
-    lap("models and data")
-    checkpoints = Checkpoints(run.node(NODE) / "checkpoints", world, {**_identity(cfg), "base_sha256": base_sha256},
+    clock.lap("models and data")
+    checkpoints = Checkpoints(run.node(NODE) / "checkpoints", world, {**config.binding(cfg.finetune), "base_sha256": base_sha256},
                               cfg.finetune.keep, cfg.finetune.keep_every)
-    lap("finding and checking the checkpoint")
+    clock.lap("finding and checking the checkpoint")
     engine = Engine(cfg.finetune, world, model, NODE, checkpoints.found)
-    lap("engine and its state")
+    clock.lap("engine and its state")
     previews = Previews(cfg, run, world, lambda: _base(cfg))
 
     def evaluate(step: int, state: dict[str, Any]) -> dict[str, np.ndarray] | None:
         weights = engine.weights()
         return previews.draw(step, weights) if world.is_main else None
 
-    state = train(engine, run, NODE, checkpoints, samples, _loss(cfg, pipe, world.device), evaluate, cfg.finetune.validate_every)
+    state = train(engine, run, NODE, checkpoints, clock, samples, _loss(cfg, pipe, world.device), evaluate, cfg.finetune.validate_every)
     weights = engine.weights()
     if world.is_main:
         pipe = _base(cfg)  # a fresh one, free of wrappers and trained dtypes
         denoiser.put_back(pipe, cfg.finetune, weights)
-        export(cfg, run, pipe, samples, {"base": cfg.model.base, "base_sha256": base_sha256, "attention": kind, **_identity(cfg)})
+        export(cfg, run, pipe, samples, {"base": cfg.model.base, "base_sha256": base_sha256, "attention": kind, **config.binding(cfg.finetune)})
         losses = [row["loss"] for row in read_lines(run.node(NODE) / "metrics.jsonl")]
         tail = losses[-max(1, len(losses) // 10):]
         run.finish(NODE, {"steps": cfg.finetune.steps, "loss": sum(tail) / len(tail) if tail else None, "attention": kind,
@@ -73,12 +74,6 @@ def _base(cfg: Config) -> Any:
     if cfg.finetune.prediction != "model":
         pipe.scheduler.register_to_config(prediction_type=cfg.finetune.prediction)
     return pipe
-
-
-def _identity(cfg: Config) -> dict[str, Any]:
-    """What decides the weights, of the knobs of this stage."""
-    knobs = [f.name for f in fields(cfg.finetune) if not f.metadata.get("free") and f.name not in ("concepts", "images")]
-    return {name: getattr(cfg.finetune, name) for name in knobs}
 
 
 def _loss(cfg: Config, pipe: Any, device: torch.device) -> Callable[[Any, Batch], torch.Tensor]:

@@ -104,7 +104,7 @@ def _have(cfg: Config, folder: Path, unit: Unit) -> bool:
 def _extractor(cfg: Config) -> Extractor:
     from skinsynth.world import World
 
-    return Extractor(cfg.model.base, cfg.screen.batch, World().device, cfg.model.config)
+    return Extractor(cfg.model, cfg.screen.batch, World().device)
 
 
 def inspect(cfg: Config, dataset: Dataset, unit: Unit, folder: Path, extractor: Extractor, progress: Progress) -> None:

@@ -145,8 +145,8 @@ class Engine:
                     self.optimizer.step()
                     self.optimizer.zero_grad()
                 total += value.detach() / self.accumulation
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; the host's memory has only words
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             raise UserError(self._memory_advice(str(error).splitlines()[0])) from None
         return total
@@ -164,6 +164,7 @@ class Engine:
             ways.append(f"{s}.offload=optimizer")
         if getattr(cfg, "lora_rank", 1) == 0:
             ways.append(f"{s}.lora_rank=16 (in a new run)")
+        ways = ways or ["more ranks, or GPUs with more memory"]
         return f"out of memory ({words}): turn on {'; or '.join(ways)}; then launch again: it goes on from the last checkpoint"
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:

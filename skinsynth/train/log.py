@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import math
+import re
 import resource
 import statistics
 import time
@@ -49,11 +50,27 @@ class Data(Protocol):
         """The names of those samples."""
 
 
+class Clock:
+    """Where the seconds to the first step go. The first lap is counted from the start of the process, of a second training in it (debug)
+    from there."""
+
+    _begun: float | None = None  # of this process, until the first clock took it
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self.last = time.time() if Clock._begun else psutil.Process().create_time()
+        Clock._begun = self.last
+
+    def lap(self, what: str) -> None:
+        now = time.time()
+        self.laps[what], self.last = round(now - self.last, 3), now
+
+
 class TrainLog:
     """``flush`` and ``bad_samples`` are collectives; all else is each rank's own."""
 
-    def __init__(self, folder: Path, engine: Engine, begin: int, data: Data):
-        self.path, self.engine, self.data, self.begin = folder / "metrics.jsonl", engine, data, begin
+    def __init__(self, folder: Path, engine: Engine, begin: int, clock: Clock, data: Data):
+        self.path, self.engine, self.data, self.begin, self.clock = folder / "metrics.jsonl", engine, data, begin, clock
         self.waiting: list[tuple[int, torch.Tensor]] = []
         self.since, self.waited, self.flops = time.perf_counter(), 0.0, 0
         self.usual = [row["loss"] for row in read_lines(self.path) if row["step"] <= begin]
@@ -83,9 +100,9 @@ class TrainLog:
         self.waiting.append((step, loss))
         if step == self.begin:
             loss.item()  # waits for the device, this once
-            lap("first step")
+            self.clock.lap("first step")
             if self.engine.world.is_main:
-                write_json(self.path.parent / "startup.json", {"step": step, "seconds": dict(LAPS), "state_bytes": self.engine.state_bytes()})
+                write_json(self.path.parent / "startup.json", {"step": step, "seconds": self.clock.laps, "state_bytes": self.engine.state_bytes()})
 
     def flush(self, waited: float) -> None:
         """``waited``: seconds that this rank has waited for data since the start.
@@ -162,20 +179,9 @@ class TrainLog:
                 self.board.add_image(name, image, step, dataformats="HWC")
 
 
-LAPS: dict[str, float] = {}  # of this process: what -> seconds
-_last = [0.0]
-
-
-def lap(what: str) -> None:
-    """Notes the seconds since the last lap; the first since the process was started."""
-    now, last = time.time(), _last[0] or psutil.Process().create_time()
-    LAPS[what] = round(now - last, 3)
-    _last[0] = now
-
-
 def peak_flops(device: torch.device) -> float | None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((value for known, value in PEAK.items() if known in name), None)
+    return next((value for known, value in PEAK.items() if re.search(rf"\b{known}\b", name)), None)  # an A4000 is no A40
 
 
 def peak_memory(device: torch.device) -> int:

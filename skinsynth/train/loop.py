@@ -18,14 +18,14 @@ from skinsynth.data.stream import Feed
 from skinsynth.run import Progress, RunDir
 from skinsynth.train.checkpoint import Checkpoints
 from skinsynth.train.engine import Batch, Engine
-from skinsynth.train.log import Data, TrainLog
+from skinsynth.train.log import Clock, Data, TrainLog
 from skinsynth.train.optimizer import ema_decay, learning_rate
 from skinsynth.world import Stopped
 
 Evaluate = Callable[[int, dict[str, Any]], dict[str, np.ndarray] | None]  # (steps done, state) -> pictures for TensorBoard
 
 
-def train(engine: Engine, run: RunDir, node: str, checkpoints: Checkpoints, data: Data, loss: Callable[[Any, Batch], torch.Tensor],
+def train(engine: Engine, run: RunDir, node: str, checkpoints: Checkpoints, clock: Clock, data: Data, loss: Callable[[Any, Batch], torch.Tensor],
           evaluate: Evaluate | None = None, evaluate_every: int = 0) -> dict[str, Any]:
     """Trains to ``cfg.steps``; returns the loop's small state, which ``evaluate(step, state)`` may write to (JSON values).
 
@@ -37,7 +37,7 @@ def train(engine: Engine, run: RunDir, node: str, checkpoints: Checkpoints, data
     """
     cfg, world, found = engine.cfg, engine.world, checkpoints.found
     begin, state = (found.step, dict(found.state)) if found else (0, {})
-    log = TrainLog(run.node(node), engine, begin, data)
+    log = TrainLog(run.node(node), engine, begin, clock, data)
     progress = Progress(run, node, 0, cfg.steps, "steps", begin) if world.is_main else None
     todo = ((step, share(step, cfg.global_batch, engine.micro, world.rank, world.size)) for step in range(begin, cfg.steps))
     with closing(checkpoints), Feed(data.batch, todo, data.workers, pin=engine.device.type == "cuda") as feed:

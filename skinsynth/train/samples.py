@@ -56,7 +56,7 @@ class Samples:
         skip = cfg.data.on_error == "skip"
         self.train = open_dataset(cfg, run, "train", skip)
         self.sources = concepts.sources(cfg, self.train)
-        self.mixture = concepts.mixture(self.sources, cfg.seed, cfg.data)
+        self.mixture = concepts.mixture(cfg, self.sources)
         self.feeds = [Source(self.train, source.samples, cfg.data.on_error) for source in self.sources]
         self.prompt_of = [dict(zip(source.samples, source.prompts, strict=True)) for source in self.sources]
         self.prompts = Prompts.of(cfg, run, pipe)

@@ -19,7 +19,7 @@ from skinsynth.knobs import Training
 from skinsynth.run import RunDir
 from skinsynth.train.checkpoint import Checkpoints
 from skinsynth.train.engine import Batch, Engine
-from skinsynth.train.log import read_lines
+from skinsynth.train.log import Clock, read_lines
 from skinsynth.train.loop import train
 from skinsynth.world import Stopped, World
 
@@ -48,7 +48,7 @@ def go(folder: Path, loss: Callable[[Any, Batch], torch.Tensor] = square, world:
     model = torch.nn.Linear(1, 1)
     checkpoints = Checkpoints(run.node("it") / "checkpoints", world, {"lr": cfg.lr}, cfg.keep, cfg.keep_every)
     engine = Engine(cfg, world, model, "it", checkpoints.found)
-    return run, train(engine, run, "it", checkpoints, Numbers(), loss)
+    return run, train(engine, run, "it", checkpoints, Clock(), Numbers(), loss)
 
 
 def steps_of(run: RunDir) -> list[int]:
@@ -200,7 +200,7 @@ def test_the_8_bit_optimizer_goes_on_with_the_same_losses(tmp_path: Path) -> Non
         model = torch.nn.Sequential(torch.nn.Linear(1, 128), torch.nn.Linear(128, 128), torch.nn.Linear(128, 1))
         checkpoints = Checkpoints(out.node("it") / "checkpoints", world, {})
         engine = Engine(cfg, world, model, "it", checkpoints.found)
-        train(engine, out, "it", checkpoints, Numbers(), square)
+        train(engine, out, "it", checkpoints, Clock(), Numbers(), square)
         packed = engine.adam.state[engine.trained["1.weight"]]["state1"]
         assert packed.dtype == torch.uint8
         return losses(out)

@@ -21,7 +21,7 @@ from skinsynth import config
 from skinsynth.data import views
 from skinsynth.errors import UserError
 from skinsynth.knobs import Encode, Model
-from skinsynth.models import diffusion, tiny
+from skinsynth.models import diffusion, hub, tiny
 from skinsynth.run import RunDir, Task, read_json
 from skinsynth.train.log import read_lines
 from skinsynth.train.samples import Samples
@@ -195,6 +195,20 @@ def test_the_whole_matrix(maker, tmp_path: Path) -> None:  # type: ignore[no-unt
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(400)
+def test_offload_has_the_same_losses_and_resumes(maker, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """On CPUs, where the host's memory is the device's: the way through DeepSpeed's offloading code, not what it saves."""
+    plain = maker("offload-none", "dreambooth", zero=2)
+    runs = [[maker(f"offload-{where}-{zero}-{kind}", "dreambooth", zero=zero, offload=where) for kind in ("whole", "resumed")]
+            for zero, where in ((1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters"))]
+    on_two_ranks([plain, *(whole for whole, _ in runs)], tmp_path)
+    on_two_ranks([from_checkpoint(whole, 2, resumed) for whole, resumed in runs], tmp_path)
+    for whole, resumed in runs:
+        assert losses(whole) == pytest.approx(losses(plain), abs=1e-4)
+        assert losses(resumed) == losses(whole)
+
+
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_elastic_between_all_stages(maker, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Twenty losses after a change of ranks and stage are those without it: 2 ranks -> 1, 1 -> 2, and from each stage to another."""
@@ -275,8 +289,8 @@ def test_a_lora_is_a_base_to_start_from_and_must_fit_it(maker, small_base: Path,
     assert len({diffusion.base_sha256(m) for m in (model, *others)}) == 3
     with pytest.raises(UserError, match="does not fit the base model, which has another shape: size mismatch for"):
         diffusion.load_base(Model(lora=model.lora))
-    with pytest.raises(UserError, match="does not exist"):
-        diffusion.load_base(Model(lora=str(tmp_path / "none.safetensors")))
+    with pytest.raises(UserError, match="does not exist"):  # told by a launch, before anything is submitted
+        hub.find_base(Model(lora=str(tmp_path / "none.safetensors")))
 
 
 def test_noise_offset_and_prediction(maker) -> None:  # type: ignore[no-untyped-def]
