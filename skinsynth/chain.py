@@ -29,19 +29,22 @@ class Node:
 
     def tasks(self, cfg: Config) -> int:
         """Independent tasks: a gang is one, of many ranks."""
-        return 1 if self.stage in stages.GANGS else cfg.cluster.of(self.stage).array
+        return 1 if stages.is_gang(cfg, self.stage) else cfg.cluster.of(self.stage).array
 
 
 def chain(cfg: Config) -> list[Node]:
-    """The nodes in an order in which they may run. An arm without synthetic images needs only ``prepare``.
+    """The nodes in an order in which they may run. An arm without synthetic images needs only ``prepare``, as does generation straight
+    from a published model.
 
     Raises:
         UserError: no arm to train.
     """
     if not cfg.classify.arms:
         raise UserError("classify.arms is empty: give at least one arm, such as baseline: {sources: {real: 1}}")
-    nodes = [Node("prepare", ()), Node("encode", ("prepare",)), Node("finetune", ("encode",)), Node("generate", ("finetune",)),
-             Node("screen", ("generate",))]
+    nodes = [Node("prepare", ())]
+    if cfg.generate.weights == "finetuned":
+        nodes += [Node("encode", ("prepare",)), Node("finetune", ("encode",))]
+    nodes += [Node("generate", (nodes[-1].name,)), Node("screen", ("generate",))]
     for arm, wanted in cfg.classify.arms.items():
         nodes.append(Node(f"classify/{arm}", ("screen",) if wanted.sources.get("synthetic") else ("prepare",)))
     return [*nodes, Node("report", tuple(n.name for n in nodes if n.stage in ("screen", "classify")))]

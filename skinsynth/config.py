@@ -11,13 +11,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from skinsynth.errors import UserError
-from skinsynth.knobs import Arm, Classify, Cluster, Concept, Config, Finetune, Generate, GeneratedClass, Resources
+from skinsynth.knobs import PROMPT_FIELDS, Arm, Classify, Cluster, Concept, Config, Finetune, Generate, GeneratedClass, Resources
 
 STAGES = ("prepare", "encode", "finetune", "generate", "screen", "classify", "report")
 CLUSTERS = Path(__file__).resolve().parent.parent / "configs" / "cluster"
@@ -102,9 +103,7 @@ def check(config: Config) -> None:
     for name, concept in config.finetune.concepts.items():
         if not concept.instance_prompt:
             problems.append(f"finetune.concepts.{name}.instance_prompt is empty")
-    for name, generated in config.generate.classes.items():
-        if generated.count and not generated.prompts:
-            problems.append(f"generate.classes.{name}.prompts is empty: give at least one prompt")
+    problems += _check_generate(config.generate)
     for name, arm in config.classify.arms.items():
         unknown = set(arm.sources) - {"real", "synthetic"}
         if unknown or not arm.sources or min(arm.sources.values()) < 0 or sum(arm.sources.values()) <= 0:
@@ -127,6 +126,22 @@ def check(config: Config) -> None:
         problems.append(f"classify.hidden_size={config.classify.hidden_size} is no multiple of heads={config.classify.heads}")
     if problems:
         raise UserError("the configuration cannot be used:\n  " + "\n  ".join(problems))
+
+
+def _check_generate(g: Generate) -> Iterator[str]:
+    for name, wanted in g.classes.items():
+        if wanted.count and not wanted.prompts:
+            yield f"generate.classes.{name}.prompts is empty: give at least one prompt"
+        for prompt in wanted.prompts:
+            try:
+                unknown = [field for _, field, _, _ in Formatter().parse(prompt) if field is not None and field not in PROMPT_FIELDS]
+            except ValueError as error:
+                yield f"generate.classes.{name}.prompts: '{prompt}': {error}"
+                continue
+            if unknown:
+                yield f"generate.classes.{name}.prompts: there is no {{{unknown[0]}}}, only {', '.join(f'{{{f}}}' for f in PROMPT_FIELDS)}"
+    if g.method != "text-to-image" and int(g.steps * g.strength) < 1:
+        yield f"generate.strength={g.strength} of generate.steps={g.steps} is no step at all: raise one of them"
 
 
 def _check_fields(prefix: str, node: Any) -> Any:

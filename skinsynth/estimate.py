@@ -216,7 +216,7 @@ def estimate(cfg: Config, earlier: RunDir | None = None) -> list[Stage]:
 
 
 def _stage(cfg: Config, node: Node, images: Counts, model: Sizes, speed: Rate | None) -> Stage:
-    wanted, gang, each = cfg.cluster.of(node.stage), node.stage in stages.GANGS, gpus(cfg, node.stage)
+    wanted, gang, each = cfg.cluster.of(node.stage), stages.is_gang(cfg, node.stage), gpus(cfg, node.stage)
     found = Stage(node.name, tasks=node.tasks(cfg), ranks=rank_count(cfg, node.stage), limit=wanted.minutes * 60)
     _amounts(cfg, found, images)
     found.device = "gpu" if each else "core"
@@ -253,9 +253,9 @@ def _times(cfg: Config, found: Stage) -> None:
         found.seconds = (found.amount or 0) * training.global_batch / (found.rate * found.ranks)
         found.hours = found.seconds * found.devices / 3600
     elif found.amount is not None and found.shards:
-        shard = _shard(cfg, found)
-        found.seconds = min(found.amount, ceil(found.shards / found.tasks) * shard) / found.rate
-        found.hours = found.amount / found.rate * found.devices / found.tasks / 3600
+        shard, hands = _shard(cfg, found), found.tasks * found.ranks
+        found.seconds = min(found.amount, ceil(found.shards / hands) * shard) / found.rate
+        found.hours = found.amount / found.rate * found.devices / hands / 3600
 
 
 def _shard(cfg: Config, found: Stage) -> int:

@@ -147,18 +147,27 @@ class Finetune(Training):
     validate_every: int = free(at_least(0, 0))  # steps between previews; 0: at the end only
 
 
+PROMPT_FIELDS = ("diagnosis", "site", "person", "caption")  # what a prompt of generate.classes may have in braces
+
+
 @dataclass
 class GeneratedClass:
-    """One class of the synthetic set; its prompts are used in turn."""
+    """One class of the synthetic set; its prompts are used in turn. They may have fields: see ``data.plan``."""
 
     target: int = at_least(0, 0)
     prompts: list[str] = field(default_factory=list)
-    count: int = at_least(100, 0)
+    count: int = at_least(100, 0)  # with another generate.amount than "counts": its share among the classes of its target
+    where: dict[str, Any] = field(default_factory=dict)  # of the training images that fields are filled from and images made from
 
 
 @dataclass
 class Generate:
+    method: str = one_of("text-to-image", "image-to-image", "inpaint")  # the others start from training images
+    strength: float = at_least(0.6, 0.01, 1)  # of those two: 0 leaves the image as it is, 1 draws it anew
+    redraw: str = one_of("lesion", "skin")  # inpaint: the lesion, or all round it (the same lesion on other skin)
+    weights: str = one_of("finetuned", "base")  # base: straight from ``model``, with its LoRA if there is one; nothing is fine-tuned then
     classes: dict[str, GeneratedClass] = field(default_factory=dict)
+    amount: str = one_of("counts", "real", "balance")  # as the classes say; as many as real ones; what lacks to the largest target
     negative_prompt: str = ""
     steps: int = at_least(50, 1)
     guidance: float = at_least(7.5, 1)
@@ -167,6 +176,9 @@ class Generate:
     shard_size: int = at_least(1000, 1)  # images per unit, that is, per output shard
     quality: int = at_least(95, 50, 100)
     precision: str = one_of("fp32", "bf16", "fp16")
+    retries: int = at_least(3, 0, 100)  # next seeds to try where an image comes out faulty (not finite, or of one colour)
+    commit_every: int = free(at_least(0, 0))  # batches between commits inside a unit; 0: a unit that is broken off is made again
+    mode: str = free(one_of("array", "gang"))  # independent tasks, or one job of nodes x tasks_per_node that take units in turn
 
 
 @dataclass

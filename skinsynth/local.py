@@ -77,7 +77,7 @@ class Local:
         shutil.rmtree(self.run.node(node.name) / "failed", ignore_errors=True)
         wanted = self.cfg.cluster.of(node.stage)
         executor = LocalExecutor(self.run.node(node.name) / "submit")
-        gang = node.stage in stages.GANGS
+        gang = stages.is_gang(self.cfg, node.stage)
         executor.update_parameters(timeout_min=wanted.minutes, tasks_per_node=wanted.tasks_per_node if gang else 1,
                                    gpus_per_node=wanted.gpus_per_node, stderr_to_stdout=True)
         count = node.tasks(self.cfg)

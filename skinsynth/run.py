@@ -118,6 +118,9 @@ class RunDir:
             UserError: more than ``patience`` of those.
         """
         self.failed_path(node, task).unlink(missing_ok=True)
+        for temp in self.progress_path(node, task).parent.glob(f".{task}.json.*.tmp"):
+            if is_spare(temp):
+                temp.unlink(missing_ok=True)
         restarts, path = int(os.environ.get("SLURM_RESTART_COUNT", 0)), self.node(node) / "restarts" / f"{task}.json"
         if not restarts:
             path.unlink(missing_ok=True)
@@ -179,6 +182,18 @@ class RunDir:
             path.unlink(missing_ok=True)
 
 
+def owner() -> str:
+    """This process, in the name of a file that it alone writes: on a shared file system pids are not enough."""
+    return f"{platform.node()}-{os.getpid()}-{birth(os.getpid()) or 0:.0f}"
+
+
+def is_spare(temp: Path) -> bool:
+    """Whether a file named by ``owner`` (``.name.<owner>.tmp``) was surely left by a process that died: of another host nobody can tell."""
+    host, _, rest = temp.name.removesuffix(".tmp").rpartition(f"{platform.node()}-")
+    pid, _, born = rest.partition("-")
+    return bool(host) and pid.isdigit() and f"{birth(int(pid)) or 0:.0f}" != born
+
+
 def birth(pid: int) -> float | None:
     """When a process was started (seconds since 1970), None if it is dead: tells a process from a later one with its pid."""
     try:
@@ -203,9 +218,11 @@ class Task:
 class Progress:
     """What one task tells the watcher: ``<node>/progress/<task>.json``, written at most twice a second."""
 
-    def __init__(self, run: RunDir, node: str, task: int, total: int, unit: str, done: int = 0):
+    def __init__(self, run: RunDir, node: str, task: int, total: int, unit: str, done: int = 0, of: int = 0):
+        """``total``: of this task; ``of``: of all tasks together, where it is known, since some may not have begun yet."""
         self.path = run.progress_path(node, task)
-        self.state: dict[str, Any] = {"done": done, "total": total, "unit": unit, "begun_at": done, "start": time.time(), "now": time.time()}
+        now = time.time()
+        self.state: dict[str, Any] = {"done": done, "total": total, "of": of, "unit": unit, "begun_at": done, "start": now, "now": now}
         self.written = 0.0
         self._write()
 
@@ -225,7 +242,7 @@ class Progress:
 def write_bytes(path: Path, data: bytes, durable: bool = True) -> None:
     """Writes so that a reader sees the old file or the whole new one: temp file, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temp = path.with_name(f".{path.name}.{owner()}.tmp")
     try:
         with open(temp, "wb") as f:
             f.write(data)

@@ -150,7 +150,7 @@ def note(run: RunDir, jobs: list[Submitted]) -> None:
 def parameters(cfg: Config, run: RunDir, node: str, dependency: list[str]) -> dict[str, Any]:
     """What submitit turns into ``#SBATCH`` lines and the commands around ``srun``."""
     stage, cluster = node.split("/")[0], cfg.cluster
-    wanted, site, gang = cluster.of(stage), cluster.site(stage), stage in stages.GANGS
+    wanted, site, gang = cluster.of(stage), cluster.site(stage), stages.is_gang(cfg, stage)
     extra, memory = site.pop("extra"), site.pop("mem_gb", None)
     env = Path(cluster.env).resolve() if cluster.env else SCRIPTS / "env.sh"
     failed = run.failed_path(node).resolve() if gang else "-"

@@ -77,9 +77,9 @@ def measured(cfg: Config, node: str, earlier: RunDir) -> Rate | None:
     speeds = [speed for name in names if (speed := _speed(earlier, old, name))]
     if not speeds:
         return None
-    count, size = (rank_count(old, stage) if stage in stages.GANGS else old.cluster.of(stage).array), gpus(old, stage)
+    count, size = (rank_count(old, stage) if stages.is_gang(old, stage) else old.cluster.of(stage).array), gpus(old, stage)
     place = f"GPUs a node: {size}" if size else f"no GPU, CPU threads each: {old.cluster.threads_of(stage)}"
-    source = f"measured in {earlier.path} ({'ranks' if stage in stages.GANGS else 'tasks'}: {count}, {place})"
+    source = f"measured in {earlier.path} ({'ranks' if stages.is_gang(old, stage) else 'tasks'}: {count}, {place})"
     scale, changes = _scale(old, cfg, stage)
     return Rate(statistics.mean(speeds) * scale, f"{source}; here a guess: {', '.join(changes)}" if changes else source)
 
@@ -95,7 +95,7 @@ def _model(cfg: Config, stage: str) -> tuple[Any, ...]:
 def rank_count(cfg: Config, stage: str) -> int:
     """Processes of one job of the stage."""
     wanted = cfg.cluster.of(stage)
-    return wanted.nodes * wanted.tasks_per_node if stage in stages.GANGS else 1
+    return wanted.nodes * wanted.tasks_per_node if stages.is_gang(cfg, stage) else 1
 
 
 def _speed(run: RunDir, cfg: Config, node: str) -> float | None:

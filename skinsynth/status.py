@@ -23,6 +23,7 @@ from skinsynth.chain import Node, chain
 from skinsynth.errors import UserError
 from skinsynth.run import RunDir, birth, read_json
 
+SILENT = 900  # seconds; a task that told nothing for so long is no longer at work
 STYLES = {"done": "green", "running": "bold cyan", "failed": "bold red", "waiting": "dim", "pending": "yellow", "stopped": "yellow"}
 
 
@@ -42,6 +43,7 @@ class Row:
     tasks: dict[str, int] | None = None  # Slurm's state -> how many of the node's tasks
     nodes: str = ""
     log: str = ""
+    pictures: str = ""  # the folder of those that are kept fresh while it runs
 
     @property
     def amount(self) -> str:
@@ -55,8 +57,9 @@ def progress_of(run: RunDir, node: str) -> dict[str, Any] | None:
     parts = [p for p in (_read(path) for path in sorted((run.node(node) / "progress").glob("*.json"))) if p]
     if not parts:
         return None
-    done, total = sum(p["done"] for p in parts), sum(p["total"] for p in parts)
-    rate = sum((p["done"] - p["begun_at"]) / max(1e-6, p["now"] - p["start"]) for p in parts if p.get("finished_of") is None)
+    done, total = sum(p["done"] for p in parts), max(sum(p["total"] for p in parts), *(p.get("of", 0) for p in parts))
+    alive = [p for p in parts if p.get("finished_of") is None and time.time() - p["now"] < SILENT]
+    rate = sum((p["done"] - p["begun_at"]) / max(1e-6, p["now"] - p["start"]) for p in alive)
     return {"done": done, "total": total, "unit": parts[0]["unit"], "rate": rate, "left": (total - done) / rate if rate > 0 else None}
 
 
@@ -77,6 +80,7 @@ def described(run: RunDir, node: Node, state: str, detail: str = "") -> Row:
     restarts = [_read(path) for path in (run.node(node.name) / "restarts").glob("*.json")]
     row.restarts = sum(r["restarts"] for r in restarts if r)
     row.log = newest_log(run, node.name)
+    row.pictures = next((str(folder) for name in ("sheets", "previews") if (folder := run.node(node.name) / name).is_dir()), "")
     return row
 
 
@@ -230,6 +234,8 @@ def _explain(console: Console, found: list[Row], complaint: str | None) -> None:
     for row in found:
         if row.state in ("failed", "stopped") and row.detail:
             console.print(f"{row.node}: {row.detail}", highlight=False, soft_wrap=True, markup=False)
+        if row.pictures:
+            console.print(f"{row.node} pictures: {row.pictures}", highlight=False, soft_wrap=True, markup=False)
         if row.log and row.state in ("running", "failed"):
             console.print(f"{row.node} log: {row.log}", highlight=False, soft_wrap=True, markup=False)
     if complaint:

@@ -10,10 +10,12 @@ import os
 import random
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import count
 from typing import Any
 
 from skinsynth.errors import UserError
@@ -143,6 +145,24 @@ def join(world: World, variables: dict[str, str]) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def take_turns(world: World, variables: dict[str, str]) -> Iterator[Callable[[], int]]:
+    """A counter that all ranks of a gang share: each call gives the next number, 0 first, to one rank alone. No process group: the ranks
+    need not wait for each other but at the end, for the one that keeps the counter."""
+    os.environ.update(variables)
+    if world.size == 1:
+        yield count().__next__
+        return
+    from torch.distributed import rendezvous
+
+    store, _, _ = next(rendezvous("env://", world.rank, world.size))
+    yield lambda: store.add("turn", 1) - 1
+    ended = store.add("ended", 1)
+    while world.is_main and ended < world.size:
+        time.sleep(0.2)
+        ended = store.add("ended", 0)
 
 
 def lost_peer(error: BaseException) -> bool:

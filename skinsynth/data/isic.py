@@ -338,14 +338,24 @@ def _fill(place: dict[str, int], order: list[str], counts: Mapping[str, np.ndarr
 def caption(row: Row) -> str:
     """One sentence of what is known, for text-conditioned training. Ages by the decade: a dataset then has some hundred captions, and
     each text need be encoded only once."""
-    known = row.diagnosis if row.diagnosis and row.diagnosis != "unknown" else f"{'malignant' if row.target else 'benign'} skin lesion"
-    text = f"a dermoscopy image of {_article(known.replace('_', ' '))}"
-    text += " " + SITES.get(row.site, f"on the {row.site}") if row.site else ""
-    if row.age is None and row.sex not in ("male", "female"):
-        return text
-    young = row.age is not None and row.age < 18
-    person = {"male": "boy" if young else "man", "female": "girl" if young else "woman"}.get(row.sex or "", "child" if young else "person")
-    return f"{text} of a {person}" + ("" if row.age is None else f" {_decade(row.age, row.sex)}")
+    known = phrases(row)
+    named = known["diagnosis"] or f"{'malignant' if row.target else 'benign'} skin lesion"
+    return " ".join(word for word in (f"a dermoscopy image of {_article(named)}", known["site"], known["person"]) if word)
+
+
+def phrases(row: Row) -> dict[str, str]:
+    """The words for ``diagnosis``, ``site`` and ``person``, each empty where it is unknown."""
+    diagnosis = row.diagnosis.replace("_", " ") if row.diagnosis and row.diagnosis != "unknown" else ""
+    site = SITES.get(row.site, f"on the {row.site}") if row.site else ""
+    return {"diagnosis": diagnosis, "site": site, "person": _person(row.age, row.sex)}
+
+
+def _person(age: int | None, sex: str | None) -> str:
+    if age is None and sex not in ("male", "female"):
+        return ""
+    young = age is not None and age < 18
+    person = {"male": "boy" if young else "man", "female": "girl" if young else "woman"}.get(sex or "", "child" if young else "person")
+    return f"of a {person}" + ("" if age is None else f" {_decade(age, sex)}")
 
 
 def _decade(age: int, sex: str | None) -> str:

@@ -7,6 +7,7 @@
       00000.tar         samples <key>.<ext>, one after the other
       parts/00000.json  count, sha256, keys, offsets, checksums, columns: written after its tar, so a part means a whole shard
       manifest.json     counts, classes, shards with checksums, set-aside samples, lineage: written after all parts
+      withdrawn.json    samples that nobody reads any more (``withdrawn``); dropped when the dataset is opened
 
 A tar's bytes depend on its samples alone (no times, no owners), so a shard made twice is the same twice.
 """
@@ -22,17 +23,19 @@ import re
 import tarfile
 import threading
 import zlib
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
+from skinsynth.data.withdrawn import withdrawn_keys
 from skinsynth.errors import UserError
-from skinsynth.run import read_json, sha256_file, sync, write_json, write_text
+from skinsynth.run import is_spare, owner, read_json, sha256_file, sync, write_json, write_text
 
 KEY = re.compile(r"[A-Za-z0-9_-]{1,120}")  # no dots (webdataset's separator), no slashes, nothing that leaves a folder
 SHARD = re.compile(r"[0-9]{5,9}\.tar")
@@ -67,14 +70,19 @@ class ShardWriter:
         self.set_aside: list[dict[str, str]] = []
         self.extra: dict[str, Any] = {}
 
-    def __enter__(self) -> ShardWriter:
+    def __enter__(self) -> Self:
         (self.folder / "parts").mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.glob(f".{self.name}.tar.*.tmp"):  # left by a task that died
-            stale.unlink(missing_ok=True)
-        self.temp = self.folder / f".{self.name}.tar.{os.getpid()}.tmp"
+        self.temp = self.folder / f".{self.name}.tar.{owner()}.tmp"
         self.file = open(self.temp, "wb", buffering=1 << 20)
         self.offset, self.sha256 = 0, hashlib.sha256()
+        self._begin()
+        for left in spares(self.folder, self.name):
+            if is_spare(left):
+                left.unlink(missing_ok=True)
         return self
+
+    def _begin(self) -> None:
+        """Before what dead tasks left of this shard is thrown away."""
 
     def add(self, key: str, files: dict[str, bytes], **columns: Any) -> None:
         """``columns`` (small values: target, group, seed ...) go to the part, where they are found without reading the tar."""
@@ -109,10 +117,27 @@ class ShardWriter:
                 os.fsync(self.file.fileno())
                 self._commit()
         finally:
-            self.temp.unlink(missing_ok=True)  # gone already where all went well; closing a file on a full disk may fail again
+            self._leave()
             self.file.close()
 
+    def _leave(self) -> None:
+        self.temp.unlink(missing_ok=True)  # gone already where all went well; closing a file on a full disk may fail again
+
     def _commit(self) -> None:
+        """Two tasks that make the same shard give the same bytes; the second finds it there."""
+        try:
+            if not self.is_made():
+                self._rename()
+        except FileNotFoundError:  # a task that was quicker has cleaned up
+            if not self.is_made():
+                raise
+        for left in spares(self.folder, self.name):
+            left.unlink(missing_ok=True)
+
+    def is_made(self) -> bool:
+        return part_path(self.folder, int(self.name)).exists()
+
+    def _rename(self) -> None:
         part = {"shard": f"{self.name}.tar", "count": len(self.keys), "bytes": self.offset,
                 "sha256": self.sha256.hexdigest(), "keys": self.keys, "members": self.members, "columns": self.columns,
                 "set_aside": self.set_aside, **self.extra}
@@ -138,6 +163,11 @@ def part_path(folder: Path, index: int) -> Path:
     return folder / "parts" / f"{index:05d}.json"
 
 
+def spares(folder: Path, shard: str) -> list[Path]:
+    """What tasks write before it has its name; a second dot marks that of a file which has such a name itself."""
+    return [*folder.glob(f".{shard}.*.tmp"), *folder.glob(f"..{shard}.*.tmp")]
+
+
 def missing_parts(folder: Path, shards: int) -> list[int]:
     """The shards that are still to be made."""
     have = {p.name for p in (folder / "parts").glob("*.json")} if (folder / "parts").is_dir() else set()
@@ -157,22 +187,29 @@ def claim(folder: Path, request: dict[str, Any]) -> None:
             raise UserError(f"{folder} holds a dataset of unknown origin (no request.json): choose another data.name or run")
         write_json(folder / "request.json", request)
     elif found != request:
-        lines = [f"{k}: {found.get(k)} -> {request.get(k)}" for k in sorted(found.keys() | request.keys()) if found.get(k) != request.get(k)]
+        differing = (k for k in sorted(found.keys() | request.keys()) if found.get(k) != request.get(k))
+        lines = [f"{k}: {_short(found.get(k))} -> {_short(request.get(k))}" for k in differing]
         raise UserError(f"{folder} was made from another request:\n  " + "\n  ".join(lines) + "\ntake another data.name or run, or delete the folder")
 
 
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 400 else f"{text[:200]} ... ({len(text)} letters)"
+
+
 def write_manifest(folder: Path, shards: int, **facts: Any) -> dict[str, Any]:
-    """Merges the parts; call it when all are present. Writing it twice is harmless."""
-    parts = [json.loads(part_path(folder, i).read_text()) for i in range(shards)]
-    targets = Counter(str(t) for part in parts for t in part["columns"].get("target", []))
-    manifest = {
-        "count": sum(part["count"] for part in parts),
-        "classes": dict(sorted(targets.items())),
-        "shards": [{k: part[k] for k in ("shard", "count", "bytes", "sha256")} for part in parts],
-        "set_aside": [item for part in parts for item in part["set_aside"]],
-        **facts,
-    }
+    """Merges the parts, one after the other; call it when all are present. Writing it twice is harmless."""
+    targets: Counter[str] = Counter()
+    rows, aside = [], []
+    for number in range(shards):
+        part = json.loads(part_path(folder, number).read_text())
+        targets.update(map(str, part["columns"].get("target", [])))
+        rows.append({k: part[k] for k in ("shard", "count", "bytes", "sha256")})
+        aside += part["set_aside"]
+    manifest = {"count": sum(row["count"] for row in rows), "classes": dict(sorted(targets.items())), "shards": rows, "set_aside": aside, **facts}
     write_json(folder / "manifest.json", manifest)
+    for left in [*spares(folder, "[0-9]*"), *spares(folder / "parts", "[0-9]*")]:  # of tasks that died on other hosts
+        left.unlink(missing_ok=True)
     return manifest
 
 
@@ -208,7 +245,7 @@ class Dataset:
         """With ``tolerate`` a shard that is missing or of another size is found out when its samples are read (``BadSample``).
 
         Raises:
-            UserError: the dataset is missing or unfinished, has lost a shard, or its index holds names that could leave the folder.
+            UserError: the dataset is missing, unfinished or withdrawn, has lost a shard, or its index holds names that could leave the folder.
         """
         manifest = read_json(folder / "manifest.json")
         if manifest is None:
@@ -216,16 +253,18 @@ class Dataset:
         keys: list[str] = []
         columns: dict[str, list[Any]] = {}
         places: list[tuple[int, dict[str, list[int]]]] = []
+        gone = withdrawn_keys(folder)
         for number, shard in enumerate(manifest["shards"]):
             part = read_json(part_path(folder, number))
             check_part(part_path(folder, number), shard, part)
             path = folder / shard["shard"]
             if not (tolerate or fetch) and (not path.is_file() or path.stat().st_size != shard["bytes"]):
                 raise UserError(f"{path} is missing or has not the {shard['bytes']} bytes of the manifest: delete {folder} and make it again")
-            keys += part["keys"]
-            places += [(number, members) for members in part["members"]]
+            kept = [place for place, key in enumerate(part["keys"]) if key not in gone]
+            keys += [part["keys"][i] for i in kept]
+            places += [(number, part["members"][i]) for i in kept]
             for name, values in part["columns"].items():
-                columns.setdefault(name, []).extend(values)
+                columns.setdefault(name, []).extend(values[i] for i in kept)
         return cls(folder, manifest, keys, columns, places, fetch)
 
     def __len__(self) -> int:
@@ -299,8 +338,8 @@ class Dataset:
 
     def shard_samples(self, number: int) -> Iterator[int]:
         """The numbers of the samples of one shard."""
-        start = sum(shard["count"] for shard in self.manifest["shards"][:number])
-        yield from range(start, start + self.manifest["shards"][number]["count"])
+        begin, end = (bisect_left(self.places, shard, key=lambda place: place[0]) for shard in (number, number + 1))
+        yield from range(begin, end)
 
     def shard_counts(self, samples: Sequence[int]) -> tuple[int, ...]:
         """How many of the samples (ascending numbers) lie in each shard, those without any left out: what ``Mixture`` wants to know."""

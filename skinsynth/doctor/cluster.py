@@ -85,7 +85,7 @@ def fits(cfg: Config) -> Iterator[Check]:
 
 
 def _unfit(cfg: Config, stage: str, there: dict[str, Partition]) -> Check | None:
-    wanted, nodes = cfg.cluster.of(stage), cfg.cluster.of(stage).nodes if stage in stages.GANGS else 1
+    wanted, nodes = cfg.cluster.of(stage), cfg.cluster.of(stage).nodes if stages.is_gang(cfg, stage) else 1
     asked = str(cfg.cluster.site(stage).get("partition") or "")
     chosen = [p for p in there.values() if p.name in asked.split(",") or (not asked and p.default)]
     key = f"cluster.stages.{stage}"

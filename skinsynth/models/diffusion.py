@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from skinsynth.data.withdrawn import withdrawn_keys
 from skinsynth.errors import UserError
 from skinsynth.knobs import Model
 from skinsynth.models import hub
@@ -225,17 +226,38 @@ def sample(pipe: Any, prompts: dict[str, torch.Tensor], negative: dict[str, torc
            guidance: float) -> np.ndarray:
     """Draws images: noise float32 (n, c, h, w) -> uint8 (n, height, width, 3). ``prompts`` and ``negative`` as ``encode_prompts`` gives
     them, for n prompts or for one that all images share."""
-    place = {"device": pipe.device, "dtype": pipe.unet.dtype}
+    told = {**conditions(pipe, prompts, len(noise)), **conditions(pipe, negative, len(noise), "negative_")}
+    latents = denoise(pipe, told, steps, guidance, latents=torch.from_numpy(noise).to(pipe.device, pipe.unet.dtype),
+                      height=noise.shape[-2] * pipe.vae_scale_factor, width=noise.shape[-1] * pipe.vae_scale_factor)
+    return decode_latents(pipe.vae, latents).cpu().numpy()
+
+
+def conditions(pipe: Any, values: dict[str, torch.Tensor], count: int, kind: str = "") -> dict[str, torch.Tensor]:
+    """What ``encode_prompts`` gave, as a pipeline takes it: for ``count`` images, on its device. ``kind``: "" or "negative_"."""
     names = {"text": "prompt_embeds", "pooled": "pooled_prompt_embeds"}  # time_ids: the pipeline makes them of height and width
-    told = {f"{kind}{names[name]}": values[name].expand(len(noise), *values[name].shape[1:]).to(**place)
-            for kind, values in (("", prompts), ("negative_", negative)) for name in names if name in values}
-    images = pipe(**told, latents=torch.from_numpy(noise).to(**place), num_inference_steps=steps, guidance_scale=guidance, output_type="np",
-                  height=noise.shape[-2] * pipe.vae_scale_factor, width=noise.shape[-1] * pipe.vae_scale_factor).images
-    return (images * 255).round().astype(np.uint8)
+    return {f"{kind}{names[name]}": values[name].expand(count, *values[name].shape[1:]).to(pipe.device, pipe.unet.dtype)
+            for name in names if name in values}
+
+
+@torch.inference_mode()
+def denoise(pipe: Any, told: dict[str, torch.Tensor], steps: int, guidance: float, **start: Any) -> torch.Tensor:
+    """The final latents (n, c, h, w) of a pipeline, on its device. ``start``: what it begins with (noise, or images)."""
+    return pipe(**told, **start, num_inference_steps=steps, guidance_scale=guidance, output_type="latent").images
+
+
+@torch.inference_mode()
+def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """(n, c, h, w) -> uint8 (n, height, width, 3) on the same device, some at a time: a whole batch of large images needs more memory
+    than all of the denoising. Nothing here waits for the device."""
+    at_once = max(1, 2**18 // (latents.shape[-1] * latents.shape[-2] * 64))  # 64 px: 64; 512 px: 1
+    parts = [vae.decode(part.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0] for part in latents.split(at_once)]
+    pixels = ((torch.cat(parts).float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous()
 
 
 def read_lineage(folder: Path) -> dict[str, Any]:
-    """What the weights descend from, as ``finetune`` wrote it beside them."""
+    """What the weights descend from, as ``finetune`` wrote it beside them. Raises ``UserError`` where they are withdrawn."""
+    withdrawn_keys(folder)
     path = folder / "lineage.json"
     if not path.is_file():
         raise UserError(f"{folder} has no lineage.json: it was not made by skinsynth finetune")

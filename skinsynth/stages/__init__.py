@@ -1,6 +1,6 @@
 """The stages, and how one is run: by a job, by submitit, or in-process. torch is imported only once a stage is called.
 
-Unit stages (``UNITS``) run as independent tasks; step stages (``GANGS``) as one gang of ranks.
+Unit stages (``UNITS``) run as independent tasks; step stages (``GANGS``) as one gang of ranks. Generation may be either.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config
 from skinsynth.run import RunDir, Task, write_json
-from skinsynth.world import Stopped, World, join, leave, lost_peer, on_stop, place
+from skinsynth.world import Stopped, World, join, leave, lost_peer, on_stop, place, take_turns
 
 UNITS = ("prepare", "encode", "generate", "screen", "report")
 GANGS = ("finetune", "classify")
@@ -60,17 +60,27 @@ def run_node(node: str, path: str, task: Task = WHOLE) -> int:
     return OK
 
 
+def is_gang(cfg: Config, stage: str) -> bool:
+    """Whether a stage is one job of many ranks, rather than independent tasks."""
+    return stage in GANGS or (stage == "generate" and cfg.generate.mode == "gang")
+
+
 def _call(node: str, cfg: Config, run: RunDir, task: Task) -> None:
     """Signals are heard before anything slow (torch) is imported."""
     stage, _, part = node.partition("/")
-    world, variables = place() if stage in GANGS else (World(), {})
+    world, variables = place() if is_gang(cfg, stage) else (World(), {})
     with on_stop(leave if stage in UNITS else world.note_stop):
         if world.is_main:
             run.begin_task(node, task.index, cfg.cluster.max_restarts)
         function = getattr(importlib.import_module(f"skinsynth.stages.{stage}"), stage)
         if stage in UNITS:
-            function(cfg, run, task)
-            run.finish_task(node, task)
+            if is_gang(cfg, stage):
+                with take_turns(world, variables) as turns:
+                    function(cfg, run, Task(world.rank, world.size), turns)
+            else:
+                function(cfg, run, task)
+            if world.is_main:
+                run.finish_task(node, task)
             return
         with join(world, variables):
             function(cfg, run, world, part) if part else function(cfg, run, world)

@@ -7,6 +7,7 @@ by AUROC on the validation split; the test split is drawn over the epochs for th
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -53,6 +54,7 @@ def classify(cfg: Config, run: RunDir, world: World, arm: str) -> None:
     clock.lap("models and data")
     identity = config.binding(cfg.classify)
     identity["arms"] = {arm: identity["arms"][arm]}  # the other arms may change
+    identity["samples_sha256"] = data.sha256()
     checkpoints = Checkpoints(run.node(f"classify/{arm}") / "checkpoints", world, identity, cfg.classify.keep, cfg.classify.keep_every)
     clock.lap("finding and checking the checkpoint")
     engine = Engine(cfg.classify, world, model, "classify", checkpoints.found)
@@ -90,6 +92,11 @@ class Data:
             raise UserError(f"{run.node('screen')} has no accepted.json: the synthetic images were not screened")
         synthetic, keys = open_dataset(cfg, run, "synthetic", cfg.data.on_error == "skip"), set(accepted["keys"])
         return Source(synthetic, [i for i, key in enumerate(synthetic.keys) if key in keys], cfg.data.on_error)
+
+    def sha256(self) -> str:
+        """Of the names of all samples that may be drawn."""
+        lines = (f"{name} {source.dataset.keys[i]}\n" for name, source in self.sources.items() for i in source.samples)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def batch(self, positions: range) -> Batch:
         """images uint8 (n, 3, height, width), augmented; target int64 (n,)."""
@@ -134,7 +141,7 @@ def check_held_out(splits: dict[str, Dataset], sources: dict[str, Source]) -> No
     """
     trained = set(splits["train"].columns["group"])
     for source in sources.values():
-        trained |= set(source.dataset.manifest.get("lineage", {}).get("group_ids", []))
+        trained |= set(source.dataset.manifest.get("lineage", {}).get("group_ids") or [])  # None: weights of unknown descent
     for name in ("val", "test"):
         manifest = splits[name].manifest
         if manifest.get("kind") != "real":

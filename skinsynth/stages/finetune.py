@@ -44,7 +44,8 @@ def finetune(cfg: Config, run: RunDir, world: World) -> None:
     model = denoiser.build(pipe, cfg.finetune, kind, cfg.seed)
     samples = Samples(cfg, run, pipe, base_sha256)
     clock.lap("models and data")
-    checkpoints = Checkpoints(run.node(NODE) / "checkpoints", world, {**config.binding(cfg.finetune), "base_sha256": base_sha256},
+    checkpoints = Checkpoints(run.node(NODE) / "checkpoints", world, {**config.binding(cfg.finetune), "base_sha256": base_sha256,
+                                                                             "samples_sha256": samples.sha256()},
                               cfg.finetune.keep, cfg.finetune.keep_every)
     clock.lap("finding and checking the checkpoint")
     engine = Engine(cfg.finetune, world, model, NODE, checkpoints.found)

@@ -76,7 +76,7 @@ def screen(cfg: Config, run: RunDir, task: Task) -> None:
 
 def check_lineage(sets: dict[str, Dataset]) -> None:
     """Raises ``UserError`` where a patient or lesion group of the validation or test split trained the generator."""
-    trained = set(sets["synthetic"].manifest.get("lineage", {}).get("group_ids", []))
+    trained = set(sets["synthetic"].manifest.get("lineage", {}).get("group_ids") or [])
     for kind in ("val", "test"):
         shared = sorted(trained & set(sets[kind].columns["group"]))
         if shared:

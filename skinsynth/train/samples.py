@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +116,11 @@ class Samples:
             raise train.bad(image, "has no latents")
         mean, std = self.latents.array(self.where[key], "moments.npy")[view]
         return {"latents": ((mean + std * draw) * self.scale).astype(np.float32)}
+
+    def sha256(self) -> str:
+        """Which images with which prompts: a checkpoint of others must not be gone on from."""
+        lines = (f"{self.train.keys[i]} {prompt}\n" for s in self.sources for i, prompt in zip(s.samples, s.prompts, strict=True))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def groups(self) -> list[str]:
         """The patient or lesion groups whose images are trained on."""

@@ -1,36 +1,12 @@
-"""The command line. Everything heavy is imported where it is used: ``--help`` answers at once, and nothing here loads torch."""
+"""Commands on configurations and runs."""
 
 from __future__ import annotations
 
-import signal
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from skinsynth.run import RunDir
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
-                  help="From a small, unbalanced set of dermoscopy images to a large, screened one, and to a report that says whether it helped.")
-
-ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, for example configs/demo.yaml")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to it, for example finetune.steps=200 run=runs/mine")]
-
-RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="run folder, for example runs/isic")]
-Stage = Annotated[str, typer.Argument(metavar="STAGE", help="for example finetune or classify/hybrid")]
-
-
-def version(wanted: bool) -> None:
-    if wanted:
-        from skinsynth import __version__
-
-        typer.echo(__version__)
-        raise typer.Exit
-
-
-@app.callback()
-def root(version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")] = False) -> None:
-    pass
+from skinsynth.cli.app import ConfigFile, Overrides, RunFolder, Stage, app, run_folder
 
 
 @app.command()
@@ -87,7 +63,7 @@ def status(run: RunFolder, watch: Annotated[bool, typer.Option("--watch", help="
 
     from skinsynth import status as states
 
-    folder = _run_folder(run)
+    folder = run_folder(run)
     found, complaint = states.rows(folder)
     if as_json:
         typer.echo(json.dumps(states.as_json(folder, found, complaint), indent=1))
@@ -116,7 +92,7 @@ def logs(run: RunFolder, stage: Stage, task: Annotated[int | None, typer.Option(
     from skinsynth import status as states
 
     try:
-        for text in states.read_log(_run_folder(run), stage, task, follow):
+        for text in states.read_log(run_folder(run), stage, task, follow):
             typer.echo(text, nl=False)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
@@ -137,7 +113,7 @@ def cancel(run: RunFolder,
 
     from skinsynth import launch as launching
 
-    launching.cancel(_run_folder(run), stage, Console())
+    launching.cancel(run_folder(run), stage, Console())
 
 
 @app.command()
@@ -244,24 +220,3 @@ def pull(config: ConfigFile, overrides: Overrides = None) -> None:
     from skinsynth.models import hub
 
     hub.pull(configs.load(config, overrides), typer.echo)
-
-
-def _run_folder(path: str) -> RunDir:
-    from pathlib import Path
-
-    from skinsynth.run import RunDir
-
-    run = RunDir(Path(path))
-    run.config()  # says so where this is no run folder
-    return run
-
-
-def main() -> None:
-    from skinsynth.errors import UserError
-
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is a Ctrl-C
-    try:
-        app()
-    except UserError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise SystemExit(1) from None

@@ -1,0 +1,26 @@
+"""The command line. Everything heavy is imported where it is used: ``--help`` answers at once, and nothing here loads torch."""
+
+from __future__ import annotations
+
+import signal
+
+import typer
+
+from skinsynth.cli import datasets, runs  # noqa: F401  their commands
+from skinsynth.cli.app import app
+
+
+def main() -> None:
+    from skinsynth.errors import UserError
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is a Ctrl-C
+    try:
+        app()
+    except UserError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise SystemExit(1) from None
+    except OSError as error:
+        from skinsynth.stages import explain
+
+        typer.secho(f"error: {explain(error)}", fg="red", err=True)
+        raise SystemExit(1) from None

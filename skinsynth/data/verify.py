@@ -1,0 +1,138 @@
+"""Is a dataset what it should be? Every planned image once, none else, every checksum right. One shard is in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from skinsynth.data.plan import key
+from skinsynth.data.shards import check_part, missing_parts, part_path
+from skinsynth.errors import UserError
+from skinsynth.run import read_json
+
+SHOWN = 20  # problems that are listed for a person
+
+
+@dataclass
+class Verified:
+    """``planned`` is None where no plan says how many images there should be."""
+
+    folder: str
+    kind: str
+    images: int = 0
+    planned: int | None = None
+    left_out: int = 0
+    shards: int = 0
+    bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "ok": not self.problems}
+
+
+def verify(folder: Path, tell: Callable[[int, int], None] = lambda done, of: None) -> Verified:
+    """Reads all of a dataset, finished or not. ``tell`` hears how many shards were read, of how many.
+
+    Raises:
+        UserError: no dataset there.
+    """
+    request, manifest = read_json(folder / "request.json"), read_json(folder / "manifest.json")
+    if request is None and manifest is None:
+        raise UserError(f"{folder} is no dataset (neither request.json nor manifest.json): give a folder such as shards/isic-synthetic")
+    found = Verified(str(folder), (manifest or {}).get("kind", "unfinished"), planned=(request or {}).get("planned"))
+    plan = request if found.planned is not None else None
+    units = _units(folder, plan, manifest)
+    if manifest is None:
+        there = len(units) if plan is None else -(-plan["planned"] // plan["shard_size"])
+        found.problems.append(f"it is not finished: {len(units)} of {there} shards are there" if plan else "it is not finished: no manifest.json")
+    seen: set[str] = set()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for done, (unit, part, problems) in enumerate(pool.map(lambda unit: _shard(folder, unit, manifest, plan), units), 1):
+            found.problems += problems
+            if part:
+                _count(found, unit, part, seen, plan is None)
+            tell(done, len(units))
+    _totals(found, folder, manifest, units)
+    return found
+
+
+def _units(folder: Path, plan: dict[str, Any] | None, manifest: dict[str, Any] | None) -> list[int]:
+    if manifest is not None:
+        return list(range(len(manifest["shards"])))
+    count = -(-plan["planned"] // plan["shard_size"]) if plan else 10**6
+    return sorted(set(range(count)) - set(missing_parts(folder, count)))
+
+
+def _shard(folder: Path, unit: int, manifest: dict[str, Any] | None, plan: dict[str, Any] | None) -> tuple[int, Any, list[str]]:
+    """The shard's part, or None, and what is wrong."""
+    part = read_json(part_path(folder, unit))
+    try:
+        check_part(part_path(folder, unit), manifest["shards"][unit] if manifest else {**(part or {}), "count": (part or {}).get("count")}, part)
+        tar = (folder / part["shard"]).read_bytes()
+    except (UserError, KeyError) as error:
+        return unit, None, [str(error)]
+    except OSError as error:
+        return unit, None, [f"{part['shard']}: {error.strerror}"]
+    problems = list(_content(part, tar))
+    if plan:
+        problems += _against_plan(part, unit, plan)
+    return unit, part, problems
+
+
+def _content(part: dict[str, Any], tar: bytes) -> Iterator[str]:
+    """Where a tar differs from its index; the single samples are looked at only where the whole is not as it was written."""
+    name = part["shard"]
+    if len(tar) != part["bytes"]:
+        yield f"{name} has {len(tar)} bytes of {part['bytes']}"
+    same = hashlib.sha256(tar).hexdigest() == part["sha256"]
+    if not same:
+        yield f"{name} has another sha256 than when it was written"
+    for sample, members in zip(part["keys"], part["members"], strict=True):
+        for extension, (offset, size, *checksum) in members.items():
+            called = f"{sample}.{extension}"
+            if tar[offset - 512 : offset - 512 + len(called) + 1] != called.encode() + b"\0":
+                yield f"{name}: {called} is not where the index says"
+            elif not same and checksum and zlib.crc32(tar[offset : offset + size]) != checksum[0]:
+                yield f"{name}: {called} is damaged"
+
+
+def _against_plan(part: dict[str, Any], unit: int, plan: dict[str, Any]) -> Iterator[str]:
+    numbers = range(unit * plan["shard_size"], min((unit + 1) * plan["shard_size"], plan["planned"]))
+    wanted, there = {key(n) for n in numbers}, [*part["keys"], *(item["key"] for item in part["set_aside"])]
+    missing, strange = sorted(wanted - set(there)), sorted(set(there) - wanted)
+    twice = sorted({k for k in there if there.count(k) > 1}) if len(set(there)) < len(there) else []
+    for what, keys in (("lacks", missing), ("has, beside its plan,", strange), ("has twice", twice)):
+        if keys:
+            yield f"{part['shard']} {what} {len(keys)} images: {', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''}"
+
+
+def _count(found: Verified, unit: int, part: dict[str, Any], seen: set[str], compare: bool) -> None:
+    found.images += part["count"]
+    found.left_out += len(part["set_aside"])
+    found.shards += 1
+    found.bytes += part["bytes"]
+    if compare:  # without a plan, only all keys together tell a double
+        double = sorted(seen.intersection(part["keys"]))
+        found.problems += [f"{part['shard']} has {len(double)} images that an earlier shard has: {', '.join(double[:3])}"] if double else []
+        seen.update(part["keys"])
+
+
+def _totals(found: Verified, folder: Path, manifest: dict[str, Any] | None, units: list[int]) -> None:
+    if manifest and manifest["count"] != found.images:
+        found.problems.append(f"manifest.json speaks of {manifest['count']} images, there are {found.images}")
+    listed = {f"{unit:05d}.tar" for unit in units}
+    for path in sorted(folder.glob("*.tar")):
+        if path.name not in listed:
+            found.problems.append(f"{path.name} belongs to no part: it was not finished, or put there by hand")
+    temps = list(folder.glob(".*.tmp"))
+    if temps:
+        found.notes.append(f"{len(temps)} files of tasks that are at work, or died: the next task removes those of dead ones")
+    if (folder / "withdrawn.json").exists():
+        found.notes.append(f"parts of it are withdrawn: see {folder / 'withdrawn.json'}")
