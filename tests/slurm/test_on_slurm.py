@@ -7,41 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import DEVCLUSTER, ROOT, overrides
+from campaign import LONG, Campaign, Environment, begun, command, disturbances, restarts, skinsynth_on, states, until
+from conftest import ROOT, overrides
 
-from skinsynth import config
 from skinsynth.run import RunDir, read_json
 
 pytestmark = pytest.mark.slurm
-Environment = dict[str, str]
-
-
-def command(env: Environment, *arguments: str, seconds: float = 120) -> str:
-    done = subprocess.run(arguments, cwd=ROOT, env={**env, "COLUMNS": "160"}, text=True, capture_output=True, timeout=seconds, check=False)
-    assert done.returncode == 0, f"{arguments}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
-    return done.stdout
-
-
-def skinsynth_on(env: Environment, *arguments: str) -> str:
-    return command(env, sys.executable, "-m", "skinsynth", *arguments)
-
-
-def until(what: str, true: Callable[[], object], seconds: float = 120) -> None:
-    end = time.time() + seconds
-    while not true():
-        assert time.time() < end, f"{what}: not within {seconds} s"
-        time.sleep(0.2)
-
-
-def states(env: Environment, run: RunDir) -> dict[str, dict[str, object]]:
-    found = json.loads(skinsynth_on(env, "status", str(run.path), "--json"))
-    assert found["slurm"] is None
-    return {row["node"]: row for row in found["stages"]}
 
 
 @pytest.mark.timeout(420)
@@ -70,23 +44,6 @@ def test_the_chain_from_launch_to_report_over_four_nodes(slurm: Environment, cha
 
 # ---- the campaign: each disturbance in turn, for a gang (finetune) and for an array (generate) at once ----
 
-LONG = {"finetune.steps": 90, "finetune.checkpoint_every": 4, "generate.classes.benign.count": 12, "generate.classes.malignant.count": 12,
-        "generate.shard_size": 8, "generate.steps": 20}
-
-
-def begun(drawn: Path, chain: Path, folder: Path) -> tuple[list[str], RunDir]:
-    """A run whose data are prepared and encoded already."""
-    items = overrides(drawn, folder, **{**LONG, "data.shards": folder / "shards"})
-    run = RunDir(folder / "run")
-    run.create(config.load("configs/demo.yaml", items))
-    shutil.copytree(chain / "shards", folder / "shards", ignore=shutil.ignore_patterns("*-synthetic"), copy_function=os.link)
-    for node in ("prepare", "encode"):
-        shutil.copytree(chain / "run" / node, run.node(node))
-        path = run.done_path(node)
-        path.write_text(path.read_text().replace(str(chain), str(folder)))
-    return items, run
-
-
 @pytest.fixture(scope="session")
 def undisturbed(drawn: Path, chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """finetune on two ranks and generate in one task, on this machine, to hold against."""
@@ -98,112 +55,6 @@ def undisturbed(drawn: Path, chain: Path, tmp_path_factory: pytest.TempPathFacto
     assert [rank.wait(170) for rank in ranks] == [0, 0]
     command(dict(os.environ), sys.executable, "-m", "jobs.generate", str(run.path), seconds=170)
     return folder
-
-
-def restarts(env: Environment, job: str) -> int:
-    text = command(env, "scontrol", "show", "job", job, "--oneliner")
-    return int(dict(pair.split("=", 1) for pair in text.split() if "=" in pair)["Restarts"])
-
-
-class Campaign:
-    """One stage under way on Slurm."""
-
-    def __init__(self, env: Environment, run: RunDir, node: str):
-        self.env, self.run, self.node = env, run, node
-
-    @property
-    def job(self) -> str:
-        """The first of the stage's jobs that is with Slurm."""
-        ids = {job["id"] for job in read_json(self.run.path / "jobs.json") if job["node"] == self.node}
-        lines = command(self.env, "squeue", "-h", "-r", "--format=%i %T").splitlines()
-        return next((i for i, state in (line.split() for line in lines) if i in ids and state == "RUNNING"), "")
-
-    def progress(self) -> int:
-        found = [read_json(p) for p in (self.run.node(self.node) / "progress").glob("*.json")]
-        return sum(p["done"] for p in found)
-
-    def at_work(self) -> str:
-        """Waits until the stage got further than it was; the job's id."""
-        before = self.progress()
-        until(f"{self.node} at work", lambda: self.job and (self.progress() != before or self.run.is_done(self.node)), 90)
-        assert not self.run.is_done(self.node), f"{self.node} was done before all disturbances were over"
-        return self.job
-
-    def endure(self, disturbances: dict[str, Callable[[str], object]]) -> None:
-        """One after the other, each as soon as the stage is at work again."""
-        for name, how in disturbances.items():
-            job = self.at_work()
-            before = restarts(self.env, job)
-            print(f"{time.strftime('%H:%M:%S')} {self.node}, job {job}: {name}", flush=True)
-            how(job)
-            try:
-                until(f"{self.node} restarted after {name}", lambda job=job, before=before: restarts(self.env, job) > before and self.job, 240)
-            except AssertionError:  # why, in Slurm's words
-                print(command(self.env, "squeue", "--format=%i %j %T %r %R"), command(self.env, "sinfo", "-N", "-l"),
-                      command(self.env, "scontrol", "show", "job", job))
-                raise
-            assert restarts(self.env, job) == before + 1, "one disturbance, one restart"
-        until(f"{self.node} ends", lambda: self.run.is_done(self.node), 120)
-
-
-def pids_of(env: Environment, job: str) -> list[int]:
-    import psutil
-
-    number = job.split("_")[0]
-    found = []
-    for process in psutil.process_iter():
-        try:
-            own = process.environ()
-            if "submitit.core._submit" in " ".join(process.cmdline()) and own.get("SLURM_CONF") == env.get("SLURM_CONF") and (
-                    own.get("SLURM_ARRAY_JOB_ID", own.get("SLURM_JOB_ID")) == number) and "SLURM_PROCID" in own:
-                found.append(process.pid)
-        except psutil.Error:
-            continue
-    return sorted(found)
-
-
-def disturbances(env: Environment) -> dict[str, Callable[[str], object]]:
-    def host(job: str) -> str:
-        return command(env, "squeue", "-h", f"--jobs={job}", "--format=%B").strip()
-
-    def all_nodes_up() -> bool:
-        """Brings back what was set down, or drained because a job could not be started there."""
-        found = dict(line.split() for line in command(env, "sinfo", "-h", "-N", "--partition=main", "--format=%N %T").splitlines())
-        lost = [node for node, state in found.items() if "down" in state or "drain" in state]
-        for node in lost:
-            subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], env=env, capture_output=True, check=False)
-        return not lost
-
-    def crash(job: str) -> None:
-        node = host(job)
-        command(env, str(DEVCLUSTER), "node-kill", node)
-        command(env, str(DEVCLUSTER), "node-start", node)
-        until("the node comes back", all_nodes_up, 60)
-
-    def down(job: str) -> None:
-        command(env, "scontrol", "update", f"nodename={host(job)}", "state=down", "reason=test")
-        until("the node comes back", all_nodes_up, 60)
-
-    def preempt(job: str) -> None:
-        until("all nodes are there", all_nodes_up, 60)
-        command(env, "sbatch", "--partition=main", "--nodes=4", "--exclusive", "--time=1", "--output=/dev/null", "--wrap", "sleep 1")
-
-    def time_limit(job: str) -> None:
-        """The limit is drawn near: 60 s, of which the last 50 are those of the signal."""
-        before = restarts(env, job)
-        command(env, "scontrol", "update", f"jobid={job}", "timelimit=1")
-        until("the job is restarted", lambda: restarts(env, job) > before, 240)
-        command(env, "scontrol", "update", f"jobid={job}", "timelimit=60")
-
-    return {
-        "a signal": lambda job: command(env, "scancel", "--signal=USR2", job),
-        "kill -9 of a rank": lambda job: os.kill(pids_of(env, job)[-1], 9),
-        "scontrol requeue": lambda job: command(env, "scontrol", "requeue", job),
-        "the time limit": time_limit,
-        "preemption": preempt,
-        "the node set down": down,
-        "slurmd and its steps killed": crash,
-    }
 
 
 @pytest.mark.soak  # minutes each; make test has the signal (test_a_stage_by_hand), and local kills (test_finetune, test_chain)
@@ -220,10 +71,11 @@ def test_whatever_happens_it_ends_with_the_same(slurm: Environment, undisturbed:
         shutil.copytree(undisturbed / "run/finetune/weights", run.weights, copy_function=os.link)
         run.finish("finetune", {"steps": LONG["finetune.steps"], "loss": 0.0}, [run.weights / "lineage.json"])
     held = [f"cluster.stages.{stage}.extra={{hold: true}}" for stage in ("classify", "screen", "generate") if stage != node]
-    skinsynth_on(slurm, "launch", "configs/demo.yaml", *items, "cluster=devcluster", "cluster.partition=scavenge", "cluster.max_restarts=12",
-                 "cluster.signal_seconds=50", "cluster.stages.finetune.tasks_per_node=1", "cluster.stages.generate.array=1", *held)
+    launch = ["launch", "configs/demo.yaml", *items, "cluster=devcluster", "cluster.partition=scavenge", "cluster.max_restarts=12",
+              "cluster.signal_seconds=50", "cluster.stages.finetune.tasks_per_node=1", "cluster.stages.generate.array=1", *held]
+    skinsynth_on(slurm, *launch)
     ways = disturbances(slurm)
-    Campaign(slurm, run, node).endure({name: ways[name] for name in chosen or ways})
+    Campaign(slurm, run, node, launch).endure({name: ways[name] for name in chosen or ways})
     skinsynth_on(slurm, "cancel", str(run.path))
     assert read_json(run.node(node) / "restarts/0.json")["restarts"] >= len(chosen or ways)
     if node == "generate":
