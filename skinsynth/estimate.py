@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,8 +16,9 @@ from rich.table import Table
 
 from skinsynth import stages
 from skinsynth.chain import Node, chain
+from skinsynth.counts import Counts, count, plan
 from skinsynth.errors import UserError
-from skinsynth.knobs import Config, Images, Training
+from skinsynth.knobs import Config, Training
 from skinsynth.models import hub
 from skinsynth.run import RunDir
 from skinsynth.speeds import Rate, gpus, rank_count, rate
@@ -51,74 +51,6 @@ class Stage:
     limit: float = 0
     hours: float | None = None
     warnings: list[str] = field(default_factory=list)
-
-
-# ---- how many images ----
-
-@dataclass
-class Counts:
-    """Images of each kind; ``why`` says what kept the real ones from being counted."""
-
-    train: int | None = None
-    held_out: int | None = None
-    latents: int | None = None
-    synthetic: int = 0
-    shards: dict[str, int] = field(default_factory=dict)  # of train and held_out
-    why: str = ""
-
-    @property
-    def real(self) -> int | None:
-        return None if self.train is None or self.held_out is None else self.train + self.held_out
-
-
-def count(cfg: Config) -> Counts:
-    """The splits hold whole groups, so that the true numbers differ a little."""
-    found = Counts(synthetic=sum(c.count for c in cfg.generate.classes.values()))
-    try:
-        rows = _rows(cfg)
-    except UserError as error:
-        found.why = str(error)
-        return found
-    split = cfg.prepare.split
-    share = {name: getattr(split, name) / (split.train + split.val + split.test) for name in ("train", "val", "test")}
-    sizes = {name: round(len(rows) * part) for name, part in share.items()}
-    found.train, found.held_out = sizes["train"], sizes["val"] + sizes["test"]
-    shards = {name: ceil(size / cfg.prepare.shard_size) for name, size in sizes.items()}
-    found.shards = {"train": shards["train"], "held_out": shards["val"] + shards["test"]}
-    if cfg.finetune.cache_latents:
-        found.latents = min(found.train, sum(_taken(rows, images, share["train"]) for images in _chosen(cfg)))
-    return found
-
-
-def _rows(cfg: Config) -> list[Any]:
-    from skinsynth.data import isic
-
-    data = cfg.data
-    if data.metadata:
-        return isic.read_metadata(Path(data.metadata))[0]
-    if data.instance_data_dir and data.class_data_dir:
-        return isic.read_dreambooth(Path(data.instance_data_dir), Path(data.class_data_dir))[0]
-    raise UserError("data.metadata is not set")
-
-
-def _chosen(cfg: Config) -> list[Images]:
-    """What fine-tuning takes of the training images."""
-    if cfg.finetune.method == "text-to-image":
-        return [cfg.finetune.images]
-    return [images for c in cfg.finetune.concepts.values() for images in (c.instance, *([c.class_] if c.class_prompt else []))]
-
-
-def _taken(rows: list[Any], images: Images, share: float) -> int:
-    """How many training images a concept takes; a column that is known only later lets all pass."""
-    def fits(row: Any) -> bool:
-        for name, value in images.where.items():
-            wanted = {str(v) for v in (value if isinstance(value, list) else [value])}
-            if hasattr(row, name) and str(getattr(row, name)) not in wanted:
-                return False
-        return True
-
-    matching = round(sum(map(fits, rows)) * share)
-    return matching if images.count is None else min(matching, images.count)
 
 
 # ---- how many bytes ----
@@ -288,7 +220,8 @@ def _fit(cfg: Config, found: Stage) -> list[str]:
 # ---- for people and scripts ----
 
 def as_json(cfg: Config, found: list[Stage]) -> dict[str, Any]:
-    return {"run": cfg.run, "stages": [asdict(stage) for stage in found], "bytes": total(found, "bytes"), "files": total(found, "files")}
+    rows = [asdict(stage) for stage in found]
+    return {"run": cfg.run, "plan": plan(cfg), "stages": rows, "bytes": total(found, "bytes"), "files": total(found, "files")}
 
 
 def total(found: list[Stage], what: str) -> int | None:
@@ -310,13 +243,28 @@ def table(found: list[Stage]) -> Table:
     return view
 
 
+def _plan_lines(p: dict[str, Any]) -> list[str]:
+    if p["why"]:
+        return [f"to generate: unknown: {p['why']}"]
+    about = "about " if p["approximate"] else ""
+    lines = [f"to generate: {about}{p['images']:,} images in {p['shards']:,} shards of {p['shard_size']:,} (amount: {p['amount']}); {p['method']}, "
+             f"{p['weights']} weights, {p['scheduler']}, {p['steps']} steps, guidance {p['guidance']:g}, seed {p['seed']}"
+             + (f", negative prompt '{p['negative_prompt']}'" if p["negative_prompt"] else "")]
+    for name, c in p["classes"].items():
+        more = f" (and {len(c['prompts']) - 1} more)" if len(c["prompts"]) > 1 else ""
+        lines.append(f"  {name} (target {c['target']}): {about}{c['images']:,}: {c['prompts'][0]}{more}")
+    return lines
+
+
 def _sources_of(found: list[Stage]) -> dict[str, int]:
     return {source: i for i, source in enumerate(dict.fromkeys(s.source for s in found if s.rate), 1)}
 
 
-def show(console: Console, found: list[Stage]) -> None:
-    """The table, where its speeds come from, and what will not fit."""
+def show(console: Console, cfg: Config, found: list[Stage]) -> None:
+    """The table, where its speeds come from, what will not fit, and the plan of generation."""
     console.print(table(found))
+    for line in _plan_lines(plan(cfg)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     for source, number in _sources_of(found).items():
         console.print(f"[{number}] images a second of one task or rank, {source}", markup=False, highlight=False, soft_wrap=True)
     if any(s.rate is None for s in found if s.node != "report"):

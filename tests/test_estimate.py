@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ from conftest import ROOT, overrides, skinsynth
 from skinsynth import config, speeds
 from skinsynth.errors import UserError
 from skinsynth.estimate import Stage, estimate
-from skinsynth.run import RunDir
+from skinsynth.run import RunDir, read_json
 
 SLURM = """
 kind: slurm
@@ -174,3 +176,30 @@ print("torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_the_plan_is_printed_and_follows_the_training_split(chain: Path, drawn: Path, tmp_path: Path) -> None:
+    """As many as lack to the larger class: about, from the metadata; and exactly, once prepare has split them."""
+    items = [*overrides(drawn, tmp_path), "generate.amount=balance", "generate.negative_prompt=ruler"]
+    before = json.loads(skinsynth("estimate", "configs/demo.yaml", *items, "--json").stdout)["plan"]
+    assert before["approximate"]
+    shutil.copytree(chain / "shards/small-train", tmp_path / "shards/small-train", copy_function=os.link)
+    classes = read_json(tmp_path / "shards/small-train/manifest.json")["classes"]
+    plan = json.loads(skinsynth("estimate", "configs/demo.yaml", *items, "--json").stdout)["plan"]
+    assert plan["classes"]["malignant"]["images"] == classes["0"] - classes["1"] == plan["images"]
+    assert abs(before["images"] - plan["images"]) <= 3
+    assert "benign" not in plan["classes"]
+    shown = skinsynth("estimate", "configs/demo.yaml", *items).stdout
+    assert f"to generate: {plan['images']} images in {plan['shards']} shards of 9 (amount: balance); text-to-image, finetuned weights" in shown
+    assert "negative prompt 'ruler'" in shown
+    assert f"malignant (target 1): {plan['images']}: a dermoscopy image of a large dark brown" in shown
+    assert stages("configs/demo.yaml", *items)["generate"].amount == plan["images"]
+
+
+def test_a_gang_that_generates(cluster: str) -> None:
+    """Two nodes of two ranks each draw as fast as four tasks do."""
+    gang = [cluster, "generate.mode=gang", "cluster.stages.generate.nodes=2", "cluster.stages.generate.tasks_per_node=2",
+            "cluster.stages.generate.gpus_per_node=2"]
+    found, alone = (stages("configs/isic2020-sd15.yaml", *generating(*items))["generate"] for items in (gang, [cluster]))
+    assert (found.tasks, found.ranks, found.devices) == (1, 4, 4)
+    assert (found.seconds, found.hours) == (alone.seconds, alone.hours)

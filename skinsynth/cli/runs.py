@@ -162,7 +162,7 @@ def estimate(config: ConfigFile, overrides: Overrides = None,
     if as_json:
         typer.echo(json.dumps(estimating.as_json(cfg, found), indent=1))
     else:
-        estimating.show(Console(), found)
+        estimating.show(Console(), cfg, found)
 
 
 @app.command()

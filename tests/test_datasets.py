@@ -1,0 +1,218 @@
+"""verify, show, regenerate, export and withdraw, on the small chain's datasets as a user has them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from conftest import skinsynth
+
+from skinsynth.data.shards import Dataset, ShardWriter, part_path, write_manifest
+from skinsynth.data.verify import verify
+from skinsynth.errors import UserError
+from skinsynth.models.diffusion import read_lineage
+from skinsynth.run import RunDir, read_json
+
+
+@pytest.fixture
+def copied(chain: Path, tmp_path: Path) -> Iterator[Path]:
+    """The chain's folder, free to be damaged."""
+    shutil.copytree(chain, tmp_path / "chain")
+    yield tmp_path / "chain"
+    shutil.rmtree(tmp_path / "chain")
+
+
+# ---- verify ----
+
+@pytest.mark.parametrize("name", ["small-train", "small-val", "run-latents", "run-synthetic"])
+def test_what_the_chain_made_is_whole(chain: Path, name: str) -> None:
+    found = verify(chain / "shards" / name)
+    assert found.problems == found.notes == []
+    assert found.images == read_json(chain / "shards" / name / "manifest.json")["count"] > 0
+    assert (found.planned == found.images) is (name == "run-synthetic")
+
+
+def damaged(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_every_kind_of_damage_is_found_and_named(copied: Path) -> None:
+    folder = copied / "shards/run-synthetic"
+    part = read_json(part_path(folder, 1))
+    damaged(folder / "00001.tar", part["members"][4]["jpg"][0] + 100)
+    (folder / "00002.tar").write_bytes((folder / "00002.tar").read_bytes()[:-3000])
+    (folder / "00009.tar").write_bytes(b"stray")
+    (folder / ".00003.tar.other-host-1-2.tmp").write_bytes(b"half")
+    found = verify(folder)
+    said = "\n".join(found.problems)
+    assert "00001.tar has another sha256" in said
+    assert f"00001.tar: {part['keys'][4]}.jpg is damaged" in said
+    assert said.count("is damaged") == 1
+    assert "00002.tar has" in said
+    assert "00009.tar belongs to no part" in said
+    assert "1 files of tasks that are at work, or died" in found.notes[0]
+    done = skinsynth("verify", str(folder))
+    assert done.returncode == 1
+    assert "00001.tar has another sha256" in done.stdout
+
+
+def test_images_that_lack_are_double_or_unplanned_are_named(copied: Path) -> None:
+    """Parts that fit their tars, but not the plan."""
+    folder = copied / "shards/run-synthetic"
+    for unit, keys in ((0, ["syn-00000000", "syn-00000001", "syn-00000001"]), (1, ["syn-00000099"])):
+        part_path(folder, unit).unlink()
+        with ShardWriter(folder, unit) as shard:
+            for key in keys:
+                shard.add(key, {"jpg": b"x"}, target=0)
+    write_manifest(folder, 3, kind="synthetic")
+    said = "\n".join(verify(folder).problems)
+    assert "00000.tar lacks 7 images: syn-00000002, syn-00000003" in said
+    assert "00000.tar has twice 1 images: syn-00000001" in said
+    assert "00001.tar has, beside its plan, 1 images: syn-00000099" in said
+
+
+def test_an_unfinished_dataset_says_how_far_it_is(copied: Path) -> None:
+    folder = copied / "shards/run-synthetic"
+    (folder / "manifest.json").unlink()
+    part_path(folder, 1).unlink()
+    (folder / "00001.tar").unlink()
+    assert verify(folder).problems == ["it is not finished: 2 of 3 shards are there"]
+    done = skinsynth("verify", str(folder), "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["ok"] is False
+    assert "is no dataset" in skinsynth("verify", str(copied / "run")).stderr
+
+
+# ---- one image ----
+
+def test_an_image_is_shown_with_all_that_is_known_of_it(chain: Path, tmp_path: Path) -> None:
+    folder, picture = chain / "shards/run-synthetic", tmp_path / "it.jpg"
+    done = skinsynth("show", str(folder), "syn-00000011", "--picture", str(picture))
+    assert done.returncode == 0, done.stderr
+    lineage = read_json(chain / "run/finetune/weights/lineage.json")
+    for words in ("prompt ", lineage["weights_sha256"], lineage["code"], "small-train", "dpmsolver++", "builtin", str(folder / "00001.tar"),
+                  f"{len(lineage['group_ids'])}, listed in"):
+        assert words in done.stdout, words
+    assert cv2.imread(str(picture)).shape == (64, 64, 3)
+    facts = json.loads(skinsynth("show", str(folder), "syn-00000011", "--json").stdout)
+    tar = Path(facts["shard"]).read_bytes()
+    assert tar[facts["offset"]:][: facts["bytes"]] == picture.read_bytes()
+    assert (facts["number"], facts["made_by"]["device"], facts["trained_on_sha256"]) == (11, "cpu", lineage["train_sha256"])
+    assert "has no image syn-00000999" in skinsynth("show", str(folder), "syn-00000999").stderr
+    real = Dataset.open(chain / "shards/small-train").keys[3]
+    assert json.loads(skinsynth("show", str(chain / "shards/small-train"), real, "--json").stdout)["origin"] == "real"
+
+
+def test_regenerated_images_have_the_same_pixels(chain: Path, tmp_path: Path) -> None:
+    folder = chain / "shards/run-synthetic"
+    done = skinsynth("regenerate", str(folder), "syn-00000026", "syn-00000004", "--to", str(tmp_path / "again"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the same as in the shard") == 2, done.stdout
+    data = Dataset.open(folder)
+    drawn = cv2.imread(str(tmp_path / "again/syn-00000004.png"))[..., ::-1].astype(int)
+    assert np.abs(drawn - data.image(data.keys.index("syn-00000004"))).mean() < 3, "but for the JPEG's loss"
+    assert "has no image syn-00000027" in skinsynth("regenerate", str(folder), "syn-00000027").stderr
+
+
+# ---- files ----
+
+def test_exported_as_files_with_a_table(chain: Path, tmp_path: Path) -> None:
+    folder, accepted = chain / "shards/run-synthetic", chain / "run/screen/accepted.json"
+    assert "27 images" in skinsynth("export", str(folder), str(tmp_path / "all")).stdout
+    with open(tmp_path / "all/metadata.csv") as f:
+        rows = list(csv.DictReader(f))
+    assert list(rows[0])[:8] == ["image_name", "patient_id", "sex", "age_approx", "anatom_site_general_challenge", "diagnosis", "benign_malignant",
+                                 "target"]
+    assert {(row["benign_malignant"], row["target"]) for row in rows} == {("benign", "0"), ("malignant", "1")}
+    assert {row["image_name"] for row in rows} == {p.stem for p in (tmp_path / "all/images").iterdir()}
+    assert (tmp_path / "all/images/syn-00000000.jpg").read_bytes() == Dataset.open(folder).read(0, "jpg")
+    told = skinsynth("export", str(folder), str(tmp_path / "some"), "--format", "imagefolder", "--only", str(accepted)).stdout
+    assert f"{read_json(accepted)['count']} images" in told
+    with open(tmp_path / "some/train/metadata.csv") as f:
+        assert [row["file_name"] for row in csv.DictReader(f)] == [f"{key}.jpg" for key in read_json(accepted)["keys"]]
+    again = skinsynth("export", str(folder), str(tmp_path / "all"))
+    assert again.returncode == 1
+    assert "is there already" in again.stderr
+    assert "expected siim or imagefolder" in skinsynth("export", str(folder), str(tmp_path / "x"), "--format", "folder").stderr
+
+
+def test_what_was_exported_can_be_prepared_again(chain: Path, tmp_path: Path) -> None:
+    """The table is one that prepare reads."""
+    from skinsynth.data import isic
+
+    assert skinsynth("export", str(chain / "shards/small-test"), str(tmp_path / "test")).returncode == 0
+    rows, aside = isic.read_metadata(tmp_path / "test/metadata.csv")
+    data = Dataset.open(chain / "shards/small-test")
+    assert aside == []
+    assert {row.image_name: row.target for row in rows} == dict(zip(data.keys, data.columns["target"], strict=True))
+
+
+# ---- a patient withdraws ----
+
+def test_all_that_descends_from_a_patient_is_named_and_marked(copied: Path) -> None:
+    there = original(copied)
+    for path in [*copied.rglob("*.json"), copied / "run/config.yaml"]:  # as if the chain had been made here
+        path.write_text(path.read_text().replace(there, str(copied)))
+    run, train = RunDir(copied / "run"), Dataset.open(copied / "shards/small-train")
+    lineage = read_json(run.weights / "lineage.json")
+    group = lineage["group_ids"][0]
+    mine = [key for key, g in zip(train.keys, train.columns["group"], strict=True) if g == group]
+    arguments = ["withdraw", "--group", group, "--shards", str(copied / "shards"), "--runs", str(copied)]
+    dry = skinsynth(*arguments, "--dry-run")
+    assert "nothing was marked" in dry.stdout
+    assert not list(copied.rglob("withdrawn.json"))
+    done = skinsynth(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"small-train: real images, {len(mine)} samples: images of theirs" in done.stdout
+    assert f"run-latents: latents, {len(mine)} samples" in done.stdout
+    assert "run-synthetic: synthetic images, all of it: drawn with weights that were trained on them" in done.stdout
+    assert "finetune/weights: weights of the generator, all of it" in done.stdout
+    assert "classify/baseline/weights: weights of a classifier" in done.stdout
+    assert "small-val" not in done.stdout
+    assert set(Dataset.open(copied / "shards/small-train").keys) == set(train.keys) - set(mine)
+    for call in (lambda: Dataset.open(copied / "shards/run-synthetic"), lambda: read_lineage(run.weights)):
+        with pytest.raises(UserError, match=f"is withdrawn: group {group}, .*trained on"):
+            call()
+    shown = skinsynth("withdraw", "--group", "nobody", "--shards", str(copied / "shards"), "--runs", str(copied))
+    assert "nothing in" in shown.stdout
+    (run.node("generate") / "done.json").unlink()
+    again = skinsynth("launch", str(copied / "run/config.yaml"))
+    assert again.returncode == 1
+    assert f"is withdrawn: group {group}" in again.stderr
+
+
+def original(copied: Path) -> str:
+    """Where the chain was made: what its config says."""
+    lines = (copied / "run/config.yaml").read_text().splitlines()
+    return next(line.split(": ", 1)[1] for line in lines if line.startswith("run: ")).removesuffix("/run")
+
+
+def test_of_images_drawn_over_a_patients_only_those_are_withdrawn(tmp_path: Path) -> None:
+    folder = tmp_path / "shards/run-synthetic"
+    with ShardWriter(folder, 0) as shard:
+        for i in range(4):
+            shard.add(f"syn-{i:08d}", {"jpg": bytes([i])}, target=0, source_group=f"P{i % 2}")
+    write_manifest(folder, 1, kind="synthetic", lineage={"trained_group_ids": ["P7"], "group_ids": ["P0", "P1", "P7"]})
+    unknown = tmp_path / "shards/elsewhere-synthetic"
+    with ShardWriter(unknown, 0) as shard:
+        shard.add("syn-00000000", {"jpg": b""}, target=0)
+    write_manifest(unknown, 1, kind="synthetic", lineage={"group_ids": None})
+    (tmp_path / "runs").mkdir()
+    done = skinsynth("withdraw", "--group", "P1", "--shards", str(tmp_path / "shards"), "--runs", str(tmp_path / "runs"))
+    assert "run-synthetic: synthetic images, 2 samples: drawn over images of theirs" in done.stdout, done.stderr
+    assert "elsewhere-synthetic: synthetic images, of unknown descent: nobody can tell, so it is not marked" in done.stdout
+    data = Dataset.open(folder)
+    assert data.keys == ["syn-00000000", "syn-00000002"]
+    assert [data.read(i, "jpg") for i in range(2)] == [b"\0", b"\2"]
+    assert list(data.shard_samples(0)) == [0, 1]
+    assert not (unknown / "withdrawn.json").exists()
+    missing = skinsynth("withdraw", "--group", "P1", "--shards", str(tmp_path / "no"), "--runs", str(tmp_path / "runs"))
+    assert "is not a folder" in missing.stderr
