@@ -1,0 +1,171 @@
+"""Generation, from the plan to the committed shard, beside the plain diffusers loop: one prompt a call, then a file in a folder.
+
+Same built-in model, prompts, sampler, steps, guidance and precision, on the same cores. What starts once (imports, loading the weights,
+the first batch) is left out on both sides. ``python -m benchmarks.generate SIDE`` is one measurement, in images/s.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tarfile
+import time
+from functools import partial
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import ROOT, SCRATCH, alternate, in_process, report
+
+OURS, PEER = "skinsynth, 2 workers of 1 thread", "diffusers, one prompt a call, PNG"
+UNIT, LOOP = 32, 16  # images that a worker of ours draws, and the peer
+SIDES = {OURS: ("ours", 2, 1), "skinsynth, 1 worker of 1 thread": ("ours", 1, 1), "skinsynth, 1 worker of 2 threads": ("ours", 1, 2),
+         PEER: ("png", 1, 2), "diffusers, one prompt a call, JPEG": ("jpg", 1, 2)}
+INSTANT = 20_000  # images of the measurement of bookkeeping
+
+
+def settings(folder: Path, workers: int, *more: str) -> list[str]:
+    """The demo's classes, prompts, 20 steps and guidance, straight from the built-in model."""
+    count = UNIT * workers // 2
+    return [f"run={folder / 'run'}", f"data.shards={folder / 'shards'}", "generate.weights=base", "generate.batch=16", f"generate.shard_size={UNIT}",
+            f"generate.classes.benign.count={count}", f"generate.classes.malignant.count={count}", *more]
+
+
+def maker(folder: Path, workers: int, index: int, *more: str, instant: bool = False) -> Any:
+    import torch
+
+    from skinsynth import config
+    from skinsynth.data.plan import Plan
+    from skinsynth.models.painter import Painter, Weights
+    from skinsynth.run import RunDir, Task
+    from skinsynth.stages.generate import Maker
+
+    cfg = config.load(ROOT / "configs/demo.yaml", settings(folder, workers, *more))
+    run, plan = RunDir(Path(cfg.run)), Plan(cfg, None)
+    run.create(cfg)
+    weights = Weights(cfg, run)
+    made = Maker(cfg, run, plan, weights, None, Task(index, workers))
+    if not instant:
+        made.painter = Painter(cfg, weights, torch.device("cpu"))
+    return made
+
+
+def ours(folder: Path, workers: int, index: int, together: Barrier) -> None:
+    made = maker(folder, workers, index)
+    made.painter.draw([made.plan.image(n) for n in range(16)])
+    together.wait()
+    made.unit(index)
+    together.wait()
+
+
+def loop(folder: Path, form: str, together: Barrier) -> None:
+    """As the examples in diffusers' documentation do it."""
+    import torch
+
+    from skinsynth import config
+    from skinsynth.models import diffusion, tiny
+
+    cfg = config.load(ROOT / "configs/demo.yaml", settings(folder, 1))
+    g, pipe = cfg.generate, diffusion.load_pipeline(tiny.WEIGHTS)
+    diffusion.set_scheduler(pipe, g.scheduler)
+    prompts = [c.prompts[0] for c in g.classes.values()]
+
+    def draw(number: int) -> Any:
+        return pipe(prompts[number % 2], negative_prompt=g.negative_prompt, num_inference_steps=g.steps, guidance_scale=g.guidance,
+                    height=cfg.prepare.size, width=cfg.prepare.size, generator=torch.Generator().manual_seed(number)).images[0]
+
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(0)
+    together.wait()
+    for number in range(LOOP):
+        draw(number).save(folder / f"{number:05d}.{form}", **({"quality": 95} if form == "jpg" else {}))
+    together.wait()
+
+
+def work(side: str, workers: int, threads: int, folder: Path, index: int, together: Barrier) -> None:
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "20000"}
+    if side == "ours":
+        ours(folder, workers, index, together)
+    else:
+        loop(folder, side, together)
+
+
+def measure(side: str, workers: int, threads: int) -> float:
+    folder, context = SCRATCH / "generate", multiprocessing.get_context("fork")  # torch is not loaded here, so a fork is clean
+    shutil.rmtree(folder, ignore_errors=True)
+    together = context.Barrier(workers + 1)
+    processes = [context.Process(target=work, args=(side, workers, threads, folder, n, together)) for n in range(workers)]
+    for process in processes:
+        process.start()
+    together.wait()
+    since = time.perf_counter()
+    together.wait()
+    seconds = time.perf_counter() - since
+    for process in processes:
+        process.join()
+    return (UNIT * workers if side == "ours" else LOOP) / seconds
+
+
+# ---- what all but drawing costs ----
+
+class Instant:
+    """Draws in no time: the same picture always."""
+
+    def __init__(self) -> None:
+        import numpy as np
+        import torch
+
+        ramp = np.linspace(0, 255, 64, dtype=np.uint8)
+        picture = np.stack([np.tile(ramp, (64, 1)), np.tile(ramp[:, None], (1, 64)), np.full((64, 64), 90, np.uint8)], 2)
+        self.pixels, self.finite = torch.from_numpy(np.tile(picture, (16, 1, 1, 1))), torch.ones(16, dtype=torch.bool)
+
+    def draw(self, batch: list[Any]) -> tuple[Any, Any]:
+        return self.pixels, self.finite
+
+
+def bookkeeping() -> dict[str, float]:
+    """Seconds an image, without drawing: ours, and a loop that encodes the JPEG and adds it to a tar."""
+    from skinsynth.data.shards import encode_jpeg
+
+    folder = SCRATCH / "instant"
+    shutil.rmtree(folder, ignore_errors=True)
+    made = maker(folder, 1, 0, f"generate.classes.benign.count={INSTANT // 2}", f"generate.classes.malignant.count={INSTANT // 2}",
+                 "generate.shard_size=1000", instant=True)
+    made.painter = Instant()
+    since = time.perf_counter()
+    for unit in range(made.plan.units):
+        made.unit(unit)
+    own = time.perf_counter() - since
+    picture = made.painter.pixels[0].numpy()
+    since = time.perf_counter()
+    for unit in range(made.plan.units):
+        with tarfile.open(folder / f"plain-{unit}.tar", "w") as tar:
+            for number in range(1000):
+                data = encode_jpeg(picture, 95)
+                info = tarfile.TarInfo(f"{number}.jpg")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return {"skinsynth": own / INSTANT, "tar alone": (time.perf_counter() - since) / INSTANT}
+
+
+def main() -> None:
+    rounds = alternate({side: partial(lambda s: float(in_process("benchmarks.generate", s)), side) for side in SIDES})
+    extra = in_process("benchmarks.generate", "bookkeeping")
+    found = report("generate", rounds, OURS, PEER, "images/s", "64 px, DPM-Solver++ 20 steps, guidance 2.5, float32, built-in model; from the plan "
+                   "to committed shards (batches of 16) beside files in a folder; steady state", bookkeeping_seconds_per_image=extra)
+    alone = rounds["skinsynth, 1 worker of 1 thread"]
+    two, one = (sorted(values)[len(values) // 2] for values in (rounds[OURS], alone))
+    share = (extra["skinsynth"] - extra["tar alone"]) * one
+    print(f"  two workers over one: {two / one:.2f}; bookkeeping {share:.2%} of the time that one worker draws in")
+    from benchmarks.harness import RESULTS
+    from skinsynth.run import write_json
+
+    write_json(RESULTS / "generate-cpu.json", {**found, "two_workers_over_one": round(two / one, 3), "bookkeeping_share": round(share, 5)})
+
+
+if __name__ == "__main__":
+    print(json.dumps(bookkeeping() if sys.argv[1] == "bookkeeping" else measure(*SIDES[sys.argv[1]])))
