@@ -1,0 +1,88 @@
+"""What may be concluded from a comparison, and what may not, in plain sentences.
+
+A difference is claimed for AUROC alone, named before anything is seen: where the interval leaves 0 out, and p, corrected for the number of
+pairs of arms, is at most 0.05. All other figures are shown, none is tested for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+LEVEL = 0.05
+FEW_POSITIVE = 100  # malignant test images below which the reader is warned
+FEW_SEEDS = 5
+
+
+def claimed(row: dict[str, Any]) -> bool:
+    """True where an AUROC row of ``differences`` speaks of a difference."""
+    return row["ci"] is not None and (row["ci"][0] > 0 or row["ci"][1] < 0) and row["p_holm"] is not None and row["p_holm"] <= LEVEL
+
+
+def verdict(found: dict[str, Any]) -> dict[str, Any]:
+    """``headline`` (str), ``may`` and ``may_not`` (lists of str) of what ``compare`` gave. The first arm is what the others are held against."""
+    rows = [row for row in found.get("differences", []) if row["metric"] == "auroc" and row["value"] is not None and row["ci"] is not None]
+    if not rows:
+        return {"headline": "There is nothing to compare yet.", "may": [],
+                "may_not": ["It takes two trained arms and test images of both classes to say whether synthetic images help; they are not here."]}
+    first = rows[0]["arms"][1]
+    main = [row for row in rows if row["arms"][1] == first]
+    return {"headline": " ".join(_headline(row) for row in main), "may": [_figures(row, found["arms"]) for row in main],
+            "may_not": [*_of_seeds(found["arms"]), *_of_zero(main), *_of_images(found), *_of_many(rows), *_of_subgroups(found),
+                        "The numbers hold for these data and settings. Images of another clinic, camera or skin type were not looked at, and nothing "
+                        "here is fit for a patient."]}
+
+
+def _headline(row: dict[str, Any]) -> str:
+    other, first = row["arms"]
+    if not claimed(row):
+        return f"This run shows no clear difference between {other} and {first}."
+    return f"In this run, {other} told malignant from benign {'better' if row['value'] > 0 else 'worse'} than {first}."
+
+
+def _figures(row: dict[str, Any], arms: dict[str, Any]) -> str:
+    (other, first), (low, high), delong = row["arms"], row["ci"], row.get("delong")
+    text = (f"AUROC {arms[other]['auroc']['value']:.3f} ({other}) against {arms[first]['auroc']['value']:.3f} ({first}): a difference of "
+            f"{row['value']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, {p_text(row['p'])}")
+    text += f" ({p_text(row['p_holm'])} with all pairs of arms in mind)" if row["p_holm"] != row["p"] else ""
+    return text + (f"; DeLong's test, with the trained networks as they are: {p_text(delong['p'])}." if delong and delong["p"] is not None else ".")
+
+
+def p_text(p: float | None) -> str:
+    return "p unknown" if p is None else "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def _of_seeds(arms: dict[str, Any]) -> list[str]:
+    fewest = min(len(arm["auroc"]["seeds"]) for arm in arms.values())
+    if fewest == 1:
+        return ["One training run per arm cannot prove an effect: another seed would give other numbers, and that variation is not in the interval "
+                "of an arm with a single seed."]
+    if fewest < FEW_SEEDS:
+        return [f"{fewest} training runs per arm show only roughly how much training varies; the interval has it in, as far as they show it."]
+    return []
+
+
+def _of_zero(rows: list[dict[str, Any]]) -> list[str]:
+    """No evidence of a difference is none of equality."""
+    open_ones = [row for row in rows if not claimed(row)]
+    return [f"Nor is it shown that {row['arms'][0]} and {row['arms'][1]} are equal: the interval holds everything from {row['ci'][0]:+.3f} to "
+            f"{row['ci'][1]:+.3f}." for row in open_ones]
+
+
+def _of_images(found: dict[str, Any]) -> list[str]:
+    test = found["test"]
+    if test["positive"] >= FEW_POSITIVE:
+        return []
+    return [f"Of {test['images']} test images {test['positive']} are malignant: with so few, sensitivities and the ends of the intervals are coarse."]
+
+
+def _of_many(rows: list[dict[str, Any]]) -> list[str]:
+    pairs = f", p corrected for {len(rows)} pairs of arms (Holm)" if len(rows) > 1 else ""
+    return [f"AUROC alone was tested{pairs}. Among so many other figures some leave 0 out by chance: they describe, and prove nothing."]
+
+
+def _of_subgroups(found: dict[str, Any]) -> list[str]:
+    rows = found.get("subgroups") or []
+    small = sum(row["small"] for row in rows)
+    if not rows:
+        return ["Nothing is said of subgroups: the predictions do not name sex, age or site."]
+    return [f"{small} of {len(rows)} subgroups hold fewer than 10 images of a class: too few to say how the arms do there."] if small else []
