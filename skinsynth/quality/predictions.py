@@ -34,6 +34,11 @@ class Predictions:
                 and np.array_equal(self.groups, other.groups))
 
 
+def arms_of(cfg: Config) -> list[str]:
+    """The arms, those trained on real images alone first: the others are held against the first one."""
+    return sorted(cfg.classify.arms, key=lambda arm: {name for name, weight in cfg.classify.arms[arm].sources.items() if weight > 0} != {"real"})
+
+
 def seed_folders(cfg: Config, run: RunDir, arm: str) -> dict[int, Path]:
     """Seed -> the folder with its files, whole or not. An arm without ``seed-*`` folders is its own single seed."""
     folder = run.node(f"classify/{arm}")

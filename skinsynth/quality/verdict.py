@@ -21,11 +21,11 @@ def claimed(row: dict[str, Any]) -> bool:
 def verdict(found: dict[str, Any]) -> dict[str, Any]:
     """``headline`` (str), ``may`` and ``may_not`` (lists of str) of what ``compare`` gave. The first arm is what the others are held against."""
     rows = [row for row in found.get("differences", []) if row["metric"] == "auroc" and row["value"] is not None and row["ci"] is not None]
-    if not rows:
+    first = next(iter(found["arms"]), None)
+    main = [row for row in rows if row["arms"][1] == first]
+    if not main:
         return {"headline": "There is nothing to compare yet.", "may": [],
                 "may_not": ["It takes two trained arms and test images of both classes to say whether synthetic images help; they are not here."]}
-    first = rows[0]["arms"][1]
-    main = [row for row in rows if row["arms"][1] == first]
     return {"headline": " ".join(_headline(row) for row in main), "may": [_figures(row, found["arms"]) for row in main],
             "may_not": [*_of_seeds(found["arms"]), *_of_zero(main), *_of_images(found), *_of_many(rows), *_of_subgroups(found),
                         "The numbers hold for these data and settings. Images of another clinic, camera or skin type were not looked at, and nothing "
