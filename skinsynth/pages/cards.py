@@ -49,10 +49,12 @@ def facts(cfg: Config, run: RunDir, summary: dict[str, Any]) -> dict[str, Any]:
     targets = {"0": "benign", "1": "malignant"}
     return {"name": run.name, "seed": cfg.seed, "manifest": manifest, "lineage": {**lineage, "base": _name(base)},
             "settings": manifest.get("settings", {}), "classes": [(targets.get(t, t), n) for t, n in manifest.get("classes", {}).items()],
-            "screen": summary["synthetic"], "screening": screening(summary["synthetic"]), "train": summary["data"].get("train", {}), "finetune": cfg.finetune,
-            "prompts": list(dict.fromkeys(p for g in cfg.generate.classes.values() for p in g.prompts)), "data_name": cfg.data.name,
+            "screen": summary["synthetic"], "screening": screening(summary["synthetic"]), "train": summary["data"].get("train", {}),
+            "finetune": cfg.finetune, "prompts": list(dict.fromkeys(p for g in cfg.generate.classes.values() for p in g.prompts)),
+            "data_name": cfg.data.name,
             "metadata": Path(cfg.data.metadata).name if cfg.data.metadata else None, "data_licence": DATA_LICENCE,
-            "base_licence": LICENCES.get(base, "licence not known to skinsynth: see its model card"), "others": _others(cfg), **summary["verdict"]}
+            "base_licence": LICENCES.get(base, "licence not known to skinsynth: see its model card"), "others": _others(cfg),
+            **summary["verdict"]}
 
 
 def _others(cfg: Config) -> list[str]:

@@ -17,7 +17,7 @@ COLOURS = ("#3b5b92", "#b3541e", "#2d7d46", "#7a3b8f", "#576574", "#a3224f", "#0
 STYLES = ("-", "--", "-.", ":")
 
 
-def svg(draw: Callable[[Any], None], size: tuple[float, float] = (7.2, 3.6)) -> str:
+def svg(draw: Callable[[Any], None], size: tuple[float, float] = (5.8, 3.5)) -> str:
     """What ``draw`` puts on the axes, as ``data:image/svg+xml;base64,...``."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -84,7 +84,7 @@ def roc(arms: dict[str, Any]) -> str | None:
         axes.set_aspect("equal")
         axes.legend(frameon=False, loc="lower right", title="AUROC")
 
-    return svg(draw, (5.6, 5.2))
+    return svg(draw, (4.8, 4.6))
 
 
 def reliability(arms: dict[str, Any]) -> str | None:
@@ -104,7 +104,7 @@ def reliability(arms: dict[str, Any]) -> str | None:
         axes.set_aspect("equal")
         axes.legend(frameon=False, loc="upper left")
 
-    return svg(draw, (5.6, 5.2))
+    return svg(draw, (4.8, 4.6))
 
 
 def intervals(rows: list[tuple[str, float, list[float]]], label: str) -> str | None:
@@ -120,7 +120,7 @@ def intervals(rows: list[tuple[str, float, list[float]]], label: str) -> str | N
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlabel(label)
 
-    return svg(draw, (7.2, 1.1 + 0.36 * len(rows)))
+    return svg(draw, (5.8, 1.1 + 0.36 * len(rows)))
 
 
 def loss(rows: list[dict[str, Any]]) -> str | None:

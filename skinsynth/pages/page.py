@@ -18,7 +18,7 @@ from skinsynth.run import RunDir, read_json
 
 NAMES = {"auroc": "AUROC", "f1": "F1", "brier": "Brier score", "ece": "calibration error (ECE)", "partial_auroc": "partial AUROC (0 to 0.2)",
          **{f"sensitivity_at_{s}": f"sensitivity at {s} % specificity" for s in (80, 90, 95)}}
-MAIN = ("auroc", "balanced_accuracy", "accuracy", "average_precision", "partial_auroc", "sensitivity_at_90")  # the differences seen at once
+MAIN = ("auroc", "balanced_accuracy", "accuracy", "sensitivity_at_90")  # the differences that are seen at once
 SCREENING = {"generated": "generated", "accepted": "accepted", "kid": "KID, synthetic to real training images",
              "kid_real": "for scale: KID, real held-out to real training images", "copy_planted": "copies planted",
              "copy_recall": "planted copies found", "copy_false_alarms": "real test images wrongly called copies",
@@ -71,16 +71,16 @@ def screening(found: dict[str, Any]) -> list[tuple[str, str]]:
     rejected: dict[str, Any] = {f"rejected: {reason}": n for reason, n in (found.get("rejected") or {}).items()}
     first = {k: found[k] for k in ("generated", "accepted") if k in found}
     ordered = first | rejected | {k: found[k] for k in (*SCREENING, *found) if k in found and k not in ("rejected", "features")}
-    return [row for key, value in ordered.items() for row in _rows(key, value, ordered)]
+    return [row for key, value in ordered.items() for row in _rows(key, value, ordered, SCREENING.get(key))]
 
 
-def _rows(key: str, value: Any, beside: dict[str, Any]) -> list[tuple[str, str]]:
+def _rows(key: str, value: Any, beside: dict[str, Any], known: str | None = None) -> list[tuple[str, str]]:
     """One row, or those of what lies inside; a spread (``_std``) stands with its value."""
+    label, std = known or key.replace("_", " ").replace("kid", "KID").replace("fid", "FID"), beside.get(f"{key}_std")
     if isinstance(value, dict):
-        return [(f"{key.replace('_', ' ')}, {name}", text) for inner, v in value.items() for name, text in _rows(inner, v, value)]
+        return [(f"{label}, {name}", text) for inner, v in value.items() for name, text in _rows(inner, v, value)]
     if key.endswith("_std") and key[:-4] in beside:
         return []
-    label, std = SCREENING.get(key, key.replace("_", " ")), beside.get(f"{key}_std")
     if isinstance(value, list):
         return [(label, ", ".join(map(str, value)))] if value else []
     return [(label, _text(key, value) + (f" ± {std:.3f}" if std is not None else ""))]

@@ -15,7 +15,7 @@ from skinsynth.errors import UserError
 from skinsynth.knobs import Config
 from skinsynth.pages import figures, page, results
 from skinsynth.quality import predictions
-from skinsynth.quality.compare import Estimate, curves, difference, differences, estimates, holm
+from skinsynth.quality.compare import Estimate, arms, difference, differences, estimates, holm, size
 from skinsynth.quality.metrics import METRICS
 from skinsynth.quality.predictions import Predictions
 from skinsynth.quality.verdict import verdict
@@ -53,24 +53,18 @@ def gather(found: list[tuple[str, RunDir, Config]]) -> dict[str, Any]:
     rows = [row for images, figs in zip(sets, of, strict=True) for row in differences(images, figs)]
     rows += [row for one, other in combinations(of, 2) for row in _unpaired(one, other)]
     holm([row for row in rows if row["metric"] == "auroc"])
-    by_set = {arm: row for images, figs in zip(sets, of, strict=True) for arm, row in _arms(images, figs).items()}
-    arms = {f"{name}/{arm}": {**by_set[f"{name}/{arm}"], "train_samples": _samples(cfg, run, arm)}
+    by_set = {arm: {**row, "test": size(images)} for images, figs in zip(sets, of, strict=True) for arm, row in arms(images, figs).items()}
+    ordered = {f"{name}/{arm}": {**by_set[f"{name}/{arm}"], "train_samples": _samples(cfg, run, arm)}
             for name, run, cfg in found for arm in predictions.arms_of(cfg) if f"{name}/{arm}" in by_set}
-    fewest = min((row["test"] for row in arms.values()), key=lambda test: test["positive"], default=None)
-    return {"arms": arms, "differences": rows, "synthetic": {name: run.metrics("screen") for name, run, _ in found},
+    fewest = min((row["test"] for row in ordered.values()), key=lambda test: test["positive"], default=None)
+    return {"arms": ordered, "differences": rows, "synthetic": {name: run.metrics("screen") for name, run, _ in found},
             "unfinished": {name: results.unfinished(cfg, run) for name, run, cfg in found}, "same_test_images": len(sets) <= 1,
-            "verdict": verdict({"arms": arms, "differences": rows, "test": fewest})}
+            "verdict": verdict({"arms": ordered, "differences": rows, "test": fewest})}
 
 
 def _unpaired(one: dict[str, dict[str, Estimate]], other: dict[str, dict[str, Estimate]]) -> list[dict[str, Any]]:
     return [{"arms": [second, first], "metric": m, **difference(one[first][m], other[second][m]), "paired": False}
             for first in one for second in other for m in METRICS]
-
-
-def _arms(images: Predictions, of: dict[str, dict[str, Estimate]]) -> dict[str, Any]:
-    test = {"images": len(images.target), "groups": len(set(images.groups.tolist())), "positive": int(images.target.sum())}
-    return {arm: {**{m: e.summary() for m, e in figs.items()}, **curves(images, arm), "seeds": images.seeds[arm], "test": test}
-            for arm, figs in of.items()}
 
 
 def _samples(cfg: Config, run: RunDir, arm: str) -> dict[str, int]:

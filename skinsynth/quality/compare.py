@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from skinsynth.quality.delong import delong
-from skinsynth.quality.metrics import METRICS, Scored, calibration, roc
+from skinsynth.quality.metrics import HIGHEST, METRICS, Scored, calibration, roc
 from skinsynth.quality.predictions import Predictions
 
 RESAMPLES, SUBGROUP_RESAMPLES, CHUNK = 2000, 1000, 500
@@ -34,9 +34,9 @@ class Estimate:
     seeds: np.ndarray
     draws: np.ndarray
 
-    def summary(self) -> dict[str, Any]:
-        """``{"value", "ci": [low, high], "seeds"}``; None for what cannot be told."""
-        return {"value": rounded(self.seeds.mean()), "ci": interval(np.clip(self.draws, 0, 1)), "seeds": [rounded(v) for v in self.seeds]}
+    def summary(self, highest: float = 1.0) -> dict[str, Any]:
+        """``{"value", "ci": [low, high], "seeds"}``; None for what cannot be told. The figure's range is 0 to ``highest``."""
+        return {"value": rounded(self.seeds.mean()), "ci": interval(np.clip(self.draws, 0, highest)), "seeds": [rounded(v) for v in self.seeds]}
 
 
 def rounded(value: float) -> float | None:
@@ -174,7 +174,15 @@ def age_band(text: str) -> str:
 def compare(found: Predictions) -> dict[str, Any]:
     """All of it, ready for ``report.json``: ``arms``, ``differences``, ``subgroups``, ``test`` (images, groups, positive)."""
     of = estimates(found)
-    arms = {arm: {**{name: e.summary() for name, e in figures.items()}, **curves(found, arm), "seeds": found.seeds[arm]}
+    return {"arms": arms(found, of), "differences": differences(found, of), "subgroups": subgroups(found), "test": size(found)}
+
+
+def arms(found: Predictions, of: dict[str, dict[str, Estimate]]) -> dict[str, Any]:
+    """Per arm every figure with interval and seeds, its curves, and its seeds' numbers."""
+    return {arm: {**{name: e.summary(HIGHEST.get(name, 1.0)) for name, e in figures.items()}, **curves(found, arm), "seeds": found.seeds[arm]}
             for arm, figures in of.items()}
-    return {"arms": arms, "differences": differences(found, of), "subgroups": subgroups(found),
-            "test": {"images": len(found.target), "groups": len(set(found.groups.tolist())), "positive": int(found.target.sum())}}
+
+
+def size(found: Predictions) -> dict[str, int]:
+    """``images``, ``groups`` and ``positive`` images of the test set."""
+    return {"images": len(found.target), "groups": len(set(found.groups.tolist())), "positive": int(found.target.sum())}

@@ -13,9 +13,9 @@ from skinsynth.errors import UserError
 
 METRICS = ("auroc", "balanced_accuracy", "accuracy", "average_precision", "partial_auroc", "sensitivity_at_80", "sensitivity_at_90",
            "sensitivity_at_95", "sensitivity", "specificity", "f1", "brier", "ece")
-LOWER_IS_BETTER = ("brier", "ece")
 BINS = 15  # of the calibration error
 LEAST_SENSITIVITY = 0.8  # where the partial area begins
+HIGHEST = {"partial_auroc": 0.2}  # of the figures that do not go up to 1
 COUNTS = ("tp", "fp", "fn", "tn")
 ALL = (*COUNTS, "error", *(f"bin{i}" for i in range(BINS)))  # rows of sums before those of the curve
 
