@@ -199,7 +199,7 @@ def test_the_verdict_says_what_it_may_and_what_it_may_not() -> None:
     assert better["headline"] == "In this run, hybrid told malignant from benign better than baseline."
     assert "3 training runs per arm show only roughly" in " ".join(better["may_not"])
     same = verdict(compare(simulate(9, {"baseline": 1.0, "hybrid": 1.0}, people=60, seeds=1)))
-    assert same["headline"] == "This run shows no clear difference between hybrid and baseline."
+    assert same["headline"] == "There is no clear difference between baseline and hybrid."
     text = " ".join(same["may_not"])
     for needed in ("One training run per arm cannot prove an effect", "Nor is it shown that hybrid and baseline are equal", "AUROC alone was tested",
                    "are malignant: with so few", "do not name sex, age or site"):

@@ -14,7 +14,7 @@ from skinsynth.knobs import Config
 from skinsynth.run import RunDir, read_json
 
 CLASSES = {0: "benign", 1: "malignant"}
-GRID = 12  # images per class and source
+GRID, COLUMNS = 12, 6  # images per class and source, and in a row
 SHEETS = 6  # contact sheets on the page; more would make it heavy
 KINDS = {".png": "image/png", ".jpg": "image/jpeg", ".svg": "image/svg+xml"}
 
@@ -42,8 +42,8 @@ def grids(cfg: Config, run: RunDir) -> list[tuple[str, str, int, str]]:
                 continue
             chosen = [i for i in data.select({"target": target}) if kind == "train" or data.keys[i] in accepted][:GRID]
             if chosen:
-                images = [data.image(i) for i in chosen] + [np.full_like(data.image(chosen[0]), 255)] * (GRID - len(chosen))
-                rows = [np.concatenate(images[r:r + 6], axis=1) for r in range(0, GRID, 6)]
+                images = [data.image(i) for i in chosen] + [np.full_like(data.image(chosen[0]), 255)] * (-len(chosen) % COLUMNS)
+                rows = [np.concatenate(images[r:r + COLUMNS], axis=1) for r in range(0, len(images), COLUMNS)]
                 found.append((name, source, len(chosen), png(np.concatenate(rows))))
     return found
 

@@ -50,5 +50,6 @@ def missing(cfg: Config, run: RunDir) -> list[str]:
 
 
 def _why(run: RunDir, nodes: list[str]) -> list[str]:
-    """What the jobs of those nodes left as their last words; a message may be long, its beginning names the thing."""
-    return [f"{node} failed: {why if len(why) <= 300 else why[:297] + '...'}" for node in nodes for why in dict.fromkeys(run.failures(node).values())]
+    """What the jobs of those nodes that are not done left as their last words; a message may be long, its beginning names the thing."""
+    return [f"{node} failed: {why if len(why) <= 300 else why[:297] + '...'}" for node in nodes if not run.done_path(node).is_file()
+            for why in dict.fromkeys(run.failures(node).values())]

@@ -18,25 +18,35 @@ def claimed(row: dict[str, Any]) -> bool:
     return row["ci"] is not None and (row["ci"][0] > 0 or row["ci"][1] < 0) and row["p_holm"] is not None and row["p_holm"] <= LEVEL
 
 
-def verdict(found: dict[str, Any]) -> dict[str, Any]:
-    """``headline`` (str), ``may`` and ``may_not`` (lists of str) of what ``compare`` gave. The first arm is what the others are held against."""
+def verdict(found: dict[str, Any], where: str = "this run") -> dict[str, Any]:
+    """``headline`` (str), ``may`` and ``may_not`` (lists of str) of what ``compare`` gave. The first arm is what the others are held against.
+
+    Without ``subgroups`` in ``found`` they were not looked at, and nothing is said of them.
+    """
     rows = [row for row in found.get("differences", []) if row["metric"] == "auroc" and row["value"] is not None and row["ci"] is not None]
     first = next(iter(found["arms"]), None)
     main = [row for row in rows if row["arms"][1] == first]
     if not main:
         return {"headline": "There is nothing to compare yet.", "may": [],
                 "may_not": ["It takes two trained arms and test images of both classes to say whether synthetic images help; they are not here."]}
-    return {"headline": " ".join(_headline(row) for row in main), "may": [_figures(row, found["arms"]) for row in main],
+    return {"headline": _headline(main, where), "may": [_figures(row, found["arms"]) for row in main],
             "may_not": [*_of_seeds(found["arms"]), *_of_zero(main), *_of_images(found), *_of_many(rows), *_of_subgroups(found),
                         "The numbers hold for these data and settings. Images of another clinic, camera or skin type were not looked at, and nothing "
                         "here is fit for a patient."]}
 
 
-def _headline(row: dict[str, Any]) -> str:
-    other, first = row["arms"]
-    if not claimed(row):
-        return f"This run shows no clear difference between {other} and {first}."
-    return f"In this run, {other} told malignant from benign {'better' if row['value'] > 0 else 'worse'} than {first}."
+def _headline(rows: list[dict[str, Any]], where: str) -> str:
+    """One sentence for those that are better, one for those that are worse, one for the rest."""
+    first, found = rows[0]["arms"][1], []
+    for words, wanted in (("told malignant from benign better than", 1), ("told malignant from benign worse than", -1)):
+        others = [row["arms"][0] for row in rows if claimed(row) and row["value"] * wanted > 0]
+        found += [f"In {where}, {_listed(others)} {words} {first}."] if others else []
+    others = [row["arms"][0] for row in rows if not claimed(row)]
+    return " ".join([*found, *([f"There is no clear difference between {first} and {_listed(others, 'or')}."] if others else [])])
+
+
+def _listed(names: list[str], word: str = "and") -> str:
+    return f" {word} ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _figures(row: dict[str, Any], arms: dict[str, Any]) -> str:
@@ -52,13 +62,16 @@ def p_text(p: float | None) -> str:
 
 
 def _of_seeds(arms: dict[str, Any]) -> list[str]:
-    fewest = min(len(arm["auroc"]["seeds"]) for arm in arms.values())
-    if fewest == 1:
-        return ["One training run per arm cannot prove an effect: another seed would give other numbers, and that variation is not in the interval "
-                "of an arm with a single seed."]
+    single = [arm for arm, row in arms.items() if len(row["auroc"]["seeds"]) == 1]
+    fewest = min((len(row["auroc"]["seeds"]) for arm, row in arms.items() if arm not in single), default=FEW_SEEDS)
+    found = []
+    if single:
+        whose = "per arm" if len(single) == len(arms) else f"of {_listed(single)}"
+        found.append(f"One training run {whose} cannot prove an effect: another seed would give other numbers, and that variation is not in the "
+                     "interval.")
     if fewest < FEW_SEEDS:
-        return [f"{fewest} training runs per arm show only roughly how much training varies; the interval has it in, as far as they show it."]
-    return []
+        found.append(f"{fewest} training runs per arm show only roughly how much training varies; the interval has it in, as far as they show it.")
+    return found
 
 
 def _of_zero(rows: list[dict[str, Any]]) -> list[str]:
@@ -81,7 +94,9 @@ def _of_many(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _of_subgroups(found: dict[str, Any]) -> list[str]:
-    rows = found.get("subgroups") or []
+    rows = found.get("subgroups")
+    if rows is None:
+        return []
     small = sum(row["small"] for row in rows)
     if not rows:
         return ["Nothing is said of subgroups: the predictions do not name sex, age or site."]
