@@ -204,6 +204,10 @@ def test_the_verdict_says_what_it_may_and_what_it_may_not() -> None:
     for needed in ("One training run per arm cannot prove an effect", "Nor is it shown that hybrid and baseline are equal", "AUROC alone was tested",
                    "are malignant: with so few", "do not name sex, age or site"):
         assert needed in text, needed
+    unpaired = compare(simulate(8, {"baseline": 0.6, "hybrid": 1.6}))
+    unpaired["differences"] = [row | {"paired": False} for row in unpaired["differences"]]
+    assert verdict(unpaired)["headline"] == "There is nothing to compare yet."
+    assert "Nothing is concluded of hybrid: other test images" in " ".join(verdict(unpaired)["may_not"])
     nothing = verdict(compare(simulate(10, {"only": 1.0})))
     assert nothing["headline"] == "There is nothing to compare yet."
 

@@ -351,7 +351,7 @@ def test_several_runs_on_one_page(made: tuple[Config, RunDir], many: tuple[Confi
 
 
 def test_runs_with_other_test_images_are_not_paired_and_that_is_said(made: tuple[Config, RunDir], tmp_path: Path) -> None:
-    _, other = make(tmp_path / "second", gain=0.2)
+    _, other = make(tmp_path / "second")
     for path in other.path.glob("classify/*/predictions.csv"):
         path.write_text(path.read_text().replace("k1,", "k1b,"))
     words = Page(several.reports([made[1].path, other.path], tmp_path / "out").read_text()).words
@@ -360,6 +360,9 @@ def test_runs_with_other_test_images_are_not_paired_and_that_is_said(made: tuple
     assert {d["paired"] for d in found["differences"]} == {True, False}
     assert "not all judged on the same test images" in words
     assert "subgroups" not in words
+    assert "Nothing is concluded of run <i>&-2/baseline and run <i>&-2/hybrid: other test images" in " ".join(words.split())
+    assert "hybrid told malignant from benign better than run <i>&-1/baseline" in " ".join(words.split())
+    assert not re.search("-2/[a-z]+ told malignant", words)
     again = read_json(several.reports([made[1].path, other.path], tmp_path / "again").with_name("report.json"))
     assert again == found
 

@@ -25,14 +25,21 @@ def verdict(found: dict[str, Any], where: str = "this run") -> dict[str, Any]:
     """
     rows = [row for row in found.get("differences", []) if row["metric"] == "auroc" and row["value"] is not None and row["ci"] is not None]
     first = next(iter(found["arms"]), None)
-    main = [row for row in rows if row["arms"][1] == first]
+    main = [row for row in rows if row["arms"][1] == first and row["paired"]]
+    apart = _of_others([row["arms"][0] for row in rows if row["arms"][1] == first and not row["paired"]], first)
     if not main:
         return {"headline": "There is nothing to compare yet.", "may": [],
-                "may_not": ["It takes two trained arms and test images of both classes to say whether synthetic images help; they are not here."]}
+                "may_not": ["It takes two trained arms and the same test images, of both classes, to say whether synthetic images help; "
+                            "they are not here.", *apart]}
     return {"headline": _headline(main, where), "may": [_figures(row, found["arms"]) for row in main],
-            "may_not": [*_of_seeds(found["arms"]), *_of_zero(main), *_of_images(found), *_of_many(rows), *_of_subgroups(found),
+            "may_not": [*apart, *_of_seeds(found["arms"]), *_of_zero(main), *_of_images(found), *_of_many(rows), *_of_subgroups(found),
                         "The numbers hold for these data and settings. Images of another clinic, camera or skin type were not looked at, and nothing "
                         "here is fit for a patient."]}
+
+
+def _of_others(arms: list[str], first: str | None) -> list[str]:
+    """Arms that were judged on other images differ by these too, whatever the interval says."""
+    return [f"Nothing is concluded of {_listed(arms)}: other test images than those of {first}, which alone can make a difference."] if arms else []
 
 
 def _headline(rows: list[dict[str, Any]], where: str) -> str:
