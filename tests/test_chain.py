@@ -90,14 +90,20 @@ def test_a_finished_run_says_so_at_once(chain: Path, drawn: Path) -> None:
 def test_the_report_has_the_promised_form(chain: Path) -> None:
     report = read_json(chain / "run/report/report.json")
     for arm in ("baseline", "hybrid"):
-        assert 0 <= report["arms"][arm]["accuracy"] <= 1
-        assert 0 <= report["arms"][arm]["auroc"] <= 1
+        for metric in ("accuracy", "auroc"):
+            found = report["arms"][arm][metric]
+            assert 0 <= found["ci"][0] <= found["value"] <= found["ci"][1] <= 1
+            assert sum(found["seeds"]) / len(found["seeds"]) == pytest.approx(found["value"], abs=1e-5)
+    assert [d["arms"] for d in report["differences"] if d["metric"] == "auroc"] == [["hybrid", "baseline"]]
+    assert report["unfinished"] == {}
     assert report["synthetic"]["generated"] == 27
     assert 0 <= report["synthetic"]["accepted"] <= 27
     assert isinstance(report["synthetic"]["kid"], float)
     page = (chain / "run/report/index.html").read_text()
     assert "data:image/" in page
     assert 'src="http' not in page
+    assert "Not a medical device" in (chain / "run/finetune/weights/MODEL_CARD.md").read_text()
+    assert "Not a medical device" in (chain / "shards/run-synthetic/DATASHEET.md").read_text()
 
 
 def test_another_configuration_in_the_same_folder_is_refused(chain: Path, drawn: Path) -> None:

@@ -1,0 +1,66 @@
+"""A datasheet beside the synthetic set and a model card beside the weights, in Markdown, filled from the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from skinsynth.knobs import Config
+from skinsynth.pages.page import screening
+from skinsynth.run import RunDir, read_json, write_text
+
+LICENCES = {  # of the base models that are named in the shipped configurations, and the usual ones, as their hubs say
+    "builtin": "Apache-2.0; it has seen drawn lesions only",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "CreativeML Open RAIL-M",
+    "runwayml/stable-diffusion-v1-5": "CreativeML Open RAIL-M",
+    "stabilityai/stable-diffusion-xl-base-1.0": "CreativeML Open RAIL++-M",
+}
+DATA_LICENCE = "not recorded by the run: see where they were downloaded (each image of the ISIC archive names its own)"
+
+
+def write(cfg: Config, run: RunDir, summary: dict[str, Any]) -> list[Path]:
+    """``DATASHEET.md`` and ``MODEL_CARD.md``, each where the set, or the weights, are finished; returns those written.
+
+    The card lies at the top of the weights' folder, which is outside of what the weights' hash covers.
+    """
+    found, written = facts(cfg, run, summary), []
+    for folder, sign, file, template in ((run.dataset(cfg, "synthetic"), "manifest.json", "DATASHEET.md", "datasheet.md.j2"),
+                                         (run.weights, "lineage.json", "MODEL_CARD.md", "model_card.md.j2")):
+        if (folder / sign).is_file():
+            write_text(folder / file, _environment().get_template(template).render(found))
+            written.append(folder / file)
+    return written
+
+
+def _environment() -> jinja2.Environment:
+    """Markdown, so nothing is escaped; a line break would tear a table or open a heading."""
+    return jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True,
+                              keep_trailing_newline=True,
+                              finalize=lambda value: value.replace("\n", " ") if isinstance(value, str) else value)
+
+
+def facts(cfg: Config, run: RunDir, summary: dict[str, Any]) -> dict[str, Any]:
+    """What both cards say. Paths are named by their last part: where things lay on one machine is nobody's business."""
+    manifest = read_json(run.dataset(cfg, "synthetic") / "manifest.json") or {}
+    lineage = read_json(run.weights / "lineage.json") or manifest.get("lineage") or {}
+    base = str(lineage.get("base", "unknown"))
+    targets = {"0": "benign", "1": "malignant"}
+    return {"name": run.name, "seed": cfg.seed, "manifest": manifest, "lineage": {**lineage, "base": _name(base)},
+            "settings": manifest.get("settings", {}), "classes": [(targets.get(t, t), n) for t, n in manifest.get("classes", {}).items()],
+            "screen": summary["synthetic"], "screening": screening(summary["synthetic"]), "train": summary["data"].get("train", {}),
+            "finetune": cfg.finetune, "prompts": list(dict.fromkeys(p for g in cfg.generate.classes.values() for p in g.prompts)),
+            "data_name": cfg.data.name,
+            "metadata": Path(cfg.data.metadata).name if cfg.data.metadata else None, "data_licence": DATA_LICENCE,
+            "base_licence": LICENCES.get(base, "licence not known to skinsynth: see its model card"), "others": _others(cfg),
+            **summary["verdict"]}
+
+
+def _others(cfg: Config) -> list[str]:
+    return [f"merged LoRA: `{_name(cfg.model.lora)}`"] if cfg.model.lora else []
+
+
+def _name(base: str) -> str:
+    """A hub id as it is; of a path its last part."""
+    return Path(base).name if Path(base).is_absolute() or base.startswith((".", "~")) or base.count("/") > 1 else base

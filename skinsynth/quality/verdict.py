@@ -1,0 +1,110 @@
+"""What may be concluded from a comparison, and what may not, in plain sentences.
+
+A difference is claimed for AUROC alone, named before anything is seen: where the interval leaves 0 out, and p, corrected for the number of
+pairs of arms, is at most 0.05. All other figures are shown, none is tested for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+LEVEL = 0.05
+FEW_POSITIVE = 100  # malignant test images below which the reader is warned
+FEW_SEEDS = 5
+
+
+def claimed(row: dict[str, Any]) -> bool:
+    """True where an AUROC row of ``differences`` speaks of a difference."""
+    return row["ci"] is not None and (row["ci"][0] > 0 or row["ci"][1] < 0) and row["p_holm"] is not None and row["p_holm"] <= LEVEL
+
+
+def verdict(found: dict[str, Any], where: str = "this run") -> dict[str, Any]:
+    """``headline`` (str), ``may`` and ``may_not`` (lists of str) of what ``compare`` gave. The first arm is what the others are held against.
+
+    Without ``subgroups`` in ``found`` they were not looked at, and nothing is said of them.
+    """
+    rows = [row for row in found.get("differences", []) if row["metric"] == "auroc" and row["value"] is not None and row["ci"] is not None]
+    first = next(iter(found["arms"]), None)
+    main = [row for row in rows if row["arms"][1] == first and row["paired"]]
+    apart = _of_others([row["arms"][0] for row in rows if row["arms"][1] == first and not row["paired"]], first)
+    if not main:
+        return {"headline": "There is nothing to compare yet.", "may": [],
+                "may_not": ["It takes two trained arms and the same test images, of both classes, to say whether synthetic images help; "
+                            "they are not here.", *apart]}
+    return {"headline": _headline(main, where), "may": [_figures(row, found["arms"]) for row in main],
+            "may_not": [*apart, *_of_seeds(found["arms"]), *_of_zero(main), *_of_images(found), *_of_many(rows), *_of_subgroups(found),
+                        "The numbers hold for these data and settings. Images of another clinic, camera or skin type were not looked at, and nothing "
+                        "here is fit for a patient."]}
+
+
+def _of_others(arms: list[str], first: str | None) -> list[str]:
+    """Arms that were judged on other images differ by these too, whatever the interval says."""
+    return [f"Nothing is concluded of {_listed(arms)}: other test images than those of {first}, which alone can make a difference."] if arms else []
+
+
+def _headline(rows: list[dict[str, Any]], where: str) -> str:
+    """One sentence for those that are better, one for those that are worse, one for the rest."""
+    first, found = rows[0]["arms"][1], []
+    for words, wanted in (("told malignant from benign better than", 1), ("told malignant from benign worse than", -1)):
+        others = [row["arms"][0] for row in rows if claimed(row) and row["value"] * wanted > 0]
+        found += [f"In {where}, {_listed(others)} {words} {first}."] if others else []
+    others = [row["arms"][0] for row in rows if not claimed(row)]
+    return " ".join([*found, *([f"There is no clear difference between {first} and {_listed(others, 'or')}."] if others else [])])
+
+
+def _listed(names: list[str], word: str = "and") -> str:
+    return f" {word} ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _figures(row: dict[str, Any], arms: dict[str, Any]) -> str:
+    (other, first), (low, high), delong = row["arms"], row["ci"], row.get("delong")
+    text = (f"AUROC {arms[other]['auroc']['value']:.3f} ({other}) against {arms[first]['auroc']['value']:.3f} ({first}): a difference of "
+            f"{row['value']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, {p_text(row['p'])}")
+    text += f" ({p_text(row['p_holm'])} with all pairs of arms in mind)" if row["p_holm"] != row["p"] else ""
+    return text + (f"; DeLong's test, with the trained networks as they are: {p_text(delong['p'])}." if delong and delong["p"] is not None else ".")
+
+
+def p_text(p: float | None) -> str:
+    return "p unknown" if p is None else "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def _of_seeds(arms: dict[str, Any]) -> list[str]:
+    single = [arm for arm, row in arms.items() if len(row["auroc"]["seeds"]) == 1]
+    fewest = min((len(row["auroc"]["seeds"]) for arm, row in arms.items() if arm not in single), default=FEW_SEEDS)
+    found = []
+    if single:
+        whose = "per arm" if len(single) == len(arms) else f"of {_listed(single)}"
+        found.append(f"One training run {whose} cannot prove an effect: another seed would give other numbers, and that variation is not in the "
+                     "interval.")
+    if fewest < FEW_SEEDS:
+        found.append(f"{fewest} training runs per arm show only roughly how much training varies; the interval has it in, as far as they show it.")
+    return found
+
+
+def _of_zero(rows: list[dict[str, Any]]) -> list[str]:
+    """No evidence of a difference is none of equality."""
+    open_ones = [row for row in rows if not claimed(row)]
+    return [f"Nor is it shown that {row['arms'][0]} and {row['arms'][1]} are equal: the interval holds everything from {row['ci'][0]:+.3f} to "
+            f"{row['ci'][1]:+.3f}." for row in open_ones]
+
+
+def _of_images(found: dict[str, Any]) -> list[str]:
+    test = found["test"]
+    if test["positive"] >= FEW_POSITIVE:
+        return []
+    return [f"Of {test['images']} test images {test['positive']} are malignant: with so few, sensitivities and the ends of the intervals are coarse."]
+
+
+def _of_many(rows: list[dict[str, Any]]) -> list[str]:
+    pairs = f", p corrected for {len(rows)} pairs of arms (Holm)" if len(rows) > 1 else ""
+    return [f"AUROC alone was tested{pairs}. Among so many other figures some leave 0 out by chance: they describe, and prove nothing."]
+
+
+def _of_subgroups(found: dict[str, Any]) -> list[str]:
+    rows = found.get("subgroups")
+    if rows is None:
+        return []
+    small = sum(row["small"] for row in rows)
+    if not rows:
+        return ["Nothing is said of subgroups: the predictions do not name sex, age or site."]
+    return [f"{small} of {len(rows)} subgroups hold fewer than 10 images of a class: too few to say how the arms do there."] if small else []
