@@ -34,7 +34,7 @@ class Node:
 
 def chain(cfg: Config) -> list[Node]:
     """The nodes in an order in which they may run. An arm without synthetic images needs only ``prepare``, as does generation straight
-    from a published model.
+    from a published model; and synthetic images from elsewhere come in there.
 
     Raises:
         UserError: no arm to train.
@@ -42,9 +42,11 @@ def chain(cfg: Config) -> list[Node]:
     if not cfg.classify.arms:
         raise UserError("classify.arms is empty: give at least one arm, such as baseline: {sources: {real: 1}}")
     nodes = [Node("prepare", ())]
-    if cfg.generate.weights == "finetuned":
+    if cfg.generate.weights == "finetuned" and not cfg.data.synthetic:
         nodes += [Node("encode", ("prepare",)), Node("finetune", ("encode",))]
-    nodes += [Node("generate", (nodes[-1].name,)), Node("screen", ("generate",))]
+    if not cfg.data.synthetic:
+        nodes.append(Node("generate", (nodes[-1].name,)))
+    nodes.append(Node("screen", (nodes[-1].name,)))
     for arm, wanted in cfg.classify.arms.items():
         nodes.append(Node(f"classify/{arm}", ("screen",) if wanted.sources.get("synthetic") else ("prepare",)))
     return [*nodes, Node("report", tuple(n.name for n in nodes if n.stage in ("screen", "classify")))]

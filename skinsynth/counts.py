@@ -56,9 +56,12 @@ def plan(cfg: Config) -> dict[str, Any]:
         found = _classes(cfg, manifest)
     except UserError as error:
         found, why = {}, str(error)
-    classes = {name: {"target": g.classes[name].target, "images": count, "prompts": list(g.classes[name].prompts)} for name, count in found.items()}
+    known = {} if cfg.data.synthetic else g.classes
+    classes = {name: {"target": known[name].target, "images": count, "prompts": list(known[name].prompts)} if known else {"images": count}
+               for name, count in found.items()}
     total = sum(found.values())
     return {"classes": classes, "images": total, "shards": ceil(total / g.shard_size), "shard_size": g.shard_size, "amount": g.amount,
+            "from": cfg.data.synthetic or "generated",
             "approximate": g.amount != "counts" and manifest is None, "method": g.method, "weights": g.weights, "scheduler": g.scheduler,
             "steps": g.steps, "guidance": g.guidance, "negative_prompt": g.negative_prompt, "seed": cfg.seed, "why": why}
 
@@ -66,6 +69,10 @@ def plan(cfg: Config) -> dict[str, Any]:
 def _classes(cfg: Config, manifest: dict[str, Any] | None) -> dict[str, int]:
     from skinsynth.data.plan import amounts
 
+    if cfg.data.synthetic:
+        from skinsynth.data import external
+
+        return dict(Counter(external.CLASSES[row.target] for row in external.read(Path(cfg.data.synthetic))[0]))
     if cfg.generate.amount == "counts":
         return amounts(cfg, Counter())
     if manifest:

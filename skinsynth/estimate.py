@@ -246,6 +246,9 @@ def table(found: list[Stage]) -> Table:
 def _plan_lines(p: dict[str, Any]) -> list[str]:
     if p["why"]:
         return [f"to generate: unknown: {p['why']}"]
+    if p["from"] != "generated":
+        each = (f"{c['images']:,} {name}" for name, c in p["classes"].items())
+        return [f"synthetic images from {p['from']}: {', '.join(each)}"]
     about = "about " if p["approximate"] else ""
     lines = [f"to generate: {about}{p['images']:,} images in {p['shards']:,} shards of {p['shard_size']:,} (amount: {p['amount']}); {p['method']}, "
              f"{p['weights']} weights, {p['scheduler']}, {p['steps']} steps, guidance {p['guidance']:g}, seed {p['seed']}"

@@ -37,6 +37,7 @@ class Data:
     duplicates: str | None = None  # CSV of known near-duplicate pairs: the first two columns that hold ids
     instance_data_dir: str | None = None
     class_data_dir: str | None = None
+    synthetic: str | None = None  # a folder of synthetic images from elsewhere: instead of fine-tuning and generating (see data.external)
     shards: str = "shards"
     remote: str | None = free(field(default=None))  # where <name>-{train,val,test} lie prepared: a URL, "pipe:COMMAND {name}" or a folder
     cache: str | None = free(field(default=None))  # where the remote's tars are kept: <cache>/<name>-train/...; None: beside the index in ``shards``

@@ -23,14 +23,14 @@ from skinsynth.data.shards import KEY
 from skinsynth.errors import UserError
 
 COLUMNS = {  # ours -> theirs; the first that is filled counts
-    "image_name": ("image_name", "isic_id"),
+    "image_name": ("image_name", "isic_id", "file_name"),
     "patient_id": ("patient_id",),
     "lesion_id": ("lesion_id",),
     "sex": ("sex",),
     "age": ("age_approx",),
     "site": ("anatom_site_general_challenge", "anatom_site_general"),
     "diagnosis": ("diagnosis", "diagnosis_3", "diagnosis_2"),
-    "target": ("target",),
+    "target": ("target", "label"),
     "malignancy": ("benign_malignant", "diagnosis_1"),
 }
 EMPTY = {"", "na", "n/a", "nan", "none", "null"}
@@ -121,6 +121,8 @@ def _age(value: str | None) -> int | None:
 def _target(record: Mapping[str, str]) -> int:
     """0 or 1. Raises ``ValueError`` where the columns do not say so, or contradict."""
     told, word = _value(record, "target"), _value(record, "malignancy")
+    if (told or "").lower() in ("benign", "malignant"):  # a Hugging Face label may be the word
+        told, word = None, word or told
     by_number = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}.get(told or "")
     by_word = {"benign": 0, "malignant": 1}.get((word or "").lower())
     if told is not None and by_number is None:

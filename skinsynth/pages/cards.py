@@ -47,14 +47,21 @@ def facts(cfg: Config, run: RunDir, summary: dict[str, Any]) -> dict[str, Any]:
     lineage = read_json(run.weights / "lineage.json") or manifest.get("lineage") or {}
     base = str(lineage.get("base", "unknown"))
     targets = {"0": "benign", "1": "malignant"}
+    if "source" in manifest.get("settings", {}):
+        manifest["settings"]["source"] = Path(str(manifest["settings"]["source"])).name
     return {"name": run.name, "seed": cfg.seed, "manifest": manifest, "lineage": {**lineage, "base": _name(base)},
             "settings": manifest.get("settings", {}), "classes": [(targets.get(t, t), n) for t, n in manifest.get("classes", {}).items()],
             "screen": summary["synthetic"], "screening": screening(summary["synthetic"]), "train": summary["data"].get("train", {}),
-            "finetune": cfg.finetune, "prompts": list(dict.fromkeys(p for g in cfg.generate.classes.values() for p in g.prompts)),
+            "finetune": cfg.finetune, "prompts": _prompts(cfg),
             "data_name": cfg.data.name,
             "metadata": Path(cfg.data.metadata).name if cfg.data.metadata else None, "data_licence": DATA_LICENCE,
             "base_licence": LICENCES.get(base, "licence not known to skinsynth: see its model card"), "others": _others(cfg),
             **summary["verdict"]}
+
+
+def _prompts(cfg: Config) -> list[str]:
+    """None where the images were made elsewhere."""
+    return [] if cfg.data.synthetic else list(dict.fromkeys(p for g in cfg.generate.classes.values() for p in g.prompts))
 
 
 def _others(cfg: Config) -> list[str]:

@@ -58,7 +58,13 @@ def render(cfg: Config, run: RunDir, summary: dict[str, Any]) -> str:
         prompts=list(dict.fromkeys(p for g in cfg.generate.classes.values() for p in g.prompts)), grids=pictures.grids(cfg, run),
         sheets=sheets, all_sheets=all_sheets, pairs=pictures.pairs(cfg, run), plots=pictures.plots(run), screening=screening(summary["synthetic"]),
         copy_quantile=getattr(cfg.screen, "copy_quantile", None), config=configs.dump(cfg), provenance=read_json(run.path / "provenance.json") or {},
-        lineage=read_json(run.weights / "lineage.json") or {}, set_aside=run.metrics("prepare").get("set_aside", {}), steps=steps(cfg))
+        lineage=_lineage(cfg, run), set_aside=run.metrics("prepare").get("set_aside", {}), steps=steps(cfg))
+
+
+def _lineage(cfg: Config, run: RunDir) -> dict[str, Any]:
+    """What the synthetic images descend from: as the run's own weights say, else as the set does."""
+    manifest = read_json(run.dataset(cfg, "synthetic") / "manifest.json") or {}
+    return read_json(run.weights / "lineage.json") or manifest.get("lineage") or {}
 
 
 def _epochs(cfg: Config, run: RunDir, arms: dict[str, Any]) -> tuple[str | None, str]:

@@ -25,7 +25,7 @@ import cv2
 from rich.console import Console
 from rich.table import Table
 
-from skinsynth.data import cache, isic, summary
+from skinsynth.data import cache, external, isic, summary
 from skinsynth.data.isic import Aside, BadImage, Row
 from skinsynth.data.lesion import square
 from skinsynth.data.shards import ShardWriter, claim, encode_jpeg, missing_parts, part_path, write_manifest
@@ -69,14 +69,18 @@ def prepare(cfg: Config, run: RunDir, task: Task) -> None:
     Raises:
         UserError: unusable metadata or configuration, too many bad images, a folder of another request, a remote that does not answer.
     """
+    if cfg.data.synthetic:
+        external.make_units(cfg, run, task)
     if cfg.data.remote:
-        _report(cfg, run, cache.adopt(cfg, run))
+        manifests = cache.adopt(cfg, run)
+        if external.finish(cfg, run):
+            _report(cfg, run, manifests)
         return
     _check_paths(cfg)
     folders = {split: run.dataset(cfg, split) for split in SPLITS}
     plan = _shared_plan(cfg, folders)
     _make_units(cfg, run, task, plan, folders)
-    if not any(missing_parts(folders[split], plan.shards(split)) for split in SPLITS):
+    if external.finish(cfg, run) and not any(missing_parts(folders[split], plan.shards(split)) for split in SPLITS):
         _finish(cfg, run, plan, folders)
 
 
@@ -271,7 +275,7 @@ def _report(cfg: Config, run: RunDir, manifests: dict[str, dict[str, Any]]) -> N
     found = list(manifests.values())
     write_text(folder / "split.md", summary.markdown(f"{cfg.data.name}: {cfg.prepare.size} px, seed {cfg.seed}", found, lines))
     run.finish("prepare", {**metrics, "rows": rows, "duplicates": pairs, "set_aside": {"total": len(aside), "reasons": reasons}},
-               [run.dataset(cfg, s) / "manifest.json" for s in SPLITS])
+               [run.dataset(cfg, s) / "manifest.json" for s in (*SPLITS, *(["synthetic"] if cfg.data.synthetic else []))])
     _print(cfg, found, [*lines, f"the same as a file: {folder / 'split.md'}"])
 
 
