@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from skinsynth.cli.app import ConfigFile, Overrides, RunFolder, Stage, app, run_folder
+from skinsynth.cli.app import ConfigFile, Overrides, RunFolder, Stage, app, path_of, run_folder
 
 
 @app.command()
@@ -204,6 +204,31 @@ def doctor(config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help
     elif on_nodes:
         typer.echo("\n".join(map(str, job.together(on_nodes))))
     raise typer.Exit(int(check.failed(found + on_nodes)))
+
+
+@app.command()
+def report(runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="one run folder, or several to compare")],
+           to: Annotated[str, typer.Option(metavar="DIR", help="Where the page of several runs goes.")] = "comparison") -> None:
+    """Write the report of a run as it is now, unfinished or not; or one page that compares several runs.
+
+    Examples:
+
+    skinsynth report runs/isic
+
+    skinsynth report runs/isic runs/isic-lora runs/derm-t2im --to runs/compared
+    """
+    from skinsynth.run import Task
+
+    folders = [run_folder(run) for run in runs]
+    if len(folders) > 1:
+        from skinsynth.pages import several
+
+        typer.echo(several.reports([folder.path for folder in folders], path_of(to)))
+        return
+    from skinsynth.stages import report as reporting
+
+    reporting.report(folders[0].config(), folders[0], Task())
+    typer.echo(folders[0].path / "report" / "index.html")
 
 
 @app.command()
