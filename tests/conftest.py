@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,14 +25,35 @@ SMALL = {  # the demo, cut to seconds
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """There is one Slurm at a time, so its tests go to one of the workers that share the suite (make test)."""
+    for item in items:
+        if "slurm" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("slurm"))
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that one of the workers makes and all use."""
+    root = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    folder = root / name
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            folder.mkdir()
+            try:
+                make(folder)
+            except BaseException:
+                folder.rename(root / f"{name}-failed")
+                raise
+    return folder
+
+
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 120 drawn images with metadata.csv and duplicates.csv."""
     from skinsynth.data.phantom import write_dataset
 
-    folder = tmp_path_factory.mktemp("drawn")
-    write_dataset(folder, images=120, malignant=0.35, seed=3)
-    return folder
+    return made_once(tmp_path_factory, "drawn", lambda folder: write_dataset(folder, images=120, malignant=0.35, seed=3))
 
 
 @pytest.fixture(scope="session")
@@ -59,10 +81,11 @@ def skinsynth(*arguments: str, **options: object) -> subprocess.CompletedProcess
 def chain(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished small run (``run``) and its datasets (``shards``), made as a user makes it: by the command line, through
     submitit's local executor, two ranks and two tasks where the demo has them."""
-    folder = tmp_path_factory.mktemp("chain")
-    done = skinsynth("launch", "configs/demo.yaml", *overrides(drawn, folder))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder
+    def make(folder: Path) -> None:
+        done = skinsynth("launch", "configs/demo.yaml", *overrides(drawn, folder))
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    return made_once(tmp_path_factory, "chain", make)
 
 
 # ---- a Slurm: our devcluster where we may start one, else a site's own ----
