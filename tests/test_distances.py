@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from skinsynth.errors import UserError
-from skinsynth.knobs import Model
+from skinsynth.knobs import Config, Model, Screen
 from skinsynth.quality.distances import Scaler, kid, mmd2
-from skinsynth.quality.features import Extractor, space_name
+from skinsynth.quality.features import VaeFeatures, space_name
 
 
 def drawn_from(seed: int, n: int, shift: float = 0.0) -> np.ndarray:
@@ -82,7 +82,7 @@ def pictures(drawn: Path) -> np.ndarray:
 
 
 def test_features_do_not_depend_on_batching_and_order(pictures: np.ndarray) -> None:
-    extractor = Extractor(Model(), 4)
+    extractor = VaeFeatures(Model(), 4)
     whole = extractor(pictures[:7])
     assert whole.dtype == np.float32
     assert np.array_equal(whole, np.concatenate([extractor(pictures[i:i + 1]) for i in range(7)]))
@@ -91,7 +91,7 @@ def test_features_do_not_depend_on_batching_and_order(pictures: np.ndarray) -> N
 
 
 def test_the_feature_space_tells_blurred_lesions_from_sharp_ones(pictures: np.ndarray) -> None:
-    extractor = Extractor(Model(), 16)
+    extractor = VaeFeatures(Model(), 16)
     blurred = np.stack([cv2.GaussianBlur(p, (0, 0), 1.0) for p in pictures[40:]])
     sharp, rest, soft = extractor(pictures[:40]), extractor(pictures[40:]), extractor(blurred)
     scale = Scaler.of(sharp)
@@ -100,7 +100,8 @@ def test_the_feature_space_tells_blurred_lesions_from_sharp_ones(pictures: np.nd
 
 
 def test_the_space_is_named_without_a_path(tmp_path: Path) -> None:
-    assert space_name("builtin") == "builtin-vae"
-    assert space_name(str(tmp_path / "sd15")) == "sd15-vae"
+    assert space_name(Config()) == "builtin-vae"
+    assert space_name(Config(model=Model(base=str(tmp_path / "sd15")))) == "sd15-vae"
+    assert space_name(Config(screen=Screen(features=str(tmp_path / "dinov2-base")))) == "dinov2-base"
     with pytest.raises(UserError, match="no such folder"):
-        Extractor(Model(base=str(tmp_path / "sd15")), 4)
+        VaeFeatures(Model(base=str(tmp_path / "sd15")), 4)

@@ -142,11 +142,11 @@ def test_it_goes_on_where_it_was_cut_off_and_leaves_a_finished_one_alone(screene
     cfg, run = settings(tmp_path)
     (tmp_path / "run/screen/done.json").unlink()
     (tmp_path / "run/screen/parts/00003.json").unlink()
-    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "run/screen/parts").glob("*.npy")}
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "run/screen/parts").glob("*.np*")}
     screen(cfg, run, Task())
     assert outcome(tmp_path) == outcome(screened)
     rewritten = {p.name for p, t in times.items() if p.stat().st_mtime_ns != t}
-    assert rewritten == {"00003.npy", "00003.thumbs.npy"}
+    assert rewritten == {"00003.npz"}
     done = run.done_path("screen").stat().st_mtime_ns
     screen(cfg, run, Task())
     assert run.done_path("screen").stat().st_mtime_ns == done
@@ -159,7 +159,7 @@ def test_a_synthetic_set_made_anew_is_screened_anew(screened: Path, tmp_path: Pa
     write(tmp_path / "shards/run-synthetic", synthetic([encode_jpeg(image, 95) for image in images[66:74]]), 8, kind="synthetic")
     screen(cfg, run, Task())
     assert run.metrics("screen")["generated"] == 8
-    old, new = ((folder / "run/screen/parts/00000.npy").stat().st_mtime_ns for folder in (screened, tmp_path))
+    old, new = ((folder / "run/screen/parts/00000.npz").stat().st_mtime_ns for folder in (screened, tmp_path))
     assert old == new, "the parts of the real images were made anew"
 
 
