@@ -69,8 +69,8 @@ def kid(x: np.ndarray, y: np.ndarray, subsets: int, subset_size: int, seed: int)
 def fid(x: np.ndarray, y: np.ndarray) -> float:
     """Frechet Inception Distance (Heusel et al. 2017) with any features: that of two normal distributions with the sets' means and covariances.
 
-    The trace of the square root of the product of the covariances A and B is taken as the sum of the roots of the eigenvalues of
-    A^1/2 B A^1/2, which is symmetric: no complex numbers, and a covariance without full rank (fewer images than features) does no harm.
+    The trace of the square root of the product of the covariances A and B is taken as the sum of the singular values of A^1/2 B^1/2: no complex
+    numbers, and no roots of rounding errors, so a covariance without full rank (fewer images than features) does no harm.
 
     Args:
         x, y: float (n, d), (m, d); each at least two rows.
@@ -81,10 +81,13 @@ def fid(x: np.ndarray, y: np.ndarray) -> float:
     _check("FID", x, y)
     x, y = x.astype(np.float64), y.astype(np.float64)
     a, b = np.atleast_2d(np.cov(x, rowvar=False)), np.atleast_2d(np.cov(y, rowvar=False))
-    values, vectors = np.linalg.eigh(a)
-    root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
-    shared = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ b @ root), 0)).sum()
+    shared = np.linalg.svd(_root(a) @ _root(b), compute_uv=False).sum()
     return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * shared)
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(covariance)
+    return vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
 
 
 def fid_warning(images: int, dimensions: int) -> str | None:
