@@ -50,7 +50,7 @@ class Unit:
 
 @dataclass
 class Parts:
-    """The units of a run and their folder."""
+    """The units of a run and their folder. Raises ``UserError`` where one of the ``sets`` is empty."""
 
     cfg: Config
     folder: Path
@@ -59,6 +59,10 @@ class Parts:
     against: str = field(init=False)  # a hash of all training shards: what was searched
 
     def __post_init__(self) -> None:
+        empty = [str(dataset.folder) for dataset in self.sets.values() if not len(dataset)]
+        if empty:
+            raise UserError(f"{', '.join(empty)} holds no images: screening compares synthetic images with real ones of all three splits: give each "
+                            "a share (prepare.split) and images enough")
         self.against = _hash(self.sets["train"])
         found: list[tuple[str, int, str, int]] = []
         for kind in KINDS:

@@ -64,7 +64,7 @@ def check_lineage(sets: dict[str, Dataset]) -> bool:
     """
     groups = (sets["synthetic"].manifest.get("lineage") or {}).get("group_ids")
     for kind in ("val", "test"):
-        shared = sorted(set(groups or ()) & set(sets[kind].columns["group"]))
+        shared = sorted(set(groups or ()) & set(sets[kind].columns.get("group", ())))
         if shared:
             raise UserError(f"leakage: the generator of {sets['synthetic'].folder} was trained on {len(shared)} groups of the {kind} split "
                             f"({', '.join(shared[:5])}); its images must not be used with this split. Fine-tune again on the present training split")
@@ -192,7 +192,7 @@ class Verdict:
         recall = {name: round(float(share), 4) for name, share in planted.items()}
         return {"copy_threshold": limit, "copy_recall": recall["all"], "copy_recall_per_disguise": recall,
                 "copy_planted": min(PLANTED, len(self.train)),
-                "copy_false_alarms": round(float(self._matches("test").copies(limit).mean()), 4) if len(self.parts.sets["test"]) else None,
+                "copy_false_alarms": round(float(self._matches("test").copies(limit).mean()), 4),
                 "copied_share": gate.copied_share(self.measured.matches, limit, len(self.train))}
 
     def _real_rejected(self) -> dict[str, float]:
