@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -33,6 +34,7 @@ SAME = 0.99  # similarity from which an image is a copy whatever the next ones a
 # noise. On ISIC 2017 at 64 pixels, 1 % of real images lie above 0.6 to 0.7, and nine in ten disguised copies above 0.74.
 LIMITS = (0.6, 0.75)
 FLAT = 0.5  # grey levels: with less detail than this a picture has nothing to compare
+DETAILS = 4096  # training images whose detail is kept, 12 kB each: some are everybody's neighbour
 QUERIES, ROWS = 256, 4096  # queries and training images of one matrix product
 
 
@@ -63,6 +65,7 @@ class Gallery:
         if not len(thumbnails):
             raise UserError("no training images to compare with")
         self.thumbnails, self.coarse = thumbnails, coarse(thumbnails)
+        self.detail = lru_cache(DETAILS)(lambda i: _detail(thumbnails[i]))
 
     def search(self, thumbnails: np.ndarray, threads: int = 1) -> Matches:
         """Queries uint8 (n, SIDE, SIDE, 3) against all training images. The result depends on neither ``threads`` nor the other queries."""
@@ -81,8 +84,7 @@ class Gallery:
         for candidate, turn in zip(nearest.tolist(), pose.tolist(), strict=True):
             if turn not in templates:
                 templates[turn] = _templates(fine[turn][0])
-            image = _detail(self.thumbnails[candidate])
-            found.append(max(_correlation(image, template) for template in templates[turn]))
+            found.append(max(_correlation(self.detail(candidate), template) for template in templates[turn]))
         order = np.argsort(-np.array(found), kind="stable")
         best = found[order[0]]
         crowd = found[order[CROWD - 1]] if len(found) >= CROWD else 0.0
