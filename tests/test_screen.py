@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from skinsynth.data.shards import Dataset, ShardWriter, encode_jpeg, write_manifest
 from skinsynth.errors import UserError
@@ -173,6 +177,18 @@ def test_three_tasks_in_any_order_decide_the_same_to_the_byte(screened: Path, tm
         screen(cfg, run, Task(index, 3))
         assert not run.is_done("screen")
     screen(cfg, run, Task(1, 3))
+    assert outcome(tmp_path) == outcome(screened)
+
+
+def test_two_tasks_at_once_decide_the_same_to_the_byte(screened: Path, tmp_path: Path) -> None:
+    """As an array runs them: each a process, all making thumbnails and comparing shards while the others write theirs."""
+    shutil.copytree(screened / "shards", tmp_path / "shards")
+    cfg, run = settings(tmp_path)
+    run.create(cfg)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    tasks = [subprocess.Popen([sys.executable, "-m", "jobs.screen", str(run.path), "--task", f"{i}/2"], cwd=ROOT, env=env)
+             for i in range(2)]
+    assert [task.wait(timeout=150) for task in tasks] == [0, 0]
     assert outcome(tmp_path) == outcome(screened)
 
 

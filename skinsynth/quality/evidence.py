@@ -134,5 +134,6 @@ class Evidence:
 
 
 def _share(probability: np.ndarray) -> float | None:
-    """Of the images those that are given their own class."""
-    return round(float((probability > 0.5).mean()), 4) if len(probability) else None
+    """Of the images those that are given their own class; one that the classifier does not know is not counted."""
+    known = probability[~np.isnan(probability)]
+    return round(float((known > 0.5).mean()), 4) if len(known) else None
