@@ -310,6 +310,21 @@ def test_images_that_do_not_show_their_class_are_set_aside_only_when_asked_to(sc
     assert RunDir(screened / "run").metrics("screen")["rejected"]["class"] == 0
 
 
+def test_training_images_of_one_class_give_no_classifier_and_no_distance_to_the_other(screened: Path, tmp_path: Path) -> None:
+    cfg, run = again(screened, tmp_path)
+    for path in (tmp_path / "shards/isic-train/parts").glob("*.json"):
+        part = json.loads(path.read_text())
+        part["columns"]["target"] = [0] * part["count"]
+        path.write_text(json.dumps(part))
+    cfg.screen.agreement = 0.9
+    screen(cfg, run, Task())
+    metrics = run.metrics("screen")
+    assert metrics["agreement"] == {"auroc_val": None, "per_class": {}}
+    assert metrics["rejected"]["class"] == 0
+    assert metrics["distances"]["per_class"]["malignant"]["kid"] is None
+    assert metrics["distances"]["per_class"]["benign"]["real_images"] == 40
+
+
 def test_what_is_switched_off_sets_nothing_aside(screened: Path, tmp_path: Path) -> None:
     cfg, run = again(screened, tmp_path)
     cfg.screen.blur = cfg.screen.frame = cfg.screen.clipped = cfg.screen.saturation = cfg.screen.duplicate = None
