@@ -225,7 +225,7 @@ class Progress:
 def write_bytes(path: Path, data: bytes, durable: bool = True) -> None:
     """Writes so that a reader sees the old file or the whole new one: temp file, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temp = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")  # two nodes may have a process of the same number
     try:
         with open(temp, "wb") as f:
             f.write(data)
