@@ -184,12 +184,26 @@ class Generate:
 
 @dataclass
 class Screen:
-    blank_std: float = at_least(6.0, 0)  # grey levels (0-255): a picture with less spread is blank
+    """``blur``, ``frame``, ``clipped``, ``saturation``: the share of the real training images that lie beyond the limit; None: not looked at."""
+
+    features: str = "vae"  # the base model's VAE; "classifier": the run's own, of real images; or a transformers folder or hub id (DINOv2, CLIP)
+    max_features: int = at_least(10_000, 100)  # images a set of which the features are compared, over all and of each class: the memory's bound
+    blank_std: float = at_least(5.0, 0)  # grey levels (0-255): a picture with less spread is blank
+    blur: float | None = at_least(0.002, 0, 0.5)
+    frame: float | None = at_least(0.002, 0, 0.5)  # a black frame or vignette
+    clipped: float | None = at_least(0.002, 0, 0.5)  # pixels at the ends of the scale
+    saturation: float | None = at_least(0.002, 0, 0.5)  # garish colours
     copy_quantile: float = at_least(0.995, 0.5, 1)  # of the similarity that held-out real images have to training images
+    duplicate: float | None = at_least(0.98, 0.5, 1)  # correlation from which two synthetic images are one; None: not looked for
+    agreement: float | None = at_least(None, 0, 1)  # smallest probability of its class by a classifier of real images; None: only measured
+    neighbours: int = at_least(5, 1)  # of precision, recall, density, coverage
     kid_subsets: int = at_least(50, 1)
     kid_subset_size: int = at_least(100, 2)
     batch: int = at_least(64, 1)
-    min_accepted: float = at_least(0.2, 0, 1)  # with a smaller share accepted, the chain stops
+    min_accepted: float = at_least(0.2, 0, 1)  # the set fails with a smaller share accepted,
+    max_copies: float | None = at_least(None, 0, 1)  # with a larger share of copies among the generated,
+    max_kid_ratio: float | None = at_least(None, 0)  # or with a KID so many times that of real images to real images, or of its spread
+    on_fail: str = free(one_of("stop", "warn"))  # a set that fails stops the chain, or is only told
 
 
 @dataclass

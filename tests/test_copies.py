@@ -101,3 +101,28 @@ def test_a_flat_picture_resembles_nothing(drawn: Path) -> None:
 def test_turns_are_eight_different_ones() -> None:
     image = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(1, 4, 4, 3)
     assert len({t.tobytes() for t in copies.turns(image)}) == 8
+
+
+def test_the_blocked_search_finds_the_candidates_of_the_loop(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the blocks, since the products are of whole numbers; the loop is the definition."""
+    t = thumbs(load(sorted((drawn / "images").glob("*.jpg"))[:60]))
+    gallery, queries = copies.coarse(t[:45]), copies.coarse(t[40:])
+    expected = []
+    for query in queries.astype(float):
+        poses = [turned[0] for turned in copies.turns(query[None])]
+        likeness = np.array([[(pose * image).sum() / max(np.linalg.norm(image), 1) for pose in poses] for image in gallery.astype(float)])
+        expected.append(np.argsort(-likeness.max(1), kind="stable")[:copies.CANDIDATES].tolist())
+    for rows in (4096, 13, 10, 1):
+        monkeypatch.setattr(copies, "ROWS", rows)
+        index, pose = copies.candidates(queries, gallery)
+        assert index.tolist() == expected
+        assert pose[0, 0] == 0, "the picture itself, as it is"
+
+
+def test_each_disguise_changes_the_picture_in_its_own_way(drawn: Path) -> None:
+    image = load(sorted((drawn / "images").glob("*.jpg"))[:1])[0]
+    changed = {kind: copies.plant(image, 3, kind) for kind in (*copies.DISGUISES, "all")}
+    assert all(x.shape == image.shape and x.dtype == np.uint8 and not np.array_equal(x, image) for x in changed.values())
+    assert any(np.array_equal(changed["flip"], turned[0]) for turned in copies.turns(image[None]))
+    assert len({x.tobytes() for x in changed.values()}) == 5
+    assert np.array_equal(copies.plant(image, 3), changed["all"])

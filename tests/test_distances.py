@@ -1,7 +1,8 @@
-"""distances: KID against its formula and its promises, and the feature space on drawn lesions."""
+"""distances: each against its formula and its promises, and the feature space on drawn lesions."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 
 from skinsynth.errors import UserError
-from skinsynth.knobs import Model
-from skinsynth.quality.distances import Scaler, kid, mmd2
-from skinsynth.quality.features import Extractor, space_name
+from skinsynth.knobs import Config, Model, Screen
+from skinsynth.quality.distances import Scaler, compare, fid, fid_warning, kid, mmd2, prdc
+from skinsynth.quality.features import VaeFeatures, space_name
 
 
 def drawn_from(seed: int, n: int, shift: float = 0.0) -> np.ndarray:
@@ -82,7 +83,7 @@ def pictures(drawn: Path) -> np.ndarray:
 
 
 def test_features_do_not_depend_on_batching_and_order(pictures: np.ndarray) -> None:
-    extractor = Extractor(Model(), 4)
+    extractor = VaeFeatures(Model(), 4)
     whole = extractor(pictures[:7])
     assert whole.dtype == np.float32
     assert np.array_equal(whole, np.concatenate([extractor(pictures[i:i + 1]) for i in range(7)]))
@@ -91,7 +92,7 @@ def test_features_do_not_depend_on_batching_and_order(pictures: np.ndarray) -> N
 
 
 def test_the_feature_space_tells_blurred_lesions_from_sharp_ones(pictures: np.ndarray) -> None:
-    extractor = Extractor(Model(), 16)
+    extractor = VaeFeatures(Model(), 16)
     blurred = np.stack([cv2.GaussianBlur(p, (0, 0), 1.0) for p in pictures[40:]])
     sharp, rest, soft = extractor(pictures[:40]), extractor(pictures[40:]), extractor(blurred)
     scale = Scaler.of(sharp)
@@ -100,7 +101,113 @@ def test_the_feature_space_tells_blurred_lesions_from_sharp_ones(pictures: np.nd
 
 
 def test_the_space_is_named_without_a_path(tmp_path: Path) -> None:
-    assert space_name("builtin") == "builtin-vae"
-    assert space_name(str(tmp_path / "sd15")) == "sd15-vae"
+    assert space_name(Config()) == "builtin-vae"
+    assert space_name(Config(model=Model(base=str(tmp_path / "sd15")))) == "sd15-vae"
+    assert space_name(Config(screen=Screen(features=str(tmp_path / "dinov2-base")))) == "dinov2-base"
     with pytest.raises(UserError, match="no such folder"):
-        Extractor(Model(base=str(tmp_path / "sd15")), 4)
+        VaeFeatures(Model(base=str(tmp_path / "sd15")), 4)
+
+
+# ---- FID ----
+
+def with_covariance(mean: list[float], covariance: np.ndarray, n: int = 9) -> np.ndarray:
+    """Rows whose sample mean and covariance are exactly these."""
+    x = np.random.default_rng(0).normal(size=(n, len(mean)))
+    x -= x.mean(0)
+    return x @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T @ np.linalg.cholesky(covariance).T + mean
+
+
+def test_fid_by_hand() -> None:
+    x, y = with_covariance([0, 0], np.diag([4.0, 9.0])), with_covariance([1, -2], np.diag([1.0, 25.0]))
+    assert fid(x, y) == pytest.approx(5 + (2 - 1) ** 2 + (3 - 5) ** 2, rel=1e-9)  # covariances that commute: the difference of their roots
+
+
+def test_fid_is_the_matrix_formula() -> None:
+    from scipy.linalg import sqrtm
+
+    x, y = drawn_from(0, 60) @ np.random.default_rng(5).normal(size=(8, 8)), drawn_from(1, 40, 0.3)
+    a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a + b - 2 * sqrtm(a @ b).real)
+    assert fid(x, y) == pytest.approx(expected, rel=1e-6)
+    assert fid(x, y) == pytest.approx(fid(y, x), rel=1e-9)
+
+
+def test_fid_of_fewer_images_than_features_is_a_number_and_zero_to_itself() -> None:
+    x = np.random.default_rng(0).normal(size=(6, 50)) * 1000
+    assert fid(x, x) == pytest.approx(0, abs=1e-12 * np.trace(np.cov(x, rowvar=False)))
+    assert fid(x, x + 3) == pytest.approx(50 * 9, rel=1e-6)
+
+
+def test_fid_is_biased_where_kid_is_not_and_says_so() -> None:
+    few, many = fid(drawn_from(0, 30), drawn_from(1, 30)), fid(drawn_from(0, 3000), drawn_from(1, 3000))
+    assert few > 20 * many
+    assert "30 images are too small for FID in 8 dimensions" in str(fid_warning(30, 8))
+    assert "too small" in str(fid_warning(3000, 4096))
+    assert "compare it at equal numbers" in str(fid_warning(3000, 512))
+    assert fid_warning(10_000, 2048) is None
+
+
+# ---- precision, recall, density, coverage ----
+
+def slow_prdc(synthetic: np.ndarray, real: np.ndarray, k: int) -> dict[str, float]:
+    """The definitions, one pair at a time."""
+    def distance(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.sqrt(((a - b) ** 2).sum()))
+
+    def radius(x: np.ndarray, i: int) -> float:
+        return sorted(distance(x[i], x[j]) for j in range(len(x)) if j != i)[k - 1]
+
+    real_radii, own_radii = [radius(real, i) for i in range(len(real))], [radius(synthetic, i) for i in range(len(synthetic))]
+    balls = [[distance(s, r) <= width for r, width in zip(real, real_radii, strict=True)] for s in synthetic]
+    reached = [[distance(s, r) <= width for s, width in zip(synthetic, own_radii, strict=True)] for r in real]
+    return {"precision": float(np.mean([any(row) for row in balls])), "recall": float(np.mean([any(row) for row in reached])),
+            "density": sum(map(sum, balls)) / (k * len(synthetic)), "coverage": float(np.mean(np.any(balls, axis=0)))}
+
+
+@pytest.mark.parametrize(("n", "m", "k"), [(30, 40, 5), (7, 50, 3), (40, 9, 1)])
+def test_prdc_is_the_definition(n: int, m: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    synthetic, real = drawn_from(0, n, 0.4), drawn_from(1, m)
+    expected = slow_prdc(synthetic, real, k)
+    assert prdc(synthetic, real, k) == pytest.approx(expected)
+    monkeypatch.setattr("skinsynth.quality.distances.BLOCK", 4)
+    assert prdc(synthetic + 1e4, real + 1e4, k) == pytest.approx(expected)
+
+
+def test_prdc_of_one_kind_is_high_and_noise_costs_precision_and_a_dropped_mode_recall() -> None:
+    rng = np.random.default_rng(0)
+    real, again = (rng.normal(0, 1, (400, 4)) + rng.integers(0, 2, (400, 1)) * 20 for _ in range(2))
+    same = prdc(again, real, 5)
+    assert min(same["precision"], same["recall"], same["coverage"]) > 0.85
+    assert same["density"] == pytest.approx(1, abs=0.1)
+    dropped = prdc(again[again[:, 0] < 10], real, 5)
+    assert dropped["precision"] > 0.85
+    assert dropped["recall"] < 0.6
+    assert dropped["coverage"] < 0.6
+    noisy = prdc(again + rng.normal(0, 4, again.shape), real, 5)
+    assert noisy["precision"] < 0.5 * same["precision"]
+    assert noisy["density"] < 0.5
+
+
+def test_one_odd_real_image_makes_precision_but_not_density() -> None:
+    real = np.concatenate([drawn_from(0, 200), np.full((1, 8), 60.0)])
+    far = drawn_from(1, 100, 20)
+    found = prdc(far, real, 5)
+    assert found["precision"] == 1
+    assert found["density"] == pytest.approx(0.2)
+
+
+def test_compare_gives_all_with_their_sizes_and_none_of_too_little() -> None:
+    knobs = Screen(kid_subsets=5, kid_subset_size=20)
+    found = compare(drawn_from(0, 50), drawn_from(1, 60), knobs, 0)
+    assert found["kid"] == round(kid(drawn_from(0, 50), drawn_from(1, 60), 5, 20, 0)[0], 5)
+    assert found["fid"] == round(fid(drawn_from(0, 50), drawn_from(1, 60)), 5)
+    assert (found["images"], found["real_images"]) == (50, 60)
+    empty = compare(np.zeros((1, 8)), drawn_from(1, 60), knobs, 0)
+    assert empty.keys() == found.keys()
+    assert {v for k, v in empty.items() if not k.endswith("images")} == {None}
+
+
+@pytest.mark.parametrize("of", [fid, lambda x, y: prdc(x, y, 5)])
+def test_the_others_refuse_too_little_too(of: Callable[..., object]) -> None:
+    with pytest.raises(UserError, match="two images or more"):
+        of(np.zeros((1, 4)), np.zeros((9, 4)))

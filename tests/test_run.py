@@ -90,3 +90,21 @@ def test_progress_is_a_file_that_a_watcher_reads(tmp_path: Path) -> None:
     assert found is not None
     assert (found["done"], found["total"], found["unit"]) == (10, 20, "images")
     assert [duration(s) for s in (None, 0.2, 95, 3725)] == ["-", "0:00", "1:35", "1:02:05"]
+
+
+def test_processes_of_the_same_number_on_two_nodes_do_not_share_a_temp_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second node writes the same file while the first is about to rename its own, as tasks of one array may."""
+    replace, wrote = os.replace, []
+
+    def rename(temp: Path, final: Path) -> None:
+        if not wrote:
+            wrote.append(temp)
+            monkeypatch.setattr("platform.node", lambda: "node2")
+            runs.write_bytes(final, b"same")
+        replace(temp, final)
+
+    monkeypatch.setattr("platform.node", lambda: "node1")
+    monkeypatch.setattr(os, "replace", rename)
+    runs.write_bytes(tmp_path / "x.npy", b"same")
+    assert (tmp_path / "x.npy").read_bytes() == b"same"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]

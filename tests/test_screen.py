@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from skinsynth.data.shards import Dataset, ShardWriter, encode_jpeg, write_manifest
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config, GeneratedClass
-from skinsynth.quality import copies
+from skinsynth.quality import copies, spectrum
+from skinsynth.quality.evidence import choose
+from skinsynth.quality.parts import Parts
 from skinsynth.run import RunDir, Task, read_json, sha256_file
 from skinsynth.stages.screen import screen
 
@@ -54,7 +60,8 @@ def images(drawn: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def fresh(images: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Datasets with one synthetic image of every kind: 4 copies, blank, broken, of another size, and duplicates over a shard's border."""
+    """Datasets with one synthetic image of every kind: 4 copies, blank, broken, of another size, duplicates and near-duplicates over a shard's
+    border, a blurred one."""
     folder = tmp_path_factory.mktemp("screen")
     train, val, test, new = images[:40], images[40:56], images[56:66], images[66:90]
     for split, part in (("train", train), ("val", val), ("test", test)):
@@ -63,7 +70,8 @@ def fresh(images: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copied = [encode_jpeg(np.ascontiguousarray(train[5][:, ::-1]), 50), encode_jpeg(np.ascontiguousarray(np.rot90(train[7])), 60),
               encode_jpeg(train[9], 50), encode_jpeg(copies.plant(train[11], 3), 95)]
     others = [encode_jpeg(np.full((SIZE, SIZE, 3), 120, np.uint8), 95), b"\xff\xd8 no picture", encode_jpeg(images[0][:32], 95)]
-    rows = synthetic([*drawings, *copied, *others, drawings[2], drawings[3]])
+    near = [encode_jpeg(cv2.GaussianBlur(new[4], (0, 0), 0.4), 60), encode_jpeg(np.ascontiguousarray(new[5][:, ::-1]), 70)]
+    rows = synthetic([*drawings, *copied, *others, drawings[2], drawings[3], *near, encode_jpeg(cv2.GaussianBlur(new[6], (0, 0), 5), 95)])
     write(folder / "shards/run-synthetic", rows, 7, kind="synthetic", lineage={"group_ids": ["train-group-1"]})
     return folder
 
@@ -72,7 +80,7 @@ def settings(folder: Path) -> tuple[Config, RunDir]:
     cfg = Config(run=str(folder / "run"))
     cfg.data.shards, cfg.prepare.size, cfg.screen.batch, cfg.screen.copy_quantile = str(folder / "shards"), SIZE, 8, 1.0
     cfg.screen.kid_subset_size, cfg.screen.kid_subsets = 20, 10
-    cfg.generate.classes = {"benign": GeneratedClass(0, ["x"], 16), "malignant": GeneratedClass(1, ["x"], 17)}
+    cfg.generate.classes = {"benign": GeneratedClass(0, ["x"], 18), "malignant": GeneratedClass(1, ["x"], 18)}
     return cfg, RunDir(folder / "run")
 
 
@@ -88,13 +96,13 @@ def test_every_reason_is_found_and_told(screened: Path) -> None:
     told = {sample["key"]: sample for sample in rejected["samples"]}
     reasons = {int(key[4:]): sample["reason"] for key, sample in told.items()}
     assert {n: r for n, r in reasons.items() if n >= 24} == {24: "copy", 25: "copy", 26: "copy", 27: "copy", 28: "blank", 29: "broken", 30: "broken",
-                                                             31: "duplicate", 32: "duplicate"}
+                                                             31: "duplicate", 32: "duplicate", 33: "duplicate", 34: "duplicate", 35: "blur"}
     assert [told[f"syn-{n:08d}"]["train_key"] for n in (24, 25, 26, 27)] == ["train-005", "train-007", "train-009", "train-011"]
     assert all(0.8 < told[f"syn-{n:08d}"]["similarity"] <= 1 for n in (24, 25, 26, 27))
     assert told["syn-00000030"]["value"] == "is 64 x 32 pixels, not 64 x 64"
-    assert (told["syn-00000031"]["value"], told["syn-00000032"]["value"]) == ("syn-00000002", "syn-00000003")
+    assert [told[f"syn-{n:08d}"]["value"] for n in (31, 32, 33, 34)] == [f"syn-{n:08d}" for n in (2, 3, 4, 5)]
     assert rejected["count"] == len(told) == sum(rejected["reasons"].values())
-    assert len(told) <= 11, "drawings that are new were set aside"
+    assert len(told) <= 14, "drawings that are new were set aside"
 
 
 def test_accepted_is_the_rest_and_names_its_dataset(screened: Path) -> None:
@@ -105,12 +113,42 @@ def test_accepted_is_the_rest_and_names_its_dataset(screened: Path) -> None:
     assert accepted["count"] == len(accepted["keys"]) == sum(accepted["classes"].values())
     assert accepted["manifest_sha256"] == sha256_file(dataset.folder / "manifest.json")
     metrics = RunDir(screened / "run").metrics("screen")
-    assert (metrics["generated"], metrics["accepted"]) == (33, accepted["count"])
+    assert (metrics["generated"], metrics["accepted"]) == (36, accepted["count"])
     assert metrics["features"] == "builtin-vae"
     assert metrics["copy_recall"] >= 0.8
     assert set(metrics["kid_per_class"]) == {"benign", "malignant"}
     assert metrics["kid"] < 1
     assert abs(metrics["kid_real"]) < 1
+
+
+def test_the_metrics_hold_the_evidence_with_its_sizes(screened: Path) -> None:
+    metrics = RunDir(screened / "run").metrics("screen")
+    distances = metrics["distances"]
+    assert (distances["all"]["images"], distances["all"]["real_images"], distances["real"]["images"]) == (metrics["accepted"], 40, 26)
+    assert set(distances["per_class"]) == {"benign", "malignant"}
+    assert metrics["kid"] == distances["all"]["kid"]
+    assert all(0 <= distances["all"][name] <= 1 for name in ("precision", "recall", "coverage"))
+    assert "too small for FID" in distances["all"]["fid_warning"]
+    assert set(metrics["copy_recall_per_disguise"]) == {"flip", "crop", "colour", "jpeg", "all"}
+    assert metrics["copied_share"] == 4 / 40
+    assert set(metrics["limits"]) == set(metrics["real_rejected"]) == {"blank", "blur", "frame", "clipped", "saturated"}
+    assert set(metrics["agreement"]["per_class"]) == {"benign", "malignant"}
+    assert 0 <= metrics["agreement"]["auroc_val"] <= 1
+    assert 0 < metrics["detector"]["tested"] < 40 + 26 + 36
+    assert metrics["lineage"] == "known"
+    assert metrics["gate"] == {"passed": True, "failures": []}
+    assert metrics == read_json(screened / "run/screen/metrics.json")
+
+
+def test_the_mean_spectra_are_those_of_all_whole_images(screened: Path, images: np.ndarray) -> None:
+    cfg, run = settings(screened)
+    sets = sets_of(screened)
+    parts = Parts(cfg, run.node("screen") / "parts", sets)
+    real_mean = np.mean([spectrum.transforms(sets[kind].image(i)) for kind in ("train", "val", "test") for i in range(len(sets[kind]))], 0)
+    assert np.allclose(parts.spectra(("train", "val", "test")), real_mean)
+    whole = [i for i in range(36) if i not in parts.broken("synthetic")]
+    assert len(whole) == 34
+    assert np.allclose(parts.spectra(("synthetic",)), np.mean([spectrum.transforms(sets["synthetic"].image(i)) for i in whole], 0))
 
 
 def test_the_nearest_pairs_begin_with_the_copies(screened: Path) -> None:
@@ -122,9 +160,14 @@ def test_the_nearest_pairs_begin_with_the_copies(screened: Path) -> None:
     assert sheet.shape == (5 * 160, 4 * 264, 3)
 
 
+def sets_of(folder: Path) -> dict[str, Dataset]:
+    names = {"train": "isic-train", "val": "isic-val", "test": "isic-test", "synthetic": "run-synthetic"}
+    return {kind: Dataset.open(folder / "shards" / name) for kind, name in names.items()}
+
+
 def outcome(folder: Path) -> dict[str, bytes]:
     return {name: (folder / "run/screen" / name).read_bytes().replace(str(folder).encode(), b"")
-            for name in ("accepted.json", "rejected.json", "pairs.json", "worst-pairs.png", "done.json")}
+            for name in ("accepted.json", "rejected.json", "metrics.json", "pairs.json", "worst-pairs.png", "spectrum.png", "done.json")}
 
 
 def test_three_tasks_in_any_order_decide_the_same_to_the_byte(screened: Path, tmp_path: Path) -> None:
@@ -137,19 +180,69 @@ def test_three_tasks_in_any_order_decide_the_same_to_the_byte(screened: Path, tm
     assert outcome(tmp_path) == outcome(screened)
 
 
+def test_two_tasks_at_once_decide_the_same_to_the_byte(screened: Path, tmp_path: Path) -> None:
+    """As an array runs them: each a process, all making thumbnails and comparing shards while the others write theirs."""
+    shutil.copytree(screened / "shards", tmp_path / "shards")
+    cfg, run = settings(tmp_path)
+    run.create(cfg)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    tasks = [subprocess.Popen([sys.executable, "-m", "jobs.screen", str(run.path), "--task", f"{i}/2"], cwd=ROOT, env=env)
+             for i in range(2)]
+    assert [task.wait(timeout=150) for task in tasks] == [0, 0]
+    assert outcome(tmp_path) == outcome(screened)
+
+
 def test_it_goes_on_where_it_was_cut_off_and_leaves_a_finished_one_alone(screened: Path, tmp_path: Path) -> None:
     shutil.copytree(screened, tmp_path, dirs_exist_ok=True)
     cfg, run = settings(tmp_path)
     (tmp_path / "run/screen/done.json").unlink()
     (tmp_path / "run/screen/parts/00003.json").unlink()
-    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "run/screen/parts").glob("*.npy")}
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "run/screen/parts").glob("*.np*")}
     screen(cfg, run, Task())
     assert outcome(tmp_path) == outcome(screened)
     rewritten = {p.name for p, t in times.items() if p.stat().st_mtime_ns != t}
-    assert rewritten == {"00003.npy", "00003.thumbs.npy"}
+    assert rewritten == {"00003.npz"}
     done = run.done_path("screen").stat().st_mtime_ns
     screen(cfg, run, Task())
     assert run.done_path("screen").stat().st_mtime_ns == done
+
+
+def test_a_task_makes_the_training_thumbnails_that_it_misses_and_a_pair_of_shards_that_none_compared_is_made_good(
+        screened: Path, tmp_path: Path) -> None:
+    """The first task of many begins with the search; and what two tasks did not see of each other is compared in the end."""
+    shutil.copytree(screened, tmp_path, dirs_exist_ok=True)
+    cfg, run = settings(tmp_path)
+    (tmp_path / "run/screen/done.json").unlink()
+    folder = tmp_path / "run/screen/parts"
+    for path in [*folder.glob("train-*.npy"), *folder.glob("*.near.json"), folder / "00004.json"]:
+        path.unlink()
+    units = Parts(cfg, folder, sets_of(tmp_path)).units
+    assert units[4].kind == "test"
+    screen(cfg, run, Task(4, 5))
+    assert outcome(tmp_path) == outcome(screened)
+    assert len(list(folder.glob("train-*.npy"))) == 3
+
+
+def test_features_are_kept_of_so_many_images_and_the_same_ones(screened: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(screened, tmp_path, dirs_exist_ok=True)
+    cfg, run = settings(tmp_path)
+    (tmp_path / "run/screen/done.json").unlink()
+    cfg.screen.max_features = 8  # below what the configuration allows, for the test
+    screen(cfg, run, Task())
+    distances = run.metrics("screen")["distances"]
+    assert {row["images"] for row in (distances["all"], *distances["per_class"].values())} == {8}
+    assert distances["real"]["images"] == 16
+    assert len(read_json(tmp_path / "run/screen/accepted.json")["keys"]) == RunDir(screened / "run").metrics("screen")["accepted"]
+
+
+def test_which_features_are_kept_depends_on_the_keys_alone() -> None:
+    keys, targets = [f"k{i}" for i in range(300)], np.arange(300) % 3
+    numbers, over_all = choose(keys, targets, np.arange(300), 20)
+    assert over_all.sum() == 20
+    assert all((targets[numbers] == t).sum() >= 20 for t in range(3))
+    fewer, _ = choose(keys, targets, np.array(sorted(numbers)), 20)
+    assert np.array_equal(fewer, numbers), "those chosen are chosen again from among themselves"
+    assert len(choose(keys, targets, np.arange(0), 20)[0]) == 0
 
 
 def test_a_synthetic_set_made_anew_is_screened_anew(screened: Path, tmp_path: Path, images: np.ndarray) -> None:
@@ -159,7 +252,7 @@ def test_a_synthetic_set_made_anew_is_screened_anew(screened: Path, tmp_path: Pa
     write(tmp_path / "shards/run-synthetic", synthetic([encode_jpeg(image, 95) for image in images[66:74]]), 8, kind="synthetic")
     screen(cfg, run, Task())
     assert run.metrics("screen")["generated"] == 8
-    old, new = ((folder / "run/screen/parts/00000.npy").stat().st_mtime_ns for folder in (screened, tmp_path))
+    old, new = ((folder / "run/screen/parts/00000.npz").stat().st_mtime_ns for folder in (screened, tmp_path))
     assert old == new, "the parts of the real images were made anew"
 
 
@@ -172,16 +265,110 @@ def test_a_generator_that_saw_held_out_groups_is_refused(screened: Path, tmp_pat
         screen(cfg, run, Task())
 
 
+@pytest.mark.parametrize("lineage", [{}, {"lineage": None}, {"lineage": {"group_ids": None}}])
+def test_a_generator_of_unknown_origin_is_said_to_be_one(screened: Path, tmp_path: Path, lineage: dict[str, Any]) -> None:
+    shutil.copytree(screened, tmp_path, dirs_exist_ok=True)
+    manifest = tmp_path / "shards/run-synthetic/manifest.json"
+    known = {k: v for k, v in json.loads(manifest.read_text()).items() if k != "lineage"}
+    manifest.write_text(json.dumps(known | lineage))
+    cfg, run = settings(tmp_path)
+    screen(cfg, run, Task())
+    assert run.metrics("screen")["lineage"] == "unknown"
+
+
+def again(screened: Path, folder: Path) -> tuple[Config, RunDir]:
+    """The same parts, not decided yet."""
+    shutil.copytree(screened, folder, dirs_exist_ok=True)
+    for name in ("done", "accepted"):
+        (folder / f"run/screen/{name}.json").unlink()
+    return settings(folder)
+
+
+def test_a_set_that_fails_goes_on_where_it_is_told_to(screened: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg, run = again(screened, tmp_path)
+    cfg.screen.max_copies, cfg.screen.min_accepted = 0.1, 0.9
+    with pytest.raises(UserError, match=r"only \d\d of 36 .*; 4 of 36 .* are copies .* more than screen.max_copies=0.1.*on_fail=warn"):
+        screen(cfg, run, Task())
+    assert not run.is_done("screen")
+    assert not read_json(tmp_path / "run/screen/metrics.json")["gate"]["passed"]
+    cfg.screen.on_fail = "warn"
+    screen(cfg, run, Task())
+    assert "are copies of training images" in capsys.readouterr().err
+    assert len(run.metrics("screen")["gate"]["failures"]) == 2
+    assert read_json(tmp_path / "run/screen/accepted.json")["count"] == RunDir(screened / "run").metrics("screen")["accepted"]
+
+
+def test_images_that_do_not_show_their_class_are_set_aside_only_when_asked_to(screened: Path, tmp_path: Path) -> None:
+    cfg, run = again(screened, tmp_path)
+    cfg.screen.agreement = 0.5
+    screen(cfg, run, Task())
+    metrics = run.metrics("screen")
+    assert metrics["rejected"]["class"] > 0
+    assert {row["synthetic"] for row in metrics["agreement"]["per_class"].values()} == {1.0}
+    told = [s["value"] for s in read_json(tmp_path / "run/screen/rejected.json")["samples"] if s["reason"] == "class"]
+    assert max(told) < 0.5
+    assert RunDir(screened / "run").metrics("screen")["rejected"]["class"] == 0
+
+
+def test_training_images_of_one_class_give_no_classifier_and_no_distance_to_the_other(screened: Path, tmp_path: Path) -> None:
+    cfg, run = again(screened, tmp_path)
+    for path in (tmp_path / "shards/isic-train/parts").glob("*.json"):
+        part = json.loads(path.read_text())
+        part["columns"]["target"] = [0] * part["count"]
+        path.write_text(json.dumps(part))
+    cfg.screen.agreement = 0.9
+    screen(cfg, run, Task())
+    metrics = run.metrics("screen")
+    assert metrics["agreement"] == {"auroc_val": None, "per_class": {}}
+    assert metrics["rejected"]["class"] == 0
+    assert metrics["distances"]["per_class"]["malignant"]["kid"] is None
+    assert metrics["distances"]["per_class"]["benign"]["real_images"] == 40
+
+
+def test_what_is_switched_off_sets_nothing_aside(screened: Path, tmp_path: Path) -> None:
+    cfg, run = again(screened, tmp_path)
+    cfg.screen.blur = cfg.screen.frame = cfg.screen.clipped = cfg.screen.saturation = cfg.screen.duplicate = None
+    cfg.screen.blank_std = 0
+    screen(cfg, run, Task())
+    assert {reason for reason, n in run.metrics("screen")["rejected"].items() if n} == {"broken", "copy"}
+
+
+def test_another_feature_space_is_measured_anew_and_named(screened: Path, tmp_path: Path) -> None:
+    from transformers import Dinov2Config, Dinov2Model
+
+    cfg, run = again(screened, tmp_path)
+    small = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    Dinov2Model(small).save_pretrained(tmp_path / "dinov2-small")
+    (tmp_path / "dinov2-small/preprocessor_config.json").write_text('{"size": 28}')
+    cfg.screen.features = str(tmp_path / "dinov2-small")
+    screen(cfg, run, Task())
+    metrics = run.metrics("screen")
+    assert metrics["features"] == "dinov2-small"
+    assert metrics["kid"] != RunDir(screened / "run").metrics("screen")["kid"]
+    assert metrics["rejected"] == RunDir(screened / "run").metrics("screen")["rejected"]
+
+
 def test_too_few_accepted_stops_with_the_counts_and_leaves_no_list(screened: Path, tmp_path: Path) -> None:
     shutil.copytree(screened, tmp_path, dirs_exist_ok=True)
     cfg, run = settings(tmp_path)
     for name in ("done", "accepted"):
         (tmp_path / f"run/screen/{name}.json").unlink()
     cfg.screen.min_accepted = 0.9
-    with pytest.raises(UserError, match=r"of 33 synthetic images were accepted \(2 broken, 1 blank, \d copy, 2 duplicate\)"):
+    with pytest.raises(UserError, match=r"of 36 synthetic images were accepted \(2 broken, 1 blank, \d copy, \d blur, (\d \w+, )*4 duplicate\)"):
         screen(cfg, run, Task())
     assert not (tmp_path / "run/screen/accepted.json").exists()
     assert (tmp_path / "run/screen/rejected.json").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_an_empty_split_is_told(screened: Path, tmp_path: Path, split: str) -> None:
+    cfg, run = again(screened, tmp_path)
+    shutil.rmtree(tmp_path / f"shards/isic-{split}")
+    write_manifest(tmp_path / f"shards/isic-{split}", 0)
+    manifest = tmp_path / f"shards/isic-{split}/manifest.json"
+    assert json.loads(manifest.read_text())["count"] == 0
+    with pytest.raises(UserError, match=f"isic-{split} holds no images"):
+        screen(cfg, run, Task())
 
 
 def test_a_damaged_real_image_is_named(screened: Path, tmp_path: Path, images: np.ndarray) -> None:

@@ -158,6 +158,25 @@ def resolve_classifier(model: str) -> Path | None:
     return folder
 
 
+def resolve_features(name: str) -> Path:
+    """The local folder of the vision model of ``screen.features``. Nothing is downloaded.
+
+    Raises:
+        UserError: as ``find_base``; a file, since none but a transformers folder is read.
+    """
+    if Path(name).is_file():
+        raise UserError(f"screen.features={name} is a file: pickles and TorchScript may run any code and are not read; give 'vae', 'classifier', a "
+                        "transformers folder of a vision model, or its hub id")
+    if not Path(name).is_dir() and not _is_hub_id(name):
+        raise UserError(f"screen.features={name}: no such folder (give 'vae', 'classifier', a transformers folder or a hub id such as owner/name)")
+    folder = Path(name) if Path(name).is_dir() else _cached("screen.features", name)
+    missing = [wanted for wanted in ("config.json", "preprocessor_config.json", "*.safetensors") if not list(folder.glob(wanted))]
+    if missing:
+        raise UserError(f"screen.features: {folder} is not complete: missing {', '.join(missing)} (expected a transformers vision model with "
+                        "safetensors weights)")
+    return folder
+
+
 def _is_hub_id(name: str) -> bool:
     return not name.startswith((".", "/")) and name.count("/") == 1 and not name.endswith(".safetensors")
 
@@ -223,6 +242,8 @@ def pull(cfg: Config, say: Callable[[str], None]) -> None:
     wanted = [("model.base", cfg.model.base, _base_itself, base_files), ("classify.model", cfg.classify.model, resolve_classifier, classifier_files)]
     if cfg.model.config:
         wanted.insert(1, ("model.config", cfg.model.config, resolve_config, config_files))
+    if cfg.screen.features not in ("vae", "classifier"):
+        wanted.append(("screen.features", cfg.screen.features, resolve_features, classifier_files))
     for key, name, find, choose in wanted:
         if name in ("builtin", "small"):
             say(f"{key}={name}: nothing to fetch")

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -33,7 +34,8 @@ SAME = 0.99  # similarity from which an image is a copy whatever the next ones a
 # noise. On ISIC 2017 at 64 pixels, 1 % of real images lie above 0.6 to 0.7, and nine in ten disguised copies above 0.74.
 LIMITS = (0.6, 0.75)
 FLAT = 0.5  # grey levels: with less detail than this a picture has nothing to compare
-BLOCK = 256  # queries per matrix product
+DETAILS = 4096  # training images whose detail is kept, 12 kB each: some are everybody's neighbour
+QUERIES, ROWS = 256, 4096  # queries and training images of one matrix product
 
 
 @dataclass(frozen=True)
@@ -56,40 +58,69 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
 
 
 class Gallery:
-    """Training images, ready to be searched."""
+    """Training images, ready to be searched; 3 kB and a third of it again for each."""
 
     def __init__(self, thumbnails: np.ndarray):
         """uint8 (n, SIDE, SIDE, 3). Raises ``UserError`` where there are none."""
         if not len(thumbnails):
             raise UserError("no training images to compare with")
-        self.fine, self.coarse = [_detail(t) for t in thumbnails], _coarse(thumbnails)
+        self.thumbnails, self.coarse = thumbnails, coarse(thumbnails)
+        self.detail = lru_cache(DETAILS)(lambda i: _detail(thumbnails[i]))
 
     def search(self, thumbnails: np.ndarray, threads: int = 1) -> Matches:
-        """Queries uint8 (n, SIDE, SIDE, 3) against all training images. The result does not depend on ``threads``."""
+        """Queries uint8 (n, SIDE, SIDE, 3) against all training images. The result depends on neither ``threads`` nor the other queries."""
         with ThreadPoolExecutor(threads) as pool:
-            rows = [row for start in range(0, len(thumbnails), BLOCK) for row in self._block(thumbnails[start:start + BLOCK], pool)]
+            rows = [row for start in range(0, len(thumbnails), QUERIES) for row in self._block(thumbnails[start:start + QUERIES], pool)]
         index, similarity, nearness = zip(*rows, strict=True) if rows else ((), (), ())
         return Matches(np.array(index, np.int64), np.array(similarity, np.float64), np.array(nearness, np.float64))
 
     def _block(self, queries: np.ndarray, pool: ThreadPoolExecutor) -> Iterator[tuple[int, float, float]]:
-        products = np.stack([_coarse(turned) @ self.coarse.T for turned in turns(queries)])  # (8, queries, training)
-        pose, score = products.argmax(0), products.max(0)
-        nearest = np.argsort(-score, axis=1, kind="stable")[:, :CANDIDATES]
+        nearest, pose = candidates(coarse(queries), self.coarse)
         return pool.map(lambda q: self._align(queries[q], nearest[q], pose[q]), range(len(queries)))
 
-    def _align(self, query: np.ndarray, candidates: np.ndarray, pose: np.ndarray) -> tuple[int, float, float]:
-        """(index, similarity, nearness) of the best of the candidates."""
+    def _align(self, query: np.ndarray, nearest: np.ndarray, pose: np.ndarray) -> tuple[int, float, float]:
+        """(index, similarity, nearness) of the best of the candidates, each in its pose."""
         fine, templates, found = list(turns(_detail(query)[None])), {}, []
-        for candidate in candidates:
-            turn = int(pose[candidate])
+        for candidate, turn in zip(nearest.tolist(), pose.tolist(), strict=True):
             if turn not in templates:
                 templates[turn] = _templates(fine[turn][0])
-            found.append(max(_correlation(self.fine[candidate], template) for template in templates[turn]))
+            found.append(max(_correlation(self.detail(candidate), template) for template in templates[turn]))
         order = np.argsort(-np.array(found), kind="stable")
         best = found[order[0]]
         crowd = found[order[CROWD - 1]] if len(found) >= CROWD else 0.0
         # Four decimals: what reaches a file must not hang on the last bit of a matrix product.
-        return int(candidates[order[0]]), round(best, 4), round(float(np.clip(1 - (1 - best) / max(1 - crowd, 1e-6), 0, 1)), 4)
+        return int(nearest[order[0]]), round(best, 4), round(float(np.clip(1 - (1 - best) / max(1 - crowd, 1e-6), 0, 1)), 4)
+
+
+def candidates(queries: np.ndarray, gallery: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ``CANDIDATES`` gallery images that are coarsely most like each query in any of its eight turns, nearest first, and in which turn.
+
+    Args:
+        queries, gallery: int8 (n, COARSE, COARSE, 3), (m, COARSE, COARSE, 3) of ``coarse``.
+
+    Returns:
+        int64 (n, min(m, CANDIDATES)) twice: the indices, and of each the number of its turn.
+    """
+    turned = [_rows(t) for t in turns(queries)]
+    score: np.ndarray = np.empty((len(queries), 0), np.float32)
+    index: np.ndarray = np.empty((len(queries), 0), np.int64)
+    pose = index
+    for start in range(0, len(gallery), ROWS):
+        rows = _rows(gallery[start:start + ROWS])
+        products = np.stack([t @ rows.T for t in turned])  # whole numbers below 2^24: float32 is exact, in whatever order they are added
+        likeness = products.max(0) / np.maximum(np.linalg.norm(rows, axis=1), 1)
+        few = min(CANDIDATES, len(rows))
+        here = np.sort(np.argpartition(-likeness, few - 1, axis=1)[:, :few], axis=1)
+        score = np.concatenate([score, np.take_along_axis(likeness, here, 1)], 1)
+        index = np.concatenate([index, here + start], 1)
+        pose = np.concatenate([pose, np.take_along_axis(products.argmax(0), here, 1)], 1)
+        best = np.argsort(-score, axis=1, kind="stable")[:, :CANDIDATES]
+        score, index, pose = (np.take_along_axis(x, best, 1) for x in (score, index, pose))
+    return index, pose
+
+
+def _rows(coarse_: np.ndarray) -> np.ndarray:
+    return coarse_.reshape(len(coarse_), -1).astype(np.float32)
 
 
 def _correlation(image: np.ndarray, template: np.ndarray) -> float:
@@ -118,26 +149,45 @@ def turns(images: np.ndarray) -> Iterator[np.ndarray]:
         yield turned[:, :, ::-1]
 
 
-def plant(image: np.ndarray, number: int) -> np.ndarray:
+def plant(image: np.ndarray, number: int, kind: str = "all") -> np.ndarray:
     """A disguised copy of uint8 (side, side, 3), to measure how many are found: turned, cropped by 5 %, tinted, JPEG quality 50.
 
-    ``number`` chooses turn, place of the crop and tint."""
+    ``kind``: one of ``DISGUISES``, or all of them one after the other. ``number`` chooses turn, place of the crop and tint."""
     rng = np.random.default_rng(number)
-    turned = np.ascontiguousarray(list(turns(image[None]))[number % 8][0])
+    for name, disguise in DISGUISES.items():
+        if kind in (name, "all"):
+            image = disguise(image, number, rng)
+    return image
+
+
+def _turn(image: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
+    return np.ascontiguousarray(list(turns(image[None]))[number % 8][0])
+
+
+def _crop(image: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
     side = len(image)
     cut = round(side * 0.05)
     top, left = rng.integers(0, cut + 1, 2)
-    cropped = cv2.resize(turned[top:top + side - cut, left:left + side - cut], (side, side), interpolation=cv2.INTER_LINEAR)
-    tinted = np.clip(cropped * rng.uniform(0.95, 1.05, 3) + rng.uniform(-8, 8, 3), 0, 255).astype(np.uint8)
-    return decode(encode_jpeg(tinted, 50))
+    return cv2.resize(image[top:top + side - cut, left:left + side - cut], (side, side), interpolation=cv2.INTER_LINEAR)
 
 
-def _coarse(thumbnails: np.ndarray) -> np.ndarray:
-    """uint8 (n, SIDE, SIDE, 3) -> float32 (n, COARSE * COARSE * 3): colours without their mean, of length one."""
+def _tint(image: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
+    return np.clip(image * rng.uniform(0.95, 1.05, 3) + rng.uniform(-8, 8, 3), 0, 255).astype(np.uint8)
+
+
+def _jpeg(image: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
+    return decode(encode_jpeg(image, 50))
+
+
+DISGUISES = {"flip": _turn, "crop": _crop, "colour": _tint, "jpeg": _jpeg}  # in the order in which "all" puts them on
+
+
+def coarse(thumbnails: np.ndarray) -> np.ndarray:
+    """uint8 (n, SIDE, SIDE, 3) -> int8 (n, COARSE, COARSE, 3): colours without their mean, the largest at 127; zeros for a flat picture."""
     step = SIDE // COARSE
     small = thumbnails.reshape(-1, COARSE, step, COARSE, step, 3).astype(np.float32).mean((2, 4))
-    flat = (small - small.mean((1, 2), keepdims=True)).reshape(len(small), -1)
-    return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
+    flat = small - small.mean((1, 2), keepdims=True)
+    return np.round(flat * (127 / np.maximum(np.abs(flat).max((1, 2, 3), keepdims=True), 1e-3))).astype(np.int8)
 
 
 def _detail(thumbnail_: np.ndarray) -> np.ndarray:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from skinsynth.errors import UserError
+from skinsynth.knobs import Screen
+
+FEW, ENOUGH = 2048, 10_000  # images below which FID says little, and below which its bias is to be told
+BLOCK = 512  # rows of a matrix of distances that are held at a time
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,103 @@ def kid(x: np.ndarray, y: np.ndarray, subsets: int, subset_size: int, seed: int)
     Raises:
         UserError: fewer than two images on a side, or feature lengths that differ.
     """
-    if min(len(x), len(y)) < 2 or x.shape[1] != y.shape[1]:
-        raise UserError(f"KID needs two images or more a side with equal features, found {x.shape} and {y.shape}")
+    _check("KID", x, y)
     rng, size = np.random.default_rng(seed), min(subset_size, len(x), len(y))
     x, y = x.astype(np.float64), y.astype(np.float64)
     found = [mmd2(x[rng.choice(len(x), size, replace=False)], y[rng.choice(len(y), size, replace=False)]) for _ in range(subsets)]
     return float(np.mean(found)), float(np.std(found))
+
+
+def fid(x: np.ndarray, y: np.ndarray) -> float:
+    """Frechet Inception Distance (Heusel et al. 2017) with any features: that of two normal distributions with the sets' means and covariances.
+
+    The trace of the square root of the product of the covariances A and B is taken as the sum of the singular values of A^1/2 B^1/2: no complex
+    numbers, and no roots of rounding errors, so a covariance without full rank (fewer images than features) does no harm.
+
+    Args:
+        x, y: float (n, d), (m, d); each at least two rows.
+
+    Raises:
+        UserError: fewer than two images on a side, or feature lengths that differ.
+    """
+    _check("FID", x, y)
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    a, b = np.atleast_2d(np.cov(x, rowvar=False)), np.atleast_2d(np.cov(y, rowvar=False))
+    shared = np.linalg.svd(_root(a) @ _root(b), compute_uv=False).sum()
+    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * shared)
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(covariance)
+    return vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
+
+
+def fid_warning(images: int, dimensions: int) -> str | None:
+    """What a reader of an FID must know, by the size of the smaller set; None from 10,000 images on."""
+    if images < max(FEW, dimensions):
+        return (f"{images} images are too small for FID in {dimensions} dimensions (at least {max(FEW, dimensions):,}, better {ENOUGH:,}): "
+                "go by KID, which has no bias")
+    return f"FID of {images:,} images, fewer than {ENOUGH:,}, is too high by its bias: compare it at equal numbers only" if images < ENOUGH else None
+
+
+def prdc(synthetic: np.ndarray, real: np.ndarray, neighbours: int) -> dict[str, float]:
+    """How much of the synthetic set looks real, and how much of the real one is reached.
+
+    The manifold of a set is the union of balls around its images, each as wide as the distance to its k-th nearest neighbour in the set.
+    ``precision`` and ``recall`` (Kynkaanniemi et al. 2019): the share of synthetic images in the real manifold, and of real ones in the synthetic.
+    ``density`` and ``coverage`` (Naeem et al. 2020): how many real balls a synthetic image lies in, over k (may exceed 1), and the share of real
+    balls that hold a synthetic image; odd real images matter less to these. All depend on the numbers of images.
+
+    Args:
+        synthetic, real: float (n, d), (m, d), each with more than one row. neighbours: k, cut to what the smaller set has.
+
+    Raises:
+        UserError: fewer than two images on a side, or feature lengths that differ.
+    """
+    _check("precision and recall", synthetic, real)
+    k = min(neighbours, len(real) - 1, len(synthetic) - 1)
+    centre = real.mean(0, dtype=np.float64)
+    synthetic, real = ((x - centre).astype(np.float32) for x in (synthetic, real))  # near the origin float32 is enough
+    real_radii, own_radii = _radii(real, k), _radii(synthetic, k)
+    inside, balls, reached, covered = 0, 0, np.zeros(len(real), bool), np.zeros(len(real), bool)
+    for start in range(0, len(synthetic), BLOCK):
+        distance = _squared(synthetic[start:start + BLOCK], real)
+        holds = distance <= real_radii
+        inside, balls = inside + int(holds.any(1).sum()), balls + int(holds.sum())
+        covered |= holds.any(0)
+        reached |= (distance <= own_radii[start:start + BLOCK, None]).any(0)
+    return {"precision": inside / len(synthetic), "recall": float(reached.mean()), "density": balls / (k * len(synthetic)),
+            "coverage": float(covered.mean())}
+
+
+def _radii(x: np.ndarray, k: int) -> np.ndarray:
+    """Squared distance of each row to its k-th nearest other row."""
+    found = []
+    for start in range(0, len(x), BLOCK):
+        distance = _squared(x[start:start + BLOCK], x)
+        distance[np.arange(len(distance)), np.arange(start, start + len(distance))] = -1  # itself: first, whatever rounding says
+        found.append(np.partition(distance, k, axis=1)[:, k])
+    return np.concatenate(found)
+
+
+def _squared(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.maximum((x**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2 * x @ y.T, 0)
+
+
+def _check(what: str, x: np.ndarray, y: np.ndarray) -> None:
+    if min(len(x), len(y)) < 2 or x.shape[1] != y.shape[1]:
+        raise UserError(f"{what} needs two images or more a side with equal features, found {x.shape} and {y.shape}")
+
+
+def compare(synthetic: np.ndarray, real: np.ndarray, knobs: Screen, seed: int) -> dict[str, Any]:
+    """All distances of float (n, d) to float (m, d), rounded, with ``images`` and ``real_images``; each None where a side has fewer than two.
+
+    ``fid_warning`` says where the sets are too small for FID, else None.
+    """
+    sizes = {"images": len(synthetic), "real_images": len(real)}
+    if min(sizes.values()) < 2:
+        return {**sizes, **dict.fromkeys(("kid", "kid_std", "fid", "fid_warning", "precision", "recall", "density", "coverage"))}
+    mean, std = kid(synthetic, real, knobs.kid_subsets, knobs.kid_subset_size, seed)
+    figures = {"kid": mean, "kid_std": std, "fid": fid(synthetic, real), **prdc(synthetic, real, knobs.neighbours)}
+    return {**sizes, **{name: round(figure, 5) for name, figure in figures.items()},
+            "fid_warning": fid_warning(min(sizes.values()), synthetic.shape[1])}

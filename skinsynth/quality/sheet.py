@@ -1,10 +1,11 @@
-"""Contact sheets: what is being generated, for the eye, while it is."""
+"""Sheets of pictures for the eye: of what is being generated while it is, and of the nearest pairs that the screening found."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 
 from skinsynth.data.shards import decode, encode_jpeg, part_path
@@ -39,3 +40,20 @@ def grid(images: list[np.ndarray]) -> np.ndarray:
     small = [image[::step, ::step] for image in images]
     small += [np.full_like(small[0], 255)] * (-len(small) % COLUMNS)
     return np.concatenate([np.concatenate(small[i:i + COLUMNS], axis=1) for i in range(0, len(small), COLUMNS)])
+
+
+def pairs(pictures: list[tuple[np.ndarray, np.ndarray]], captions: list[str], columns: int = 4) -> bytes:
+    """A PNG of pairs uint8 (side, side, 3), synthetic left and training right, with their similarity below."""
+    cells = []
+    for pair, caption in zip(pictures, captions, strict=True):
+        both = np.concatenate([_tile(picture) for picture in pair], 1)
+        strip = np.full((24, both.shape[1], 3), 255, np.uint8)
+        cv2.putText(strip, f"similarity {caption}", (6, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (40, 40, 40), 1, cv2.LINE_AA)
+        cells.append(np.pad(np.concatenate([both, strip]), ((4, 4), (4, 4), (0, 0)), constant_values=255))
+    cells += [np.full_like(cells[0], 255)] * (-len(cells) % columns)
+    whole = np.concatenate([np.concatenate(cells[i:i + columns], 1) for i in range(0, len(cells), columns)])
+    return cv2.imencode(".png", cv2.cvtColor(whole, cv2.COLOR_RGB2BGR))[1].tobytes()
+
+
+def _tile(image: np.ndarray, side: int = 128) -> np.ndarray:
+    return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA if len(image) > side else cv2.INTER_LINEAR)

@@ -3,91 +3,73 @@
     broken      cannot be decoded, or has another size than asked for
     blank       shows next to nothing (its grey levels hardly spread)
     copy        a near-copy of a training image: a patient's picture, not a new one
-    duplicate   the same pixels as an earlier synthetic image
+    blur, frame, clipped, saturated    such as next to no real training image is (quality.defects)
+    class       a classifier of real images does not see its class (only with screen.agreement)
+    duplicate   the same picture as an earlier synthetic image, or nearly
 
-Units are the shards, the synthetic and the real ones alike: each gives a part (what was measured) with a thumbnail and
-the features of each image. The task that sees all parts compares, decides, measures the Kernel Inception Distance and
-writes the lists; that needs no image but those of the worst pairs, and depends on the parts alone.
+Units are the shards, the synthetic and the real ones alike, and the disguises of planted copies: each gives a part (``quality.parts``) with what was
+measured of its images, the search for copies and near-duplicates included. The task that sees all parts decides, measures the distances to
+the real images (``quality.evidence``) and writes the lists; that needs no image but those of the worst pairs, and depends on the parts alone.
+
+Memory: pictures and features are read a part at a time, and features kept of ``screen.max_features`` images a class. What grows with the set is its
+index, which every stage holds that opens it, and beside it 0.2 kB of keys and measures an image (measured at 800 to 80,000); with the training set,
+its thumbnails (4 kB each), in which each task searches.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
+import sys
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from skinsynth.data.cache import open_dataset
-from skinsynth.data.shards import BadSample, Dataset, to_npy
+from skinsynth.data.shards import Dataset
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config
-from skinsynth.quality import copies
-from skinsynth.quality.distances import Scaler, kid
-from skinsynth.quality.features import Extractor, space_name
+from skinsynth.quality import copies, defects, features, gate, sheet, spectrum
+from skinsynth.quality.evidence import Evidence
+from skinsynth.quality.parts import PLANTED, PLANTS, REAL, Parts, Unit, matches
 from skinsynth.run import Progress, RunDir, Task, read_json, sha256_file, write_bytes, write_json
 
 NODE = "screen"
-KINDS = ("train", "val", "test", "synthetic")  # so numbered that a synthetic set made anew leaves the parts of the real ones valid
-REASONS = ("broken", "blank", "copy", "duplicate")
 PAIRS = 20  # of nearest synthetic and training images that are kept for the eye
-PLANTED = 200  # disguised copies of training images, to measure how many are found
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One shard of one of the datasets."""
-
-    number: int
-    kind: str
-    shard: int
-    sha256: str
-
-    @property
-    def stem(self) -> str:
-        return f"{self.number:05d}"
+ADVICE = ("Look at {folder}/worst-pairs.png and rejected.json. Many copies: fewer finetune.steps, a lower finetune.lr or more images per concept. "
+          "Many blank or broken: more generate.steps, precision fp32, a lower guidance. To go on all the same: screen.on_fail=warn")
 
 
 def screen(cfg: Config, run: RunDir, task: Task) -> None:
-    """Writes ``screen/accepted.json``, ``rejected.json``, ``pairs.json`` and ``worst-pairs.png``.
+    """Writes ``screen/accepted.json``, ``rejected.json``, ``metrics.json``, ``pairs.json``, ``worst-pairs.png`` and ``spectrum.png``.
 
     Raises:
-        UserError: a held-out group trained the generator, a real image is broken, or too few images are accepted.
+        UserError: a held-out group trained the generator, a real image is broken, or the set fails as a whole (screen.on_fail=stop).
     """
     tolerate = cfg.data.on_error == "skip"  # a synthetic image that cannot be read is rejected; the real ones are the measure
-    sets = {kind: open_dataset(cfg, run, kind, tolerate and kind == "synthetic") for kind in KINDS}
+    sets = {kind: open_dataset(cfg, run, kind, tolerate and kind == "synthetic") for kind in (*REAL, "synthetic")}
     check_lineage(sets)
     if _up_to_date(run, sets):
         return
-    units, folder = plan(sets), run.node(NODE) / "parts"
-    mine = [units[n] for n in task.mine([u.number for u in units if not _have(cfg, folder, u)])]
-    progress = Progress(run, NODE, task.index, sum(sets[u.kind].manifest["shards"][u.shard]["count"] for u in mine), "images")
-    extractor = _extractor(cfg) if mine else None
-    for unit in mine:
-        assert extractor is not None
-        inspect(cfg, sets[unit.kind], unit, folder, extractor, progress)
-    if all(_have(cfg, folder, unit) for unit in units):
-        Verdict(cfg, run, sets, units).write()
+    parts = Parts(cfg, run.node(NODE) / "parts", sets)
+    mine = set(task.mine([unit.number for unit in parts.units if not parts.have(unit)]))
+    make(parts, [unit for unit in parts.units if unit.number in mine], run, task)
+    if all(parts.have(unit) for unit in parts.units):
+        Verdict(parts, run).write()
 
 
-def check_lineage(sets: dict[str, Dataset]) -> None:
-    """Raises ``UserError`` where a patient or lesion group of the validation or test split trained the generator."""
-    trained = set(sets["synthetic"].manifest.get("lineage", {}).get("group_ids") or [])
+def check_lineage(sets: dict[str, Dataset]) -> bool:
+    """False where it is not known what trained the generator.
+
+    Raises:
+        UserError: a patient or lesion group of the validation or test split did.
+    """
+    groups = (sets["synthetic"].manifest.get("lineage") or {}).get("group_ids")
     for kind in ("val", "test"):
-        shared = sorted(trained & set(sets[kind].columns["group"]))
+        shared = sorted(set(groups or ()) & set(sets[kind].columns.get("group", ())))
         if shared:
             raise UserError(f"leakage: the generator of {sets['synthetic'].folder} was trained on {len(shared)} groups of the {kind} split "
                             f"({', '.join(shared[:5])}); its images must not be used with this split. Fine-tune again on the present training split")
-
-
-def plan(sets: dict[str, Dataset]) -> list[Unit]:
-    """All shards, in the order of ``KINDS``."""
-    shards = [(kind, n, shard["sha256"]) for kind in KINDS for n, shard in enumerate(sets[kind].manifest["shards"])]
-    return [Unit(number, *rest) for number, rest in enumerate(shards)]
+    return groups is not None
 
 
 def _up_to_date(run: RunDir, sets: dict[str, Dataset]) -> bool:
@@ -95,179 +77,126 @@ def _up_to_date(run: RunDir, sets: dict[str, Dataset]) -> bool:
     return run.is_done(NODE) and accepted is not None and accepted["manifest_sha256"] == sha256_file(sets["synthetic"].folder / "manifest.json")
 
 
-def _have(cfg: Config, folder: Path, unit: Unit) -> bool:
-    """True where the part is there and was made from this very shard."""
-    part = read_json(folder / f"{unit.stem}.json")
-    return part is not None and (part["sha256"], part["batch"]) == (unit.sha256, cfg.screen.batch)
+def make(parts: Parts, units: list[Unit], run: RunDir, task: Task) -> None:
+    """The parts of this task: those of training shards first, since all others are searched in their thumbnails."""
+    progress = Progress(run, NODE, task.index, sum(unit.count for unit in units), "images")
+    extractor, gallery = _extractor(parts.cfg, run) if units else None, None
+    limit = parts.cfg.screen.duplicate
+    for unit in units:
+        assert extractor is not None
+        if unit.kind != "train" and gallery is None:
+            gallery = parts.gallery(task.index)
+        if unit.kind == "planted":
+            assert gallery is not None
+            parts.plant(unit, gallery, progress)
+        else:
+            parts.inspect(unit, extractor, gallery, progress)
+        if unit.kind == "synthetic" and limit is not None:
+            parts.compare(unit, limit)
 
 
-def _extractor(cfg: Config) -> Extractor:
+def _extractor(cfg: Config, run: RunDir) -> features.Extractor:
     from skinsynth.world import World
 
-    return Extractor(cfg.model, cfg.screen.batch, World().device)
-
-
-def inspect(cfg: Config, dataset: Dataset, unit: Unit, folder: Path, extractor: Extractor, progress: Progress) -> None:
-    """Writes the part of one shard: ``<n>.npy`` float32 (images, d) features, ``<n>.thumbs.npy`` uint8 (images, 32, 32, 3), and last
-    ``<n>.json`` with the grey levels' spread and a hash of the pixels. A broken image has rows of zeros."""
-    rows, samples = [], list(dataset.shard_samples(unit.shard))
-    features: list[np.ndarray] = []
-    thumbs = np.zeros((len(samples), copies.SIDE, copies.SIDE, 3), np.uint8)
-    for start in range(0, len(samples), cfg.screen.batch):
-        chunk = samples[start:start + cfg.screen.batch]
-        images = [_read(dataset, i, cfg.prepare.size) for i in chunk]
-        if unit.kind != "synthetic" and any(isinstance(image, str) for image in images):
-            bad = next(f"{dataset.keys[i]} {image}" for i, image in zip(chunk, images, strict=True) if isinstance(image, str))
-            raise UserError(f"{dataset.folder}: {bad}; the shard is damaged: delete {dataset.folder} and run prepare again")
-        whole = [np.zeros((cfg.prepare.size, cfg.prepare.size, 3), np.uint8) if isinstance(image, str) else image for image in images]
-        features.append(extractor(np.stack(whole)))
-        for place, (image, pixels) in enumerate(zip(images, whole, strict=True), start):
-            thumbs[place] = copies.thumbnail(pixels)
-            rows.append({"key": dataset.keys[samples[place]], "broken": image if isinstance(image, str) else None,
-                         "pixels": hashlib.sha256(pixels.tobytes()).hexdigest(),
-                         "std": round(float(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY).std()), 3)})
-        progress.advance(len(chunk))
-    write_bytes(folder / f"{unit.stem}.npy", to_npy(np.concatenate(features)))
-    write_bytes(folder / f"{unit.stem}.thumbs.npy", to_npy(thumbs))
-    write_json(folder / f"{unit.stem}.json", {"kind": unit.kind, "shard": unit.shard, "sha256": unit.sha256, "batch": cfg.screen.batch,
-                                              "images": rows})
-
-
-def _read(dataset: Dataset, index: int, size: int) -> np.ndarray | str:
-    """uint8 (size, size, 3), or what is wrong with the image."""
-    try:
-        image = dataset.image(index)
-    except (BadSample, KeyError) as error:
-        return "has no jpg" if isinstance(error, KeyError) else "cannot be decoded"
-    if image.shape != (size, size, 3):
-        return f"is {image.shape[1]} x {image.shape[0]} pixels, not {size} x {size}"
-    return np.ascontiguousarray(image)
+    return features.make(cfg, run, World().device)
 
 
 class Verdict:
     """All parts together: what is accepted, and how far it lies from the real images."""
 
-    def __init__(self, cfg: Config, run: RunDir, sets: dict[str, Dataset], units: list[Unit]):
-        self.cfg, self.run, self.sets, self.folder = cfg, run, sets, run.node(NODE)
-        self.images: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
-        self.features: dict[str, np.ndarray] = {}
-        self.thumbs: dict[str, np.ndarray] = {}
-        for kind in KINDS:
-            stems = [unit.stem for unit in units if unit.kind == kind]
-            self.images[kind] = [row for stem in stems for row in read_json(self.folder / "parts" / f"{stem}.json")["images"]]
-            self.features[kind], self.thumbs[kind] = self._arrays(stems, ".npy"), self._arrays(stems, ".thumbs.npy")
+    def __init__(self, parts: Parts, run: RunDir):
+        self.parts, self.cfg, self.run, self.folder = parts, parts.cfg, run, run.node(NODE)
+        self.synthetic, self.train = parts.sets["synthetic"], parts.sets["train"]
+        self.limits = defects.Limits.of(parts.column("train", "measures"), self.cfg.screen)
+        self.copy_limit = copies.limit(self._matches("val"), self.cfg.screen.copy_quantile)
+        self.evidence = Evidence(parts)
+        near, pairs = self.cfg.screen.duplicate, np.empty((0, 2), np.int64)
+        self.measured = gate.Measured(parts.broken("synthetic"), parts.column("synthetic", "measures"), self._matches("synthetic"),
+                                      self.evidence.agreement(), pairs if near is None else parts.pairs(near))
+        self.reasons = self.measured.reasons(self.limits, self.copy_limit, self.cfg.screen.agreement)
+        self.keep = np.array([i for i, reason in enumerate(self.reasons) if reason is None], np.int64)
 
-    def _arrays(self, stems: list[str], end: str) -> np.ndarray:
-        return np.concatenate([np.load(self.folder / "parts" / f"{stem}{end}", allow_pickle=False) for stem in stems])
+    def _matches(self, kind: str) -> copies.Matches:
+        return matches(self.parts.column(kind, "matches"))
 
     def write(self) -> None:
-        """Lists, metrics and, last, ``done.json``."""
-        matches, limit, checks = self._compare()
-        reasons = self._reasons(matches, limit)
-        keep = [i for i, found in enumerate(reasons) if found is None]
-        rejected = dict(Counter(found[0] for found in reasons if found))
-        rejected = {reason: rejected.get(reason, 0) for reason in REASONS}
-        self._write_rejected(reasons, rejected)
-        self._write_pairs(matches, reasons)
-        _check_enough(self.cfg, len(keep), len(reasons), rejected, self.folder)
-        synthetic = self.sets["synthetic"]
+        """Lists, pictures, metrics; then, where the set passes, the list of the accepted and, last, ``done.json``."""
+        self._write_rejected()
+        self._write_pairs()
+        self._write_spectrum()
+        metrics = self._metrics()
+        write_json(self.folder / "metrics.json", metrics)
+        self._judge(metrics)
+        classes = Counter(self.synthetic.columns["class"][i] for i in self.keep)
         write_json(self.folder / "accepted.json", {
-            "dataset": str(synthetic.folder), "manifest_sha256": sha256_file(synthetic.folder / "manifest.json"), "count": len(keep),
-            "classes": dict(sorted(Counter(synthetic.columns["class"][i] for i in keep).items())), "keys": [synthetic.keys[i] for i in keep]})
-        metrics = {"generated": len(reasons), "accepted": len(keep), "rejected": rejected, **self._distances(keep), **checks,
-                   "features": space_name(self.cfg.model.base), "copy_threshold": limit}
+            "dataset": str(self.synthetic.folder), "manifest_sha256": sha256_file(self.synthetic.folder / "manifest.json"),
+            "count": len(self.keep), "classes": dict(sorted(classes.items())), "keys": [self.synthetic.keys[i] for i in self.keep]})
         self.run.finish(NODE, metrics, [self.folder / "accepted.json", self.folder / "rejected.json"])
 
-    def _compare(self) -> tuple[copies.Matches, float, dict[str, Any]]:
-        """Nearest training image of each synthetic one, the limit, and how well the limit works on known cases."""
-        gallery, threads = copies.Gallery(self.thumbs["train"]), len(os.sched_getaffinity(0))
-        limit = copies.limit(gallery.search(self.thumbs["val"], threads), self.cfg.screen.copy_quantile)
-        chosen = np.random.default_rng(self.cfg.seed).permutation(len(self.sets["train"]))[:PLANTED]
-        planted = np.stack([copies.thumbnail(copies.plant(self.sets["train"].image(int(i)), int(i))) for i in chosen])
-        recall = gallery.search(planted, threads).copies(limit).mean()
-        false_alarms = gallery.search(self.thumbs["test"], threads).copies(limit).mean()
-        checks = {"copy_recall": round(float(recall), 4), "copy_planted": len(planted), "copy_false_alarms": round(float(false_alarms), 4)}
-        return gallery.search(self.thumbs["synthetic"], threads), limit, checks
+    def _judge(self, metrics: dict[str, Any]) -> None:
+        """The set as a whole."""
+        failed = metrics["gate"]["failures"]
+        if failed and self.cfg.screen.on_fail == "stop":
+            (self.folder / "accepted.json").unlink(missing_ok=True)  # of an earlier set, perhaps
+            raise UserError("; ".join(failed) + ". " + ADVICE.format(folder=self.folder))
+        for why in failed:
+            print(f"screen: {why}; going on, since screen.on_fail=warn", file=sys.stderr)
 
-    def _reasons(self, matches: copies.Matches, limit: float) -> list[tuple[str, dict[str, Any]] | None]:
-        """Per synthetic image None, or the first reason that holds with its figures."""
-        found: list[tuple[str, dict[str, Any]] | None] = []
-        first: dict[str, str] = {}
-        for i, (image, copied) in enumerate(zip(self.images["synthetic"], matches.copies(limit), strict=True)):
-            earlier = first.setdefault(image["pixels"], image["key"])
-            if image["broken"]:
-                found.append(("broken", {"value": image["broken"]}))
-            elif image["std"] < self.cfg.screen.blank_std:
-                found.append(("blank", {"value": image["std"]}))
-            elif copied:
-                found.append(("copy", {"value": float(matches.nearness[i]), "similarity": float(matches.similarity[i]),
-                                       "train_key": self.sets["train"].keys[matches.index[i]]}))
-            elif earlier != image["key"]:
-                found.append(("duplicate", {"value": earlier}))
-            else:
-                found.append(None)
-        return found
+    def _counts(self) -> dict[str, int]:
+        counts = Counter(self.reasons)
+        return {reason: counts[reason] for reason in gate.REASONS}
 
-    def _write_rejected(self, reasons: list[tuple[str, dict[str, Any]] | None], counts: dict[str, int]) -> None:
-        synthetic = self.sets["synthetic"]
-        samples = [{"key": synthetic.keys[i], "target": synthetic.columns["target"][i], "reason": found[0], **found[1]}
-                   for i, found in enumerate(reasons) if found]
-        write_json(self.folder / "rejected.json", {"count": len(samples), "reasons": counts, "samples": samples})
+    def _write_rejected(self) -> None:
+        columns, keys = self.synthetic.columns, self.synthetic.keys
+        samples = [{"key": keys[i], "target": columns["target"][i], "reason": reason,
+                    **self.measured.told(reason, i, keys, self.train.keys, self.reasons)} for i, reason in enumerate(self.reasons) if reason]
+        write_json(self.folder / "rejected.json", {"count": len(samples), "reasons": self._counts(), "samples": samples})
 
-    def _write_pairs(self, matches: copies.Matches, reasons: list[tuple[str, dict[str, Any]] | None]) -> None:
+    def _write_pairs(self) -> None:
         """The nearest pairs, kept and set aside alike, for the eye; broken and blank pictures resemble nothing."""
-        usable = [i for i, found in enumerate(reasons) if not found or found[0] in ("copy", "duplicate")]
-        chosen = sorted(usable, key=lambda i: (-matches.nearness[i], i))[:PAIRS]
-        synthetic, train = self.sets["synthetic"], self.sets["train"]
-        pairs = [{"key": synthetic.keys[i], "train_key": train.keys[matches.index[i]], "similarity": float(matches.similarity[i]),
-                  "nearness": float(matches.nearness[i]), "rejected": reasons[i][0] if reasons[i] else None} for i in chosen]  # type: ignore[index]
-        sheet = [np.concatenate([_tile(synthetic.image(i)), _tile(train.image(int(matches.index[i])))], 1) for i in chosen]
-        if sheet:
-            write_bytes(self.folder / "worst-pairs.png", _sheet(sheet, [f"{p['similarity']:.2f}" for p in pairs]))
+        found = self.measured.matches
+        usable = [i for i, reason in enumerate(self.reasons) if reason not in ("broken", "blank")]
+        chosen = sorted(usable, key=lambda i: (-found.nearness[i], i))[:PAIRS]
+        pairs = [{"key": self.synthetic.keys[i], "train_key": self.train.keys[found.index[i]], "similarity": float(found.similarity[i]),
+                  "nearness": float(found.nearness[i]), "rejected": self.reasons[i]} for i in chosen]
+        if chosen:
+            pictures = [(self.synthetic.image(i), self.train.image(int(found.index[i]))) for i in chosen]
+            write_bytes(self.folder / "worst-pairs.png", sheet.pairs(pictures, [f"{p['similarity']:.2f}" for p in pairs]))
         write_json(self.folder / "pairs.json", pairs)
 
-    def _distances(self, keep: list[int]) -> dict[str, Any]:
-        """KID of the accepted images to the training images, of real held-out ones for scale, and per class."""
-        scale, s = Scaler.of(self.features["train"]), self.cfg.screen
-        train, synthetic = scale(self.features["train"]), scale(self.features["synthetic"])
-        held_out = scale(np.concatenate([self.features["val"], self.features["test"]]))
-        targets, columns = np.array(self.sets["train"].columns["target"]), self.sets["synthetic"].columns
+    def _write_spectrum(self) -> None:
+        write_bytes(self.folder / "spectrum.png", spectrum.draw(self.parts.spectra(REAL), self.parts.spectra(("synthetic",))))
 
-        def distance(x: np.ndarray, y: np.ndarray) -> tuple[float | None, float | None]:
-            if min(len(x), len(y)) < 2:
-                return None, None
-            mean, std = kid(x, y, s.kid_subsets, s.kid_subset_size, self.cfg.seed)
-            return round(mean, 5), round(std, 5)
+    def _metrics(self) -> dict[str, Any]:
+        against = self.evidence.against(self.keep)
+        distances = against["distances"]
+        whole, real = distances["all"], distances["real"]
+        metrics = {
+            "generated": len(self.reasons), "accepted": len(self.keep), "rejected": self._counts(), "features": features.space_name(self.cfg),
+            "kid": whole["kid"], "kid_std": whole["kid_std"], "kid_real": real["kid"], "kid_real_std": real["kid_std"],
+            "kid_per_class": {name: {"kid": row["kid"], "kid_std": row["kid_std"], "accepted": self._accepted(name)}
+                              for name, row in distances["per_class"].items()},
+            "kid_ratio": gate.kid_ratio(whole["kid"], real["kid"], real["kid_std"]), **against, **self._copy_metrics(),
+            "agreement": self.evidence.agreement_metrics(self.measured.agreement, self.keep),
+            "limits": self.limits.values, "real_rejected": self._real_rejected(),
+            "lineage": "known" if check_lineage(self.parts.sets) else "unknown"}
+        failed = gate.failures(metrics, self.cfg.screen)
+        return {**metrics, "gate": {"passed": not failed, "failures": failed}}
 
-        per_class = {}
-        for name in sorted(set(columns["class"])):
-            members = [i for i in keep if columns["class"][i] == name]
-            target = next(t for t, c in zip(columns["target"], columns["class"], strict=True) if c == name)
-            value, spread = distance(synthetic[members], train[targets == target])
-            per_class[name] = {"kid": value, "kid_std": spread, "accepted": len(members)}
-        (value, spread), (real, real_spread) = distance(synthetic[keep], train), distance(held_out, train)
-        return {"kid": value, "kid_std": spread, "kid_real": real, "kid_real_std": real_spread, "kid_per_class": per_class}
+    def _accepted(self, name: str) -> int:
+        return sum(self.synthetic.columns["class"][i] == name for i in self.keep)
 
+    def _copy_metrics(self) -> dict[str, Any]:
+        """How well the limit works on known cases: disguised copies of training images, and real images of the test split."""
+        limit = self.copy_limit
+        planted = {PLANTS[unit.shard]: matches(self.parts.read(unit, "matches")).copies(limit).mean() for unit in self.parts.of("planted")}
+        recall = {name: round(float(share), 4) for name, share in planted.items()}
+        return {"copy_threshold": limit, "copy_recall": recall["all"], "copy_recall_per_disguise": recall,
+                "copy_planted": min(PLANTED, len(self.train)),
+                "copy_false_alarms": round(float(self._matches("test").copies(limit).mean()), 4),
+                "copied_share": gate.copied_share(self.measured.matches, limit, len(self.train))}
 
-def _check_enough(cfg: Config, accepted: int, generated: int, rejected: dict[str, int], folder: Path) -> None:
-    if accepted < cfg.screen.min_accepted * generated:
-        why = ", ".join(f"{count} {reason}" for reason, count in rejected.items() if count)
-        raise UserError(f"only {accepted} of {generated} synthetic images were accepted ({why}), less than screen.min_accepted="
-                        f"{cfg.screen.min_accepted}. Look at {folder / 'worst-pairs.png'} and rejected.json. Many copies: fewer finetune.steps, "
-                        "a lower finetune.lr or more images per concept. Many blank or broken: more generate.steps, precision fp32, a lower guidance")
-
-
-def _tile(image: np.ndarray, side: int = 128) -> np.ndarray:
-    return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA if len(image) > side else cv2.INTER_LINEAR)
-
-
-def _sheet(pairs: list[np.ndarray], captions: list[str], columns: int = 4) -> bytes:
-    """A PNG of pairs (synthetic left, training right) with their similarity below."""
-    cells = []
-    for pair, caption in zip(pairs, captions, strict=True):
-        strip = np.full((24, pair.shape[1], 3), 255, np.uint8)
-        cv2.putText(strip, f"similarity {caption}", (6, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (40, 40, 40), 1, cv2.LINE_AA)
-        cells.append(np.pad(np.concatenate([pair, strip]), ((4, 4), (4, 4), (0, 0)), constant_values=255))
-    cells += [np.full_like(cells[0], 255)] * (-len(cells) % columns)
-    sheet = np.concatenate([np.concatenate(cells[i:i + columns], 1) for i in range(0, len(cells), columns)])
-    return cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))[1].tobytes()
+    def _real_rejected(self) -> dict[str, float]:
+        """The share of real held-out images that each defect would set aside."""
+        measures = np.concatenate([self.parts.column(kind, "measures") for kind in ("val", "test")])
+        return {reason: round(float(beyond.mean()), 4) for reason, beyond in self.limits.beyond(measures).items()}

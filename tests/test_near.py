@@ -1,0 +1,79 @@
+"""near: the same picture drawn twice is found, other pictures are not, and neither blocks nor order change anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from skinsynth.data.shards import decode, encode_jpeg
+from skinsynth.quality import copies, near
+
+LIMIT = 0.98
+
+
+def prints(images: np.ndarray) -> np.ndarray:
+    return np.stack([near.fingerprint(copies.thumbnail(image)) for image in images])
+
+
+@pytest.fixture(scope="module")
+def pictures(real: Path) -> np.ndarray:
+    """200 real images at 64 pixels, the first of each set of equal ones."""
+    files = sorted((real / "isic2017/images").glob("*.jpg"))[:200]
+    found = np.stack([cv2.resize(cv2.imread(str(f)), (64, 64), interpolation=cv2.INTER_AREA)[..., ::-1] for f in files])
+    return found[np.sort(np.unique(found.reshape(len(found), -1), axis=0, return_index=True)[1])]
+
+
+@pytest.mark.real
+def test_real_redrawn_pictures_are_near_and_others_are_not(pictures: np.ndarray) -> None:
+    own = prints(pictures)
+    for change in (lambda x: decode(encode_jpeg(x, 60)), lambda x: cv2.GaussianBlur(x, (0, 0), 0.7), lambda x: np.ascontiguousarray(x[:, ::-1]),
+                   lambda x: np.clip(x * 1.1 + 9, 0, 255).astype(np.uint8)):
+        changed = prints(np.stack([change(x) for x in pictures]))
+        assert (np.diag(near.correlation(own, changed)) >= LIMIT).mean() >= 0.97
+    among = near.near_pairs(own, own, LIMIT, same=True)
+    assert len(np.unique(among[:, 0])) / len(own) < 0.02
+
+
+def random_prints(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-127, 128, (n, near.SIDE, near.SIDE)).astype(np.int8)
+
+
+def slow_pairs(earlier: np.ndarray, later: np.ndarray, limit: float, same: bool) -> list[tuple[int, int]]:
+    found = []
+    for j, y in enumerate(later.astype(np.float64)):
+        mine = []
+        for i, x in enumerate(earlier.astype(np.float64)):
+            corr = max((x * z).sum() for z in (y, y[:, ::-1])) / np.linalg.norm(x) / np.linalg.norm(y)
+            if corr >= limit and (i < j or not same):
+                mine.append((j, i))
+        found += mine[:near.KEPT]
+    return found
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_pairs_are_those_of_the_loop_whatever_the_blocks(same: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = random_prints(23), random_prints(30, 1)
+    two[[3, 9, 17, 18, 19, 20, 21]] = one[5]
+    two[11] = one[6][:, ::-1]
+    one = two[:23] if same else one
+    expected = slow_pairs(one, two if not same else one, LIMIT, same)
+    assert len(expected) > 4
+    for block in (1024, 7, 1):
+        monkeypatch.setattr(near, "BLOCK", block)
+        assert [tuple(row) for row in near.near_pairs(one, two if not same else one, LIMIT, same).tolist()] == expected
+
+
+def test_many_equal_ones_make_few_pairs() -> None:
+    same = np.repeat(random_prints(1), 200, axis=0)
+    pairs = near.near_pairs(same, same, LIMIT, same=True)
+    assert len(pairs) == sum(min(near.KEPT, j) for j in range(200))
+    assert pairs[-near.KEPT:].tolist() == [[199, i] for i in range(near.KEPT)]
+
+
+def test_a_flat_picture_is_near_to_nothing() -> None:
+    flat = prints(np.full((2, 64, 64, 3), 120, np.uint8))
+    assert not flat.any()
+    assert not len(near.near_pairs(flat, flat, 0.5, same=True))
