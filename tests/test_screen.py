@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT
 
 from skinsynth.data.shards import Dataset, ShardWriter, encode_jpeg, write_manifest
+from skinsynth.data.withdrawn import mark
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config, GeneratedClass
 from skinsynth.quality import copies, spectrum
@@ -393,3 +394,24 @@ def test_a_set_of_which_nothing_is_left_is_told_not_crashed_on(screened: Path, t
     cfg.screen.min_accepted = 0
     screen(cfg, run, Task())
     assert run.metrics("screen")["kid"] is None
+
+
+def test_withdrawn_images_are_screened_no_more(screened: Path, tmp_path: Path) -> None:
+    """A real and a synthetic one are marked after the screening: the next one knows neither, and shards that hold none are not looked at again."""
+    shutil.copytree(screened, tmp_path, dirs_exist_ok=True)
+    cfg, run = settings(tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/screen/parts").glob("*.json")}
+    mark(tmp_path / "shards/run-synthetic", "P", ["syn-00000024", "syn-00000001"], "a test")
+    screen(cfg, run, Task())
+    told = [sample["key"] for sample in read_json(run.node("screen") / "rejected.json")["samples"]]
+    kept = read_json(run.node("screen") / "accepted.json")["keys"]
+    assert not {"syn-00000024", "syn-00000001"} & {*told, *kept}
+    assert "syn-00000025" in told, "the others keep their reasons"
+    assert run.metrics("screen")["generated"] == 34
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/screen/parts").glob("*.json")}
+    changed = {name.split(".")[0] for name in before if after[name] != before[name]}
+    assert len(changed) == 2, "only the two shards of the withdrawn images were looked at again"
+    mark(tmp_path / "shards/isic-train", "P", ["train-005"], "a test")
+    screen(cfg, run, Task())
+    pairs = read_json(run.node("screen") / "pairs.json")
+    assert "train-005" not in {pair["train_key"] for pair in pairs}

@@ -29,7 +29,7 @@ from skinsynth.errors import UserError
 from skinsynth.knobs import Config
 from skinsynth.quality import copies, defects, near, spectrum
 from skinsynth.quality.features import Extractor
-from skinsynth.run import Progress, read_json, write_bytes, write_json
+from skinsynth.run import Progress, read_json, sha256_file, write_bytes, write_json
 
 REAL = ("train", "val", "test")
 KINDS = (*REAL, "planted", "synthetic")  # so numbered that a synthetic set made anew leaves the parts of the real ones valid
@@ -71,6 +71,10 @@ class Parts:
             else:
                 found += [(kind, n, sha256, count) for n, (sha256, count) in enumerate(_shards(self.sets[kind])) if count]
         self.units = [Unit(number, *rest) for number, rest in enumerate(found)]
+
+    def screened(self) -> dict[str, str]:
+        """Of each set a hash of its images, and of what its manifest says of them."""
+        return {kind: f"{_hash(dataset)[:16]}-{sha256_file(dataset.folder / 'manifest.json')[:16]}" for kind, dataset in sorted(self.sets.items())}
 
     def of(self, kind: str) -> list[Unit]:
         return [unit for unit in self.units if unit.kind == kind]

@@ -48,9 +48,9 @@ def screen(cfg: Config, run: RunDir, task: Task) -> None:
     tolerate = cfg.data.on_error == "skip"  # a synthetic image that cannot be read is rejected; the real ones are the measure
     sets = {kind: open_dataset(cfg, run, kind, tolerate and kind == "synthetic") for kind in (*REAL, "synthetic")}
     check_lineage(sets)
-    if _up_to_date(run, sets):
-        return
     parts = Parts(cfg, run.node(NODE) / "parts", sets)
+    if _up_to_date(run, parts):
+        return
     mine = set(task.mine([unit.number for unit in parts.units if not parts.have(unit)]))
     make(parts, [unit for unit in parts.units if unit.number in mine], run, task)
     if all(parts.have(unit) for unit in parts.units):
@@ -72,9 +72,10 @@ def check_lineage(sets: dict[str, Dataset]) -> bool:
     return groups is not None
 
 
-def _up_to_date(run: RunDir, sets: dict[str, Dataset]) -> bool:
+def _up_to_date(run: RunDir, parts: Parts) -> bool:
+    """Whether these very images were screened: a set that was made anew, or of which samples are withdrawn, is another one."""
     accepted = read_json(run.node(NODE) / "accepted.json")
-    return run.is_done(NODE) and accepted is not None and accepted["manifest_sha256"] == sha256_file(sets["synthetic"].folder / "manifest.json")
+    return run.is_done(NODE) and accepted is not None and accepted.get("screened") == parts.screened()
 
 
 def make(parts: Parts, units: list[Unit], run: RunDir, task: Task) -> None:
@@ -130,6 +131,7 @@ class Verdict:
         classes = Counter(self.synthetic.columns["class"][i] for i in self.keep)
         write_json(self.folder / "accepted.json", {
             "dataset": str(self.synthetic.folder), "manifest_sha256": sha256_file(self.synthetic.folder / "manifest.json"),
+            "screened": self.parts.screened(),
             "count": len(self.keep), "classes": dict(sorted(classes.items())), "keys": [self.synthetic.keys[i] for i in self.keep]})
         self.run.finish(NODE, metrics, [self.folder / "accepted.json", self.folder / "rejected.json"])
 

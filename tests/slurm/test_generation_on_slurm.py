@@ -76,22 +76,26 @@ class Havoc:
             self.released += 1
 
 
-@pytest.mark.parametrize(("images", "kills"), [
-    pytest.param(300, 3, marks=pytest.mark.timeout(300)), pytest.param(20_000, 30, marks=(pytest.mark.soak, pytest.mark.timeout(2400)))])
-def test_every_image_once_whatever_is_killed(slurm: Environment, drawn: Path, chain: Path, tmp_path: Path, images: int, kills: int) -> None:
+@pytest.mark.parametrize(("images", "kills", "mode"), [
+    pytest.param(300, 3, "array", marks=pytest.mark.timeout(300)),
+    pytest.param(20_000, 30, "array", marks=(pytest.mark.soak, pytest.mark.timeout(2400))),
+    pytest.param(2_000, 4, "gang", marks=(pytest.mark.soak, pytest.mark.timeout(900)))])
+def test_every_image_once_whatever_is_killed(slurm: Environment, drawn: Path, chain: Path, tmp_path: Path, images: int, kills: int,
+                                             mode: str) -> None:
     if "SKINSYNTH_DEVCLUSTER" not in slurm:
         pytest.skip("nodes can be set down on our own devcluster only")
     settings = {"generate.weights": "base", "generate.classes.benign.count": images // 2, "generate.classes.malignant.count": images // 2,
                 "generate.shard_size": max(20, images // 200), "generate.steps": 2, "generate.guidance": 1.0, "generate.batch": 20,
-                "generate.commit_every": 1, "prepare.size": 32}
+                "generate.commit_every": 1, "prepare.size": 32, "generate.mode": mode}
     items, run = begun(drawn, chain, tmp_path / "disturbed", **settings)
     launch = ["launch", "configs/demo.yaml", *items, "cluster=devcluster", "cluster.max_restarts=50", "cluster.stages.generate.array=6",
-              "cluster.stages.generate.throttle=4", *(f"cluster.stages.{stage}.extra={{hold: true}}" for stage in ("screen", "classify"))]
+              "cluster.stages.generate.throttle=4", "cluster.stages.generate.nodes=2", "cluster.stages.generate.tasks_per_node=2", *(f"cluster.stages.{stage}.extra={{hold: true}}" for stage in ("screen", "classify"))]
     skinsynth_on(slurm, *launch)
     havoc = Havoc(slurm, run, launch, images, kills)
     havoc.wreak()
     print(havoc)
     assert (havoc.killed, havoc.nodes_lost) == (kills, 1)
+    assert {job["tasks"] for job in read_json(run.path / "jobs.json") if job["node"] == "generate"} == {6 if mode == "array" else 1}
     skinsynth_on(slurm, "cancel", str(run.path))
     told = skinsynth_on(slurm, "verify", str(tmp_path / "disturbed/shards/run-synthetic"))
     assert f"synthetic, {images:,} images of {images:,} planned (0 left out" in told
