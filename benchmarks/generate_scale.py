@@ -51,6 +51,7 @@ def make(images: int) -> Callable[[], object]:
 
 def resume(images: int) -> Callable[[], object]:
     """What a restart does before its first image: the plan, the claim, which units are there."""
+    make(images)  # what is imported once is left out
     return lambda: make(images)
 
 

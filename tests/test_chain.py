@@ -106,6 +106,19 @@ def test_the_report_has_the_promised_form(chain: Path) -> None:
     assert "Not a medical device" in (chain / "shards/run-synthetic/DATASHEET.md").read_text()
 
 
+def test_report_by_the_command_line(chain: Path, tmp_path: Path) -> None:
+    shutil.copytree(chain / "run", tmp_path / "run")
+    (tmp_path / "run/report/index.html").unlink()
+    told = skinsynth("report", str(tmp_path / "run"))
+    assert told.stdout.strip() == str(tmp_path / "run/report/index.html"), told.stderr
+    assert (tmp_path / "run/report/report.json").read_bytes() == (chain / "run/report/report.json").read_bytes()
+    several = skinsynth("report", str(tmp_path / "run"), str(chain / "run"), "--to", str(tmp_path / "both"))
+    assert several.stdout.strip() == str(tmp_path / "both/index.html"), several.stderr
+    assert "both" not in (tmp_path / "both/report.json").read_text()
+    twice = skinsynth("report", str(chain / "run"), str(chain / "run"))
+    assert "give each run folder once" in twice.stderr
+
+
 def test_another_configuration_in_the_same_folder_is_refused(chain: Path, drawn: Path) -> None:
     done = skinsynth("launch", "configs/demo.yaml", *overrides(drawn, chain), "finetune.lr=1")
     assert done.returncode == 1

@@ -89,7 +89,8 @@ def test_every_image_once_whatever_is_killed(slurm: Environment, drawn: Path, ch
                 "generate.commit_every": 1, "prepare.size": 32, "generate.mode": mode}
     items, run = begun(drawn, chain, tmp_path / "disturbed", **settings)
     launch = ["launch", "configs/demo.yaml", *items, "cluster=devcluster", "cluster.max_restarts=50", "cluster.stages.generate.array=6",
-              "cluster.stages.generate.throttle=4", "cluster.stages.generate.nodes=2", "cluster.stages.generate.tasks_per_node=2", *(f"cluster.stages.{stage}.extra={{hold: true}}" for stage in ("screen", "classify"))]
+              "cluster.stages.generate.throttle=4", "cluster.stages.generate.nodes=2", "cluster.stages.generate.tasks_per_node=2",
+              *(f"cluster.stages.{stage}.extra={{hold: true}}" for stage in ("screen", "classify"))]
     skinsynth_on(slurm, *launch)
     havoc = Havoc(slurm, run, launch, images, kills)
     havoc.wreak()
