@@ -12,6 +12,7 @@ A *node* is a stage, or a stage and its part: ``finetune``, ``classify/hybrid``.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +37,9 @@ from skinsynth.errors import UserError
 from skinsynth.knobs import Config
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "deepspeed", "submitit", "webdataset", "xformers", "numpy", "opencv-python-headless")
+
+
+LOCK_SILENT = 120  # seconds after which a lock of another host is taken for a dead one's
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,8 @@ class RunDir:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """One launch at a time. A lock whose owner is dead is taken over.
+        """One launch at a time. A lock whose owner is dead is taken over: of this host the process tells, of another one that the lock was
+        not touched for a while, as its owner does all the time.
 
         Raises:
             UserError: another launch of this run is alive; the message names it.
@@ -171,15 +177,38 @@ class RunDir:
                 break
             except FileExistsError:
                 owner = read_json(path) or {}
-                if owner.get("host") == mine["host"] and birth(owner.get("pid", 0)) != owner.get("born"):
+                here = owner.get("host") == mine["host"]
+                if birth(owner.get("pid", 0)) != owner.get("born") if here else _untouched(path) > LOCK_SILENT:
                     path.unlink(missing_ok=True)
                     continue
                 raise UserError(f"{self.path} is being launched already by process {owner.get('pid')} on {owner.get('host')} since "
-                                f"{owner.get('since')}: wait for it or stop it (if it is surely dead, delete {path})") from None
+                                f"{owner.get('since')}: wait for it or stop it (if it is dead: its lock is taken over after "
+                                f"{LOCK_SILENT} s)") from None
+        ended = threading.Event()
+        threading.Thread(target=_keep_touching, args=(path, ended), daemon=True).start()
         try:
             yield
         finally:
+            ended.set()
             path.unlink(missing_ok=True)
+
+
+def _keep_touching(path: Path, ended: threading.Event) -> None:
+    while not ended.wait(LOCK_SILENT / 6):
+        with contextlib.suppress(OSError):
+            os.utime(path)
+
+
+def _untouched(path: Path) -> float:
+    """Seconds, by the file system's own clock: hosts may disagree."""
+    probe = path.with_name(f".{path.name}.{owner()}.tmp")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime - path.stat().st_mtime
+    except FileNotFoundError:  # given up just now
+        return float("inf")
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def owner() -> str:

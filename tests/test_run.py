@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,22 @@ def test_a_second_launch_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path:
     (tmp_path / "launch.lock").write_text(json.dumps(owner))
     with run.lock():
         assert json.loads((tmp_path / "launch.lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_lock_of_another_host_is_taken_over_once_it_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, path = RunDir(tmp_path), tmp_path / "launch.lock"
+    path.write_text(json.dumps({"pid": 1, "born": 1.0, "host": "login2", "since": "yesterday"}))
+    with pytest.raises(UserError, match=r"process 1 on login2 since yesterday.*taken over after 120 s"), run.lock():
+        pass
+    os.utime(path, (time.time() - 121,) * 2)
+    with run.lock():
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(runs, "LOCK_SILENT", 0.6)
+    with run.lock():
+        first = path.stat().st_mtime
+        time.sleep(0.5)
+        assert path.stat().st_mtime > first, "its owner touches it all the time"
 
 
 def test_a_write_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
