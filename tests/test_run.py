@@ -12,7 +12,7 @@ import pytest
 from skinsynth import run as runs
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config
-from skinsynth.run import Progress, RunDir, Task
+from skinsynth.run import Progress, RunDir, Task, write_json
 
 
 def test_a_run_folder_keeps_its_configuration(tmp_path: Path) -> None:
@@ -107,6 +107,21 @@ def test_progress_is_a_file_that_a_watcher_reads(tmp_path: Path) -> None:
     assert found is not None
     assert (found["done"], found["total"], found["unit"]) == (10, 20, "images")
     assert [duration(s) for s in (None, 0.2, 95, 3725)] == ["-", "0:00", "1:35", "1:02:05"]
+    Progress(run, "screen", 0, 10, "images", of=40).set(5)
+    assert (progress_of(run, "screen") or {})["total"] == 40, "of three more tasks that have not begun"
+
+
+def test_a_task_that_tells_nothing_any_more_counts_for_no_speed(tmp_path: Path) -> None:
+    from skinsynth.status import progress_of
+
+    run = RunDir(tmp_path)
+    for task, ago in ((0, 0.0), (1, 10_000.0)):
+        now = time.time() - ago
+        write_json(run.progress_path("generate", task), {"done": 60, "total": 100, "unit": "images", "begun_at": 0, "start": now - 60, "now": now})
+    found = progress_of(run, "generate")
+    assert found is not None
+    assert found["rate"] == pytest.approx(1.0, rel=0.01)
+    assert found["left"] == pytest.approx(80, rel=0.01)
 
 
 def test_processes_of_the_same_number_on_two_nodes_do_not_share_a_temp_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
