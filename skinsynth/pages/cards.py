@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 
 from skinsynth.knobs import Config
-from skinsynth.pages.page import screening
+from skinsynth.pages import screening
 from skinsynth.run import RunDir, read_json, write_text
 
 LICENCES = {  # of the base models that are named in the shipped configurations, and the usual ones, as their hubs say
@@ -51,7 +51,7 @@ def facts(cfg: Config, run: RunDir, summary: dict[str, Any]) -> dict[str, Any]:
         manifest["settings"]["source"] = Path(str(manifest["settings"]["source"])).name
     return {"name": run.name, "seed": cfg.seed, "manifest": manifest, "lineage": {**lineage, "base": _name(base)},
             "settings": manifest.get("settings", {}), "classes": [(targets.get(t, t), n) for t, n in manifest.get("classes", {}).items()],
-            "screen": summary["synthetic"], "screening": screening(summary["synthetic"]), "train": summary["data"].get("train", {}),
+            "screen": summary["synthetic"], "screening": screening.short(summary["synthetic"]), "train": summary["data"].get("train", {}),
             "finetune": cfg.finetune, "prompts": _prompts(cfg),
             "data_name": cfg.data.name,
             "metadata": Path(cfg.data.metadata).name if cfg.data.metadata else None, "data_licence": DATA_LICENCE,

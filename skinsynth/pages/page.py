@@ -9,7 +9,7 @@ import jinja2
 
 from skinsynth import config as configs
 from skinsynth.knobs import Config
-from skinsynth.pages import figures, pictures
+from skinsynth.pages import figures, pictures, screening
 from skinsynth.pages.results import missing
 from skinsynth.quality import predictions
 from skinsynth.quality.metrics import METRICS
@@ -19,11 +19,6 @@ from skinsynth.run import RunDir, read_json
 NAMES = {"auroc": "AUROC", "f1": "F1", "brier": "Brier score", "ece": "calibration error (ECE)", "partial_auroc": "partial AUROC (0 to 0.2)",
          **{f"sensitivity_at_{s}": f"sensitivity at {s} % specificity" for s in (80, 90, 95)}}
 MAIN = ("auroc", "balanced_accuracy", "accuracy", "sensitivity_at_90")  # the differences that are seen at once
-SCREENING = {"generated": "generated", "accepted": "accepted", "kid": "KID, synthetic to real training images",
-             "kid_real": "for scale: KID, real held-out to real training images", "copy_planted": "copies planted",
-             "copy_recall": "planted copies found", "copy_false_alarms": "real test images wrongly called copies",
-             "copy_threshold": "nearness from which an image is a copy"}
-PERCENT = ("copy_recall", "copy_false_alarms")
 
 
 def environment() -> jinja2.Environment:
@@ -56,7 +51,8 @@ def render(cfg: Config, run: RunDir, summary: dict[str, Any]) -> str:
         epochs=epochs, epochs_of=split, roc=figures.roc(summary["arms"]), reliability=figures.reliability(summary["arms"]),
         loss=figures.loss(figures.lines(run.node("finetune") / "metrics.jsonl")), previews=pictures.previews(run),
         prompts=list(dict.fromkeys(p for g in cfg.generate.classes.values() for p in g.prompts)), grids=pictures.grids(cfg, run),
-        sheets=sheets, all_sheets=all_sheets, pairs=pictures.pairs(cfg, run), plots=pictures.plots(run), screening=screening(summary["synthetic"]),
+        sheets=sheets, all_sheets=all_sheets, pairs=pictures.pairs(cfg, run), plots=pictures.plots(run),
+        screening=screening.tables(summary["synthetic"]),
         copy_quantile=getattr(cfg.screen, "copy_quantile", None), config=configs.dump(cfg), provenance=read_json(run.path / "provenance.json") or {},
         lineage=_lineage(cfg, run), set_aside=run.metrics("prepare").get("set_aside", {}), steps=steps(cfg))
 
@@ -70,34 +66,6 @@ def _lineage(cfg: Config, run: RunDir) -> dict[str, Any]:
 def _epochs(cfg: Config, run: RunDir, arms: dict[str, Any]) -> tuple[str | None, str]:
     curves = {arm: {seed: figures.lines(folder / "epochs.jsonl") for seed, folder in predictions.finished(cfg, run, arm).items()} for arm in arms}
     return figures.epochs(curves, {arm: row["chosen_step"] for arm, row in arms.items()})
-
-
-def screening(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """(what, value) of everything that ``screen`` measured: what is known by name first, the rest as it is called."""
-    rejected: dict[str, Any] = {f"rejected: {reason}": n for reason, n in (found.get("rejected") or {}).items()}
-    first = {k: found[k] for k in ("generated", "accepted") if k in found}
-    ordered = first | rejected | {k: found[k] for k in (*SCREENING, *found) if k in found and k not in ("rejected", "features")}
-    return [row for key, value in ordered.items() for row in _rows(key, value, ordered, SCREENING.get(key))]
-
-
-def _rows(key: str, value: Any, beside: dict[str, Any], known: str | None = None) -> list[tuple[str, str]]:
-    """One row, or those of what lies inside; a spread (``_std``) stands with its value."""
-    label, std = known or key.replace("_", " ").replace("kid", "KID").replace("fid", "FID"), beside.get(f"{key}_std")
-    if isinstance(value, dict):
-        return [(f"{label}, {name}", text) for inner, v in value.items() for name, text in _rows(inner, v, value)]
-    if key.endswith("_std") and key[:-4] in beside:
-        return []
-    if isinstance(value, list):
-        return [(label, ", ".join(map(str, value)))] if value else []
-    return [(label, _text(key, value) + (f" ± {std:.3f}" if std is not None else ""))]
-
-
-def _text(key: str, value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "–" if value is None else str(value)
-    if key in PERCENT:
-        return f"{100 * value:.1f} %"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
 
 
 def steps(cfg: Config) -> list[tuple[str, str, str]]:

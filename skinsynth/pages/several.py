@@ -13,7 +13,7 @@ from typing import Any
 
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config
-from skinsynth.pages import figures, page, results
+from skinsynth.pages import figures, page, results, screening
 from skinsynth.quality import predictions
 from skinsynth.quality.compare import Estimate, arms, difference, differences, estimates, holm, size
 from skinsynth.quality.metrics import METRICS
@@ -95,4 +95,4 @@ def _page(found: list[tuple[str, RunDir, Config]], summary: dict[str, Any]) -> s
     return page.environment().get_template("several.html.j2").render(
         runs={str(run.path): name for name, run, _ in found}, summary=summary, sentence=sentence, metrics=METRICS, main=page.MAIN, spaces=spaces,
         missing=[f"{name}: {line}" for name, run, cfg in found for line in results.missing(cfg, run)], plot=figures.intervals(known, "AUROC"),
-        screening={name: page.screening(row) for name, row in summary["synthetic"].items()})
+        screening={name: screening.short(row) for name, row in summary["synthetic"].items()})
