@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import skinsynth
 
+from skinsynth.data.export import export
 from skinsynth.data.shards import Dataset, ShardWriter, part_path, write_manifest
 from skinsynth.data.verify import verify
 from skinsynth.errors import UserError
@@ -106,7 +107,7 @@ def test_an_image_is_shown_with_all_that_is_known_of_it(chain: Path, tmp_path: P
     tar = Path(facts["shard"]).read_bytes()
     assert tar[facts["offset"]:][: facts["bytes"]] == picture.read_bytes()
     assert (facts["number"], facts["made_by"]["device"], facts["trained_on_sha256"]) == (11, "cpu", lineage["train_sha256"])
-    assert "has no image syn-00000999" in skinsynth("show", str(folder), "syn-00000999").stderr
+    assert "has no image syn-00000999 (yet): its keys are like syn-00000000" in skinsynth("show", str(folder), "syn-00000999").stderr
     real = Dataset.open(chain / "shards/small-train").keys[3]
     assert json.loads(skinsynth("show", str(chain / "shards/small-train"), real, "--json").stdout)["origin"] == "real"
 
@@ -142,6 +143,17 @@ def test_exported_as_files_with_a_table(chain: Path, tmp_path: Path) -> None:
     assert again.returncode == 1
     assert "is there already" in again.stderr
     assert "expected siim or imagefolder" in skinsynth("export", str(folder), str(tmp_path / "x"), "--format", "folder").stderr
+    with pytest.raises(UserError, match="holds no images but latents"):
+        export(chain / "shards/run-latents", tmp_path / "x", "siim", None)
+
+
+def test_an_export_that_breaks_off_leaves_nothing(chain: Path, tmp_path: Path) -> None:
+    def tell(done: int, of: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        export(chain / "shards/run-synthetic", tmp_path / "out", "siim", None, tell)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_was_exported_can_be_prepared_again(chain: Path, tmp_path: Path) -> None:

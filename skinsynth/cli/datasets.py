@@ -112,6 +112,8 @@ def regenerate(dataset: DatasetFolder, keys: Annotated[list[str], typer.Argument
         raise UserError(f"{dataset} does not say which run made it: give --run RUN")
     for key in keys:
         exporting.show(path_of(dataset), key)  # a misspelt one is told before anything slow
+    if run is None and not (path_of(made_by["run"]) / "config.yaml").is_file():
+        raise UserError(f"the run that made {dataset}, {made_by['run']}, is not there any more: give --run RUN, if it lies elsewhere now")
     folder = run_folder(run or made_by["run"])
     from skinsynth.stages import generate
 

@@ -29,28 +29,39 @@ def export(folder: Path, target: Path, form: str, only: set[str] | None, tell: C
     manifest = read_json(folder / "manifest.json")
     if manifest is None:
         raise UserError(f"dataset {folder} is not there or not finished (no manifest.json)")
+    if manifest.get("kind") not in ("real", "synthetic"):
+        raise UserError(f"{folder} holds no images but {manifest.get('kind')}: there is nothing to export")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is there already: give a new folder, or delete it")
-    temp, gone = target.with_name(f".{target.name}.tmp"), withdrawn_keys(folder)
+    temp = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temp, ignore_errors=True)
+    try:
+        count = _write(folder, len(manifest["shards"]), temp, form, only, tell)
+    except BaseException:
+        shutil.rmtree(temp, ignore_errors=True)
+        raise
+    if target.exists():
+        target.rmdir()
+    temp.rename(target)
+    return count
+
+
+def _write(folder: Path, shards: int, temp: Path, form: str, only: set[str] | None, tell: Callable[[int, int], None]) -> int:
+    gone, count = withdrawn_keys(folder), 0
     place = temp / ("images" if form == "siim" else "train")
     place.mkdir(parents=True)
     rows, names = io.StringIO(), {"siim": (*SIIM, *EXTRA), "imagefolder": ("file_name", *SIIM[1:], *EXTRA)}[form]
     table = csv.DictWriter(rows, names, lineterminator="\n", extrasaction="ignore")
     table.writeheader()
-    count = 0
-    for number in range(len(manifest["shards"])):
+    for number in range(shards):
         for key, files in samples(folder, number):
             if key in gone or (only is not None and key not in only):
                 continue
             (place / f"{key}.jpg").write_bytes(files["jpg"])
             table.writerow({"file_name": f"{key}.jpg", **_row(key, json.loads(files["json"]))})
             count += 1
-        tell(number + 1, len(manifest["shards"]))
+        tell(number + 1, shards)
     write_text((temp if form == "siim" else place) / "metadata.csv", rows.getvalue())
-    if target.exists():
-        target.rmdir()
-    temp.rename(target)
     return count
 
 
@@ -107,7 +118,8 @@ def _part_of(folder: Path, key: str) -> dict[str, Any]:
         for item in part["set_aside"]:
             if item["key"] == key:
                 raise UserError(f"{key} was left out of {folder}: {item['reason']}")
-    raise UserError(f"{folder} has no image {key} (yet)")
+    first = (read_json(part_path(folder, 0)) or {"keys": []})["keys"][:1]
+    raise UserError(f"{folder} has no image {key} (yet)" + (f": its keys are like {first[0]}" if first else ""))
 
 
 def _read(file: io.BufferedReader, offset: int, size: int) -> bytes:
