@@ -25,6 +25,7 @@ SMALL = {  # the demo, cut to seconds
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the mark
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """There is one Slurm at a time, so its tests go to one of the workers that share the suite (make test)."""
     for item in items:
