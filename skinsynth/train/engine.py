@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from skinsynth.errors import UserError
 from skinsynth.knobs import Training
-from skinsynth.train.optimizer import build_optimizer
+from skinsynth.train.optimizer import build_optimizer, groups
 from skinsynth.world import World
 
 Batch = dict[str, torch.Tensor]
@@ -54,10 +54,12 @@ def micro_batch(cfg: Training, world: World, section: str) -> int:
 class Engine:
     """Holds the model, its optimizer and the distributed machinery.
 
+    ``scales``: of some parameters the share of the learning rate that they get; the others get all of it.
     ``found``: what to go on from. Its weights are put in place before anything is wrapped, so that all copies of them agree.
     """
 
-    def __init__(self, cfg: Training, world: World, model: torch.nn.Module, section: str, found: Saved | None = None):
+    def __init__(self, cfg: Training, world: World, model: torch.nn.Module, section: str, found: Saved | None = None,
+                 scales: dict[str, float] | None = None):
         self.cfg, self.world, self.section = cfg, world, section
         self.micro = micro_batch(cfg, world, section)
         self.accumulation = cfg.global_batch // world.size // self.micro
@@ -72,7 +74,7 @@ class Engine:
                 p.data.copy_(found.tensor(WEIGHT, name))
         if not self.sharded:  # ZeRO flattens the weights
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.adam = build_optimizer(cfg, list(self.trained.values()))
+        self.adam = build_optimizer(cfg, groups(self.trained, scales or {}))
         self.model, self.optimizer = self.accelerator.prepare(model, self.adam)
         if self.sharded:  # accelerate told transformers to shard, with collectives, whatever is loaded from now on: on rank 0 alone it would hang
             from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -131,7 +133,7 @@ class Engine:
             UserError: out of memory; the message says what to turn on.
         """
         for group in self.adam.param_groups:
-            group["lr"], group["ema_decay"] = lr, ema_decay
+            group["lr"], group["ema_decay"] = lr * group.get("scale", 1.0), ema_decay
         self.model.train()
         total = torch.zeros((), device=self.device)
         try:
