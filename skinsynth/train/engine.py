@@ -80,6 +80,7 @@ class Engine:
             from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
             unset_hf_deepspeed_config()
+        self._linked = not self.sharded or cfg.zero == 3 or len(self.adam.param_groups) == 1
         if found:
             self._go_on(found)
 
@@ -151,7 +152,16 @@ class Engine:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             raise UserError(self._memory_advice(str(error).splitlines()[0])) from None
+        self._link()
         return total
+
+    def _link(self) -> None:
+        """DeepSpeed (ZeRO 1 and 2) notes where the optimizer's states lie after the first group's first step, when those of the other groups
+        are not there yet; so it is told to note them once more."""
+        if not self._linked:
+            self.model.optimizer._hp_optimizer_states_linked = False
+            self.model.optimizer._lazy_init_hp_params_optimizer_state()
+            self._linked = True
 
     def _memory_advice(self, words: str) -> str:
         s, cfg = self.section, self.cfg
