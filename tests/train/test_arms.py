@@ -56,14 +56,18 @@ def test_one_rank_and_two_at_any_zero_stage_give_the_same(maker: Maker, tmp_path
     """Within float32, since a batch of 4 is multiplied otherwise than one of 8. The last one goes on from what one rank saved."""
     one = maker("one")
     classify(one.config(), one, World(), "hybrid")
-    two = [maker(f"zero-{zero}", zero=zero) for zero in (0, 2)]
+    two = [maker("zero-0", zero=0), maker("zero-2", zero=2, seeds="[4, 5]")]  # one seed after the other in the same gang
+    reduced = maker("reduced", zero=2, precision="bf16")
     half = maker("half", zero=3)
     step = seed(one) / "checkpoints/step-00000003"
     shutil.copytree(step, seed(half) / "checkpoints" / step.name)
     for name in ("metrics.jsonl", "epochs.jsonl"):
         (seed(half) / name).write_text("".join((seed(one) / name).read_text().splitlines(True)[:3 if name[0] == "m" else 1]))
     shutil.copytree(seed(one) / "weights", seed(half) / "best-00000003")  # should that one be the best
-    on_two_ranks([*two, half], tmp_path, arm="hybrid")
+    on_two_ranks([*two, half, reduced], tmp_path, arm="hybrid")
+    assert two[1].metrics("classify/hybrid")["seeds"] == [4, 5]
+    assert losses(reduced) == pytest.approx(losses(one), rel=0.05)
+    assert losses(reduced) != pytest.approx(losses(one), rel=1e-5)
     facts = read_json(seed(one) / "metrics.json")
     for run in (*two, half):
         assert losses(run) == pytest.approx(losses(one), rel=2e-4), run.path
