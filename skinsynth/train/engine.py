@@ -9,6 +9,7 @@ What there is to save is, per trained parameter, the float32 master weight and t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -51,6 +52,16 @@ def micro_batch(cfg: Training, world: World, section: str) -> int:
     return micro
 
 
+def forget_accelerate() -> None:
+    """accelerate keeps the first plugin and precision for the life of a process, which may hold several trainings (seeds, debug)."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    for name in [n for n in os.environ if n.startswith("ACCELERATE_")]:
+        del os.environ[name]
+
+
 class Engine:
     """Holds the model, its optimizer and the distributed machinery.
 
@@ -88,6 +99,7 @@ class Engine:
         from accelerate import Accelerator
         from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
+        forget_accelerate()
         plugin, cpu = None, not torch.cuda.is_available()
         if self.sharded:
             if cpu:  # its shared-memory all-reduce serves inference only, and would be compiled on the node

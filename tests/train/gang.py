@@ -15,16 +15,6 @@ from skinsynth.run import RunDir
 from skinsynth.world import World, join
 
 
-def forget_accelerate() -> None:
-    """accelerate keeps the first plugin for the life of a process."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    for name in [n for n in os.environ if n.startswith("ACCELERATE_")]:
-        del os.environ[name]
-
-
 def main(paths: list[str], world: World) -> None:
     from skinsynth.stages.classify import classify
     from skinsynth.stages.finetune import finetune
@@ -32,7 +22,6 @@ def main(paths: list[str], world: World) -> None:
     for entry in paths:
         path, _, arm = entry.partition("#")
         run = RunDir(Path(path))
-        forget_accelerate()
         if arm:
             classify(run.config(), run, world, arm)
         else:
