@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.harness import SCRATCH, alternate, in_process, report
 
-IMAGES, EPOCHS, SIDE, BATCH, LR = 1200, 3, 256, 32, 1e-3
+IMAGES, EPOCHS, SIDE, BATCH, LR = 1200, 1, 256, 32, 1e-3
 OURS, PEER = "skinsynth", "Trainer, image folder, PIL"
 
 
@@ -71,7 +71,7 @@ def ours(folder: Path) -> float:
     steps = EPOCHS * len(Dataset.open(folder / "shards/bench-train")) // BATCH
     cfg, run = configuration(folder, steps), RunDir(folder / "run")
     shutil.rmtree(run.node("epochs"), ignore_errors=True)
-    data, model = Data(cfg, run, "baseline", 0), vit.build(cfg.classify, SIDE, 0)
+    data, model = Data(cfg, run, "baseline", 0, 64), vit.build(cfg.classify, SIDE, 0)
     checkpoints, engine = Checkpoints(run.node("epochs") / "checkpoints", World(), {}), Engine(cfg.classify, World(), model, "classify")
     begun = time.perf_counter()
     train(engine, run, "epochs", checkpoints, Clock(), data, partial(loss, inputs=vit.Inputs.of(cfg.classify, model, SIDE)))

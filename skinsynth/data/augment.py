@@ -10,6 +10,13 @@ import numpy as np
 from skinsynth.data.order import permutation
 
 
+def fit(image: np.ndarray, side: int) -> np.ndarray:
+    """uint8 (height, width, 3) -> (side, side, 3): in the loader, before anything else, since what follows then costs the fewer pixels."""
+    if image.shape[:2] == (side, side):
+        return image
+    return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA if side < image.shape[0] else cv2.INTER_LINEAR)
+
+
 def augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """uint8 (height, width, 3) of the same shape: one of the eight flips and turns (a lesion has no up), a little brightness and contrast."""
     image = np.rot90(image, int(rng.integers(4)))

@@ -72,6 +72,7 @@ def one_seed(cfg: Config, run: RunDir, world: World, arm: str, number: int) -> N
         log.warning("the synthetic images descend from weights of unknown training data: nobody can tell whether the test images were among them")
     model = vit.build(c, cfg.prepare.size, seed, attention.choose(cfg.model.attention, world.device))
     judge, scales = Judge(cfg, folder, world, model, data), vit.rate_scales(model, c.layer_decay) if c.layer_decay < 1 else {}
+    data.side = judge.inputs.side
     clock.lap("models and data")
     checkpoints = Checkpoints(folder / "checkpoints", world, identity(cfg, arm, seed, data), c.keep, c.keep_every)
     clock.lap("finding and checking the checkpoint")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from skinsynth.data import leakage
-from skinsynth.data.augment import augment, blend, partner
+from skinsynth.data.augment import augment, blend, fit, partner
 from skinsynth.data.cache import open_dataset
 from skinsynth.data.order import Mixture, sample_rng
 from skinsynth.data.shards import BadSample, Dataset
@@ -46,7 +46,9 @@ class Data:
         UserError: an empty source, an image that is neither benign nor malignant, synthetic images that were not screened, leakage.
     """
 
-    def __init__(self, cfg: Config, run: RunDir, arm: str, seed: int):
+    def __init__(self, cfg: Config, run: RunDir, arm: str, seed: int, side: int | None = None):
+        """``side``: pixels that the model sees; None: those of the shards."""
+        self.side = side or cfg.prepare.size
         self.cfg, self.seed, self.workers, self.batch_size = cfg, seed, cfg.data.workers, cfg.classify.global_batch
         tolerate = cfg.data.on_error == "skip"  # of what is trained on; what is judged on must be whole
         self.splits = {name: open_dataset(cfg, run, name, tolerate and name == "train") for name in ("train", "val", "test")}
@@ -126,7 +128,7 @@ class Data:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def batch(self, positions: range) -> Batch:
-        """images uint8 (n, 3, height, width), augmented; target float32 (n, classes): what each class counts, its weight in the loss included."""
+        """images uint8 (n, 3, side, side), augmented; target float32 (n, classes): what each class counts, its weight in the loss included."""
         seen: dict[int, Labelled] = {}
 
         def image(position: int) -> Labelled:
@@ -140,7 +142,7 @@ class Data:
     def _augmented(self, position: int) -> Labelled:
         _, source, index = self.at(position)
         image, target = source.read(index, _labelled)
-        return augment(image, sample_rng(self.seed, position)), target
+        return augment(fit(image, self.side), sample_rng(self.seed, position)), target
 
     def _one(self, position: int, image: Callable[[int], Labelled]) -> tuple[np.ndarray, np.ndarray]:
         c, (pixels, target) = self.cfg.classify, image(position)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from skinsynth.data.augment import fit
 from skinsynth.data.shards import Dataset
 from skinsynth.knobs import Config
 from skinsynth.models import vit
@@ -75,7 +76,7 @@ class Judge:
         reduced = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.cfg.precision)
         for start in list(starts)[self.world.rank::self.world.size]:
             picks = [min(i, len(split) - 1) for i in range(start, start + size)]
-            images = torch.from_numpy(np.stack([split.image(i).transpose(2, 0, 1) for i in picks])).to(device)
+            images = torch.from_numpy(np.stack([fit(split.image(i), self.inputs.side).transpose(2, 0, 1) for i in picks])).to(device)
             with torch.autocast(device.type, reduced) if reduced else nullcontext():
                 found[start] = self._probability(images).cpu().numpy()
         merged: dict[int, np.ndarray] = {}
