@@ -1,6 +1,6 @@
 """Train one arm's classifier.
 
-    python -m jobs.classify runs/isic --arm hybrid
+    python -m jobs.classify runs/isic --arm hybrid --seed 0
 """
 
 from skinsynth.stages import main

@@ -28,7 +28,9 @@ class Node:
         return self.name.split("/")[0]
 
     def tasks(self, cfg: Config) -> int:
-        """Independent tasks: a gang is one, of many ranks."""
+        """Independent tasks: a gang is one, of many ranks; an arm has a gang for each seed."""
+        if self.stage == "classify":
+            return len(cfg.arm_seeds)
         return 1 if stages.is_gang(cfg, self.stage) else cfg.cluster.of(self.stage).array
 
 
@@ -48,7 +50,7 @@ def chain(cfg: Config) -> list[Node]:
         nodes.append(Node("generate", (nodes[-1].name,)))
     nodes.append(Node("screen", (nodes[-1].name,)))
     for arm, wanted in cfg.classify.arms.items():
-        nodes.append(Node(f"classify/{arm}", ("screen",) if wanted.sources.get("synthetic") else ("prepare",)))
+        nodes.append(Node(f"classify/{arm}", ("screen",) if "synthetic" in wanted.used else ("prepare",)))
     return [*nodes, Node("report", tuple(n.name for n in nodes if n.stage in ("screen", "classify")))]
 
 

@@ -104,10 +104,7 @@ def check(config: Config) -> None:
         if not concept.instance_prompt:
             problems.append(f"finetune.concepts.{name}.instance_prompt is empty")
     problems += _check_generate(config.generate)
-    for name, arm in config.classify.arms.items():
-        unknown = set(arm.sources) - {"real", "synthetic"}
-        if unknown or not arm.sources or min(arm.sources.values()) < 0 or sum(arm.sources.values()) <= 0:
-            problems.append(f"classify.arms.{name}.sources is {arm.sources}: give 'real' and 'synthetic' positive weights")
+    problems += _check_arms(config.classify)
     for section, training in (("finetune", config.finetune), ("classify", config.classify)):
         if training.micro_batch and training.global_batch % training.micro_batch:
             problems.append(f"{section}.global_batch={training.global_batch} is no multiple of micro_batch={training.micro_batch}")
@@ -122,10 +119,25 @@ def check(config: Config) -> None:
             near = difflib.get_close_matches(stage, STAGES, 1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             problems.append(f"cluster.stages.{stage}: there is no such stage, only {', '.join(STAGES)}{hint}")
-    if config.classify.hidden_size % config.classify.heads:
-        problems.append(f"classify.hidden_size={config.classify.hidden_size} is no multiple of heads={config.classify.heads}")
     if problems:
         raise UserError("the configuration cannot be used:\n  " + "\n  ".join(problems))
+
+
+def _check_arms(c: Classify) -> Iterator[str]:
+    for name, arm in c.arms.items():
+        if arm.phases and arm.sources:
+            yield f"classify.arms.{name} has both sources and phases: give one of them"
+            continue
+        for number, part in enumerate(arm.parts):
+            where, given = f"classify.arms.{name}" + (f".phases[{number}]" if arm.phases else ""), part.sources
+            if set(given) - {"real", "synthetic"} or not given or min(given.values()) < 0 or sum(given.values()) <= 0:
+                yield f"{where}.sources is {given}: give 'real' and 'synthetic' positive weights"
+            if round(part.share / (sum(p.share for p in arm.parts) or 1) * c.steps) < 1:
+                yield f"{where}.share={part.share} of classify.steps={c.steps} is no step at all: raise one of them"
+    if len(set(c.seeds)) < len(c.seeds) or not all(0 <= seed < 2**31 for seed in c.seeds):
+        yield f"classify.seeds is {c.seeds}: give different numbers from 0 to 2147483647"
+    if c.hidden_size % c.heads:
+        yield f"classify.hidden_size={c.hidden_size} is no multiple of heads={c.heads}"
 
 
 def _check_generate(g: Generate) -> Iterator[str]:
@@ -148,14 +160,18 @@ def _check_fields(prefix: str, node: Any) -> Any:
     if isinstance(node, dict):
         for key, value in node.items():
             yield from _check_fields(f"{prefix}.{key}", value)
+    if isinstance(node, list):
+        for number, value in enumerate(node):
+            yield from _check_fields(f"{prefix}[{number}]", value)
     if not is_dataclass(node):
         return
     for f in fields(node):
         name, value = f"{prefix}.{f.name}".lstrip("."), getattr(node, f.name)
         choices, span = f.metadata.get("choices"), f.metadata.get("range")
         if choices and value not in choices:
-            near = difflib.get_close_matches(str(value), choices, 1)
-            yield f"{name} is '{value}', expected one of {', '.join(choices)}" + (f" (did you mean {near[0]}?)" if near else "")
+            words = [str(choice) for choice in choices]
+            near = difflib.get_close_matches(str(value), words, 1)
+            yield f"{name} is '{value}', expected one of {', '.join(words)}" + (f" (did you mean {near[0]}?)" if near else "")
         if span and value is not None and not span[0] <= value <= span[1]:
             yield f"{name} is {value}, expected {span[0]} to {span[1]}" if span[1] < math.inf else f"{name} is {value}, expected {span[0]} or more"
         yield from _check_fields(name, value)

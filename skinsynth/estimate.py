@@ -119,7 +119,7 @@ def written(cfg: Config, stage: Stage, images: Counts, model: Sizes) -> int | No
         return _checkpoints(cfg.finetune, _trained(cfg, networks)) + 4 * sum(networks.values()) if networks else None
     if name == "classify":  # the weights of each evaluation that is the best so far stay until the end
         best = ceil(cfg.classify.steps / cfg.classify.evaluate_every)
-        return _checkpoints(cfg.classify, model.classifier) + 4 * best * model.classifier if model.classifier else None
+        return stage.tasks * (_checkpoints(cfg.classify, model.classifier) + 4 * best * model.classifier) if model.classifier else None
     each = {"prepare": jpeg_bytes(side) + INDEX + 500, "generate": jpeg_bytes(side) + INDEX,
             "encode": 8 * cfg.encode.crops * (1 + cfg.encode.flip) * model.channels * (side // model.down) ** 2 + 1024 + INDEX,
             "screen": 4 * model.features + 3 * 32**2 + INDEX}
@@ -131,7 +131,7 @@ def files(cfg: Config, stage: Stage) -> int | None:
     own = 5 * stage.tasks * stage.ranks + 10
     if stage.node.split("/")[0] in stages.GANGS:
         training = cfg.finetune if stage.node == "finetune" else cfg.classify
-        return own + 20 + (training.keep + 1) * (stage.ranks + 8)
+        return own + stage.tasks * (20 + (training.keep + 1) * (stage.ranks + 8))
     return None if stage.shards is None else own + 3 * stage.shards
 
 

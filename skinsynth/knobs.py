@@ -207,10 +207,28 @@ class Screen:
 
 
 @dataclass
-class Arm:
-    """A training mix: the weights of the sources ``real`` and ``synthetic`` in each batch."""
+class Phase:
+    """A part of an arm's training: its mix, and its share of the steps (of any scale)."""
 
     sources: dict[str, float] = field(default_factory=dict)
+    share: float = at_least(1.0, 0)
+
+
+@dataclass
+class Arm:
+    """A training mix: the weights of the sources ``real`` and ``synthetic`` in each batch, the same all the time or in ``phases``."""
+
+    sources: dict[str, float] = field(default_factory=dict)
+    phases: list[Phase] = field(default_factory=list)  # one after the other; instead of ``sources``
+
+    @property
+    def parts(self) -> list[Phase]:
+        return self.phases or [Phase(self.sources)]
+
+    @property
+    def used(self) -> list[str]:
+        """The sources that are drawn from at any time."""
+        return list(dict.fromkeys(name for part in self.parts for name, weight in part.sources.items() if weight > 0))
 
 
 @dataclass
@@ -228,6 +246,14 @@ class Classify(Training):
     patch: int = at_least(8, 1)
     image_size: int | None = at_least(None, 16)  # pixels; None: that of the shards (small) or of the pretrained model
     evaluate_every: int = at_least(100, 1)  # steps; one "epoch" of the tables
+    patience: int = at_least(0, 0)  # evaluations without a better validation AUROC after which an arm stops; 0: never
+    layer_decay: float = at_least(1.0, 0.01, 1)  # each layer's rate is this times that of the layer above it (Clark et al. 2020)
+    label_smoothing: float = at_least(0.0, 0, 0.99)  # Szegedy et al. 2016
+    mixup: float = at_least(0.0, 0)  # alpha of the Beta distribution that images are blended by (Zhang et al. 2018); 0: not at all
+    cutmix: float = at_least(0.0, 0)  # the same of the box that is pasted in (Yun et al. 2019); with both, each sample takes either
+    balance: str = one_of("none", "weights", "sampling")  # of the classes: in the loss, or by how often they are drawn
+    tta: int = field(default=1, metadata={"choices": (1, 8)})  # views averaged where it is judged: the image, or its eight flips and turns
+    seeds: list[int] = field(default_factory=list)  # of the weights, the order and the augmentation, never of the splits; empty: the run's own
     arms: dict[str, Arm] = field(default_factory=dict)
 
 
@@ -293,10 +319,6 @@ class Cluster(Site):
             return wanted.threads or 1
         return wanted.threads or max(1, self.all_cores // (wanted.array * wanted.tasks_per_node))
 
-    def busy_cores(self, stage: str) -> int:
-        wanted = self.of(stage)
-        return wanted.array * wanted.tasks_per_node * self.threads_of(stage)
-
 
 @dataclass
 class Config:
@@ -311,3 +333,8 @@ class Config:
     screen: Screen = field(default_factory=Screen)
     classify: Classify = field(default_factory=Classify)
     cluster: Cluster = field(default_factory=Cluster)
+
+    @property
+    def arm_seeds(self) -> list[int]:
+        """The seeds that each arm is trained with, one task each."""
+        return self.classify.seeds or [self.seed]

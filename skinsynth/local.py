@@ -17,10 +17,19 @@ from skinsynth import stages
 from skinsynth.chain import Node, StageJob
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config
-from skinsynth.run import RunDir, birth, read_json, write_json
+from skinsynth.run import RunDir, Task, birth, read_json, write_json
 from skinsynth.status import LiveTable, newest_log
 
 GRACE = 30  # seconds that a job has to save its state when the launch is stopped
+
+
+def shares(cfg: Config, run: RunDir, node: Node) -> list[list[Task]]:
+    """The tasks that are started together: all of a unit stage, since its configuration says how many; of an arm's seeds, each a gang, those
+    that are not done, one by one as cores are free."""
+    count = node.tasks(cfg)
+    if not stages.is_gang(cfg, node.stage):
+        return [[Task(i, count) for i in range(count)]]
+    return [[Task(i, count)] for i in run.unfinished(node.name, count) or range(count)]
 
 
 @dataclass
@@ -31,7 +40,8 @@ class Local:
     run: RunDir
     nodes: list[Node]
     console: Console
-    jobs: dict[str, list[Any]] = field(default_factory=dict)  # node -> its running submitit jobs
+    jobs: dict[str, list[Any]] = field(default_factory=dict)  # node that was begun -> its submitit jobs
+    waiting: dict[str, list[list[Task]]] = field(default_factory=dict)  # and the tasks that no cores were free for
     failed: dict[str, str] = field(default_factory=dict)
 
     def run_all(self) -> None:
@@ -53,36 +63,49 @@ class Local:
 
     def _advance(self) -> bool:
         """Collects what ended, starts what may start; False when nothing runs and nothing more can."""
-        for ended in [n for n, jobs in self.jobs.items() if all(job.done() for job in jobs)]:
+        for ended in [n for n, jobs in self.jobs.items() if all(job.done() for job in jobs) and not self.waiting[n]]:
             del self.jobs[ended]
             if not self.run.is_done(ended):
                 told = self.run.failures(ended).values()
                 self.failed[ended] = next(iter(told), "it ended without a word (killed, or out of memory?)")
         for node in self.nodes:
             if self._may_start(node):
-                self._start(node)
+                shutil.rmtree(self.run.node(node.name) / "failed", ignore_errors=True)
+                self.jobs[node.name], self.waiting[node.name] = [], shares(self.cfg, self.run, node)
+            while self.waiting.get(node.name) and self._room(node):
+                self._start(node, self.waiting[node.name].pop(0))
         return bool(self.jobs)
 
     def _may_start(self, node: Node) -> bool:
         if node.name in self.jobs or node.name in self.failed or self.run.is_done(node.name):
             return False
-        cluster = self.cfg.cluster
-        busy = sum(cluster.busy_cores(n.stage) for n in self.nodes if n.name in self.jobs)
-        free = busy + cluster.busy_cores(node.stage) <= cluster.all_cores
-        return all(self.run.is_done(need) for need in node.needs) and (not busy or free)
+        return all(self.run.is_done(need) for need in node.needs) and self._room(node)
 
-    def _start(self, node: Node) -> None:
+    def _room(self, node: Node) -> bool:
+        """Whether cores are free for a share of the node; where nothing runs, there is room for any."""
+        busy = sum(self._cores(n) * sum(not job.done() for job in self.jobs.get(n.name, [])) for n in self.nodes)
+        count = 1 if stages.is_gang(self.cfg, node.stage) else node.tasks(self.cfg)
+        return not busy or busy + count * self._cores(node) <= self.cfg.cluster.all_cores
+
+    def _cores(self, node: Node) -> int:
+        """Of one job of the node."""
+        ranks = self.cfg.cluster.of(node.stage).tasks_per_node if stages.is_gang(self.cfg, node.stage) else 1
+        return ranks * self.cfg.cluster.threads_of(node.stage)
+
+    def _start(self, node: Node, tasks: list[Task]) -> None:
         from submitit import LocalExecutor
 
-        shutil.rmtree(self.run.node(node.name) / "failed", ignore_errors=True)
         wanted = self.cfg.cluster.of(node.stage)
         executor = LocalExecutor(self.run.node(node.name) / "submit")
         gang = stages.is_gang(self.cfg, node.stage)
         executor.update_parameters(timeout_min=wanted.minutes, tasks_per_node=wanted.tasks_per_node if gang else 1,
                                    gpus_per_node=wanted.gpus_per_node, stderr_to_stdout=True)
-        count = node.tasks(self.cfg)
         with _ignored(signal.SIGINT):  # a job inherits that: Ctrl-C is for the launch, which then stops its jobs in order
-            self.jobs[node.name] = [executor.submit(StageJob(node.name, str(self.run.path), i, count)) for i in range(count)]
+            started = {task.index: executor.submit(StageJob(node.name, str(self.run.path), task.index, task.count)) for task in tasks}
+        self.jobs[node.name] += started.values()
+        path = self.run.node(node.name) / "submit" / "tasks.json"  # whose log is which
+        known = read_json(path) or {}
+        write_json(path, known | {str(i): [*known.get(str(i), []), job.job_id] for i, job in started.items()})
         pids = [(name, int(job.job_id)) for name, jobs in self.jobs.items() for job in jobs]
         write_json(self.run.path / "processes.json", [{"node": name, "pid": pid, "born": birth(pid)} for name, pid in pids])
 

@@ -263,6 +263,11 @@ class Progress:
     def advance(self, by: int = 1) -> None:
         self.set(self.state["done"] + by)
 
+    def end(self) -> None:
+        """It is done before all of it was: what is left is not needed."""
+        self.state |= {"total": self.state["done"], "now": time.time()}
+        self._write()
+
     def _write(self) -> None:
         self.written = time.time()
         write_text(self.path, json.dumps(self.state), durable=False)

@@ -12,7 +12,7 @@ import io
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -147,13 +147,12 @@ def note(run: RunDir, jobs: list[Submitted]) -> None:
 
 # ---- submitting ----
 
-def parameters(cfg: Config, run: RunDir, node: str, dependency: list[str]) -> dict[str, Any]:
-    """What submitit turns into ``#SBATCH`` lines and the commands around ``srun``."""
+def parameters(cfg: Config, run: RunDir, node: str, dependency: list[str], tasks: Sequence[int] = (0,)) -> dict[str, Any]:
+    """What submitit turns into ``#SBATCH`` lines and the commands around ``srun``. ``tasks``: the numbers of the node's tasks that are submitted."""
     stage, cluster = node.split("/")[0], cfg.cluster
     wanted, site, gang = cluster.of(stage), cluster.site(stage), stages.is_gang(cfg, stage)
     extra, memory = site.pop("extra"), site.pop("mem_gb", None)
     env = Path(cluster.env).resolve() if cluster.env else SCRIPTS / "env.sh"
-    failed = run.failed_path(node).resolve() if gang else "-"
     found = {
         "job_name": job_name(run, node), "time": wanted.minutes, "nodes": wanted.nodes if gang else 1,
         "ntasks_per_node": wanted.tasks_per_node if gang else 1, "cpus_per_task": wanted.threads or None,
@@ -162,10 +161,20 @@ def parameters(cfg: Config, run: RunDir, node: str, dependency: list[str]) -> di
         "signal_delay_s": cluster.signal_seconds, "stderr_to_stdout": True, "wckey": None,
         # Slurm 22.05 and later: srun does not take the job's cpus-per-task over; and a gang that lost a rank must not wait for it
         "srun_args": ["--kill-on-bad-exit=1", *([f"--cpus-per-task={wanted.threads}"] if wanted.threads else [])],
-        "setup": [f"source '{env}'"], "teardown": ["code=$?", f"source '{SCRIPTS / 'requeue.sh'}' '{failed}'"],
+        "setup": [f"source '{env}'"], "teardown": ["code=$?", *_after(run, node, tasks if gang else [])],
         "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", **extra}, **site,
     }
     return {key: value for key, value in found.items() if value is not None or key == "wckey"}
+
+
+def _after(run: RunDir, node: str, tasks: Sequence[int]) -> list[str]:
+    """Has the job ask for another turn where that makes sense, which a gang that failed by itself says in a file of its task's number; in an
+    array that number is not the array's, since a launch submits only the tasks that are left."""
+    requeue = f"source '{SCRIPTS / 'requeue.sh'}'"
+    if len(tasks) < 2:
+        return [f"{requeue} '{run.failed_path(node, tasks[0]).resolve() if tasks else '-'}'"]
+    folder = run.failed_path(node).resolve().parent
+    return [f"tasks=({' '.join(map(str, tasks))})", f"{requeue} '{folder}'/\"${{tasks[$SLURM_ARRAY_TASK_ID]}}\".json"]
 
 
 def script(cfg: Config, run: RunDir, node: str, tasks: int, dependency: list[str]) -> str:
@@ -174,15 +183,15 @@ def script(cfg: Config, run: RunDir, node: str, tasks: int, dependency: list[str
 
     folder = (run.node(node) / "submit").resolve()
     command = f"{cfg.cluster.python or sys.executable} -u -m submitit.core._submit {folder}"
-    return _make_sbatch_string(command, folder, **parameters(cfg, run, node, dependency), map_count=tasks if tasks > 1 else None)
+    return _make_sbatch_string(command, folder, **parameters(cfg, run, node, dependency, range(tasks)), map_count=tasks if tasks > 1 else None)
 
 
 def submit(cfg: Config, run: RunDir, node: str, tasks: list[Task], dependency: list[str]) -> list[Submitted]:
-    """One job for a gang, one array for the tasks of a unit stage."""
+    """One job for a gang, one array for the tasks of a unit stage or the gangs of an arm's seeds."""
     for task in tasks:
         run.failed_path(node, task.index).unlink(missing_ok=True)
     calls = [StageJob(node, str(run.path), task.index, task.count) for task in tasks]
-    ids = sbatch(cfg, run.node(node) / "submit", parameters(cfg, run, node, dependency), calls, node)
+    ids = sbatch(cfg, run.node(node) / "submit", parameters(cfg, run, node, dependency, [task.index for task in tasks]), calls, node)
     return [Submitted(node, number, task.index, task.count) for number, task in zip(ids, tasks, strict=True)]
 
 

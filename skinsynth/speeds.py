@@ -106,8 +106,8 @@ def _speed(run: RunDir, cfg: Config, node: str) -> float | None:
     training = {"finetune": cfg.finetune, "classify": cfg.classify}.get(stage)
     if done > 0 and spent > 0:
         return done / spent * (training.global_batch / rank_count(cfg, stage) if training else 1)
-    path = run.node(node) / "metrics.jsonl"
-    rows = path.read_text().splitlines() if training and path.is_file() else []
+    paths = sorted(run.node(node).glob("**/metrics.jsonl")) if training else []  # of each seed
+    rows = [row for path in paths for row in path.read_text().splitlines()]
     return statistics.median(json.loads(row)["samples_per_second"] for row in rows if row.endswith("}")) / rank_count(cfg, stage) if rows else None
 
 

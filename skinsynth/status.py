@@ -90,6 +90,7 @@ def logs(run: RunDir, node: str, task: int | None = None) -> list[Path]:
     if task is None:
         return sorted(folder.glob("*_log.out"), key=lambda p: p.stat().st_mtime)
     ids = [job.id for job in slurm.submitted(run) if job.node == node and job.task == task]
+    ids += (_read(run.node(node) / "submit" / "tasks.json") or {}).get(str(task), [])  # of local launches
     return [path for number in ids for path in sorted(folder.glob(f"{number}_*_log.out"))]
 
 

@@ -90,8 +90,7 @@ def _weights(run: RunDir, group: str, whole: set[str]) -> list[Descendant]:
         found.append(Descendant("weights of the generator", str(run.weights), None, "trained on images of theirs"))
     cfg = run.config()
     for arm, wanted in cfg.classify.arms.items():
-        used = [name for name, weight in wanted.sources.items() if weight > 0]
-        folders = {str(run.dataset(cfg, {"real": "train", "synthetic": "synthetic"}[name])) for name in used}
+        folders = {str(run.dataset(cfg, {"real": "train", "synthetic": "synthetic"}[name])) for name in wanted.used}
         for weights in sorted(run.node(f"classify/{arm}").glob("**/weights")):
             if folders & whole:
                 found.append(Descendant("weights of a classifier", str(weights), None, "trained on images that are withdrawn"))

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+if TYPE_CHECKING:
+    from skinsynth.knobs import Config
+    from skinsynth.run import RunDir
+
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # before torch comes: other work on the cores must not make the tests crawl
+Setup = Callable[..., "tuple[Config, RunDir]"]
 ROOT = Path(__file__).resolve().parent.parent
 DEVCLUSTER = ROOT / "slurm" / "devcluster"
 REAL = ROOT.parent / "shared" / "isic"
@@ -87,6 +94,31 @@ def chain(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
     return made_once(tmp_path_factory, "chain", make)
+
+
+@pytest.fixture
+def make(chain: Path, drawn: Path, tmp_path: Path) -> Setup:
+    """``make(**classify keys)``: a run folder with the datasets and the screening of the shared chain; safe to change."""
+
+    from skinsynth import config
+    from skinsynth.run import RunDir
+
+    def made(**keys: object) -> tuple[Config, RunDir]:
+        cfg = config.load("configs/demo.yaml", overrides(drawn, tmp_path, **{f"classify.{k}": v for k, v in keys.items()}))
+        run = RunDir(tmp_path / "run")
+        run.create(cfg)
+        shutil.copytree(chain / "shards", tmp_path / "shards")
+        shutil.copytree(chain / "run/screen", run.node("screen"))
+        return cfg, run
+
+    return made
+
+
+def plant(run: RunDir, cfg: Config, kind: str, change: Callable[[dict[str, Any]], None], manifest: bool = False) -> None:
+    path = run.dataset(cfg, kind) / ("manifest.json" if manifest else "parts/00000.json")
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
 
 
 # ---- a Slurm: our devcluster where we may start one, else a site's own ----

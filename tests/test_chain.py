@@ -64,7 +64,7 @@ def test_killed_three_times_it_finishes_with_the_same_report(chain: Path, drawn:
     assert jobs_alive(tmp_path), "no job was left running: the test killed too late"
 
     launch = start(*arguments)  # politely, as Ctrl-C does
-    wait_for(launch, run, "classify/*/epochs.jsonl")
+    wait_for(launch, run, "classify/*/seed-*/epochs.jsonl")
     launch.send_signal(signal.SIGINT)
     output = launch.communicate(timeout=60)[0]
     assert launch.returncode == 130, output

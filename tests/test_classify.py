@@ -1,74 +1,187 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import overrides
+import torch.nn.functional as F
+from conftest import Setup, plant
 
-from skinsynth import config, knobs
+from skinsynth import config, knobs, stages
+from skinsynth.data.augment import augment, blend, partner
 from skinsynth.data.order import sample_rng
 from skinsynth.data.shards import Dataset
 from skinsynth.errors import UserError
+from skinsynth.knobs import Arm, Phase
 from skinsynth.models import vit
-from skinsynth.quality.metrics import binary_metrics
-from skinsynth.run import RunDir
-from skinsynth.stages.classify import METRICS, Data, augment, check_held_out
+from skinsynth.quality.metrics import METRICS, binary_metrics
+from skinsynth.run import Task, read_json
+from skinsynth.stages.classify import classify
+from skinsynth.train.arms import Data
+from skinsynth.train.judge import loss
 from skinsynth.train.log import read_lines
+from skinsynth.world import Stopped, World
 
 
-@pytest.fixture
-def setup(chain: Path, drawn: Path, tmp_path: Path) -> tuple[knobs.Config, RunDir]:
-    """A run folder with the datasets and the screening of the shared chain; safe to change."""
-    cfg = config.load("configs/demo.yaml", overrides(drawn, tmp_path))
-    run = RunDir(tmp_path / "run")
-    run.create(cfg)
-    shutil.copytree(chain / "shards", tmp_path / "shards")
-    shutil.copytree(chain / "run/screen", run.node("screen"))
-    return cfg, run
+def score(folder: Path) -> np.ndarray:
+    return np.array([float(row["score"]) for row in csv.DictReader((folder / "predictions.csv").open())])
 
+
+# ---- what a finished run has ----
 
 def test_weights_load_with_plain_transformers_and_give_the_predictions(chain: Path) -> None:
-    from transformers import AutoModelForImageClassification
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    arm = chain / "run/classify/hybrid"
-    model = AutoModelForImageClassification.from_pretrained(arm / "weights").eval()
+    seed = chain / "run/classify/hybrid/seed-0"
+    model = AutoModelForImageClassification.from_pretrained(seed / "weights").eval()
     assert model.config.id2label == {0: "benign", 1: "malignant"}
     test = Dataset.open(chain / "shards/small-test")
-    rows = list(csv.DictReader((arm / "predictions.csv").open()))
+    rows = list(csv.DictReader((seed / "predictions.csv").open()))
     assert [r["key"] for r in rows] == test.keys
     images = torch.from_numpy(np.stack([test.image(i).transpose(2, 0, 1) for i in range(4)]))
     with torch.inference_mode():
         scores = vit.logits(model, images, 64).softmax(1)[:, 1]
+        processed = AutoImageProcessor.from_pretrained(seed / "weights")([test.image(i) for i in range(4)], return_tensors="pt")
+        theirs = model(**processed).logits.softmax(1)[:, 1]
     assert scores.tolist() == pytest.approx([float(r["score"]) for r in rows[:4]], abs=1e-4)
+    assert theirs.tolist() == pytest.approx(scores.tolist(), abs=1e-4)
+    for name in ("sex", "age", "site", "diagnosis"):
+        assert [r[name] for r in rows] == ["" if value is None else str(value) for value in test.columns[name]]
+        assert len({r[name] for r in rows}) > 1
 
 
 def test_the_result_is_that_of_the_checkpoint_chosen_on_validation(chain: Path) -> None:
     for arm in ("baseline", "hybrid"):
         folder = chain / "run/classify" / arm
-        epochs, done = read_lines(folder / "epochs.jsonl"), json.loads((folder / "done.json").read_text())["metrics"]
+        epochs, facts = read_lines(folder / "seed-0/epochs.jsonl"), read_json(folder / "seed-0/metrics.json")
         assert [row["step"] for row in epochs] == [4, 8, 12]
+        assert all(row.keys() == {"step", "epoch", "val"} for row in epochs), "the test images are read at the end only"
         best = max(epochs, key=lambda row: row["val"]["auroc"])
-        assert done["chosen_step"] == best["step"]
-        assert {m: done[m] for m in METRICS} == {m: best["test"][m] for m in METRICS}
-        rows = list(csv.DictReader((folder / "predictions.csv").open()))
-        again = binary_metrics(np.array([int(r["target"]) for r in rows]), np.array([float(r["score"]) for r in rows]))
-        assert again["auroc"] == pytest.approx(done["auroc"])
+        assert (facts["chosen_step"], facts["chosen_by"]["value"]) == (best["step"], best["val"]["auroc"])
+        rows = list(csv.DictReader((folder / "seed-0/predictions.csv").open()))
+        again = binary_metrics(np.array([int(r["target"]) for r in rows]), score(folder / "seed-0"))
+        assert {m: facts[m] for m in METRICS} == pytest.approx(again, abs=1e-5)
+        done = read_json(folder / "done.json")["metrics"]
+        assert (done["seeds"], done["mean"]) == ([0], {m: facts[m] for m in METRICS})
+        assert not list(folder.glob("seed-0/best-*"))
 
 
-def test_arms_differ_in_their_sources_alone(setup: tuple[knobs.Config, RunDir]) -> None:
-    cfg, run = setup
-    real, hybrid = (Data(cfg, run, arm) for arm in ("baseline", "hybrid"))
-    assert (real.names, hybrid.names) == (["real"], ["real", "synthetic"])
-    assert [hybrid.mixture.at(k)[0] for k in range(8)] == [0, 1] * 4
+# ---- arms ----
+
+def test_arms_differ_in_their_sources_alone(make: Setup) -> None:
+    cfg, run = make()
+    real, hybrid = (Data(cfg, run, arm, 0) for arm in ("baseline", "hybrid"))
+    assert (list(real.sources), list(hybrid.sources)) == (["real"], ["real", "synthetic"])
+    assert [hybrid.at(k)[1] is hybrid.sources["synthetic"] for k in range(8)] == [False, True] * 4
     batch = hybrid.batch(range(4))
     assert (batch["images"].shape, batch["images"].dtype) == ((4, 3, 64, 64), torch.uint8)
-    assert torch.equal(batch["images"], Data(cfg, run, "hybrid").batch(range(4))["images"])
+    assert (batch["target"].shape, batch["target"].dtype) == ((4, 2), torch.float32)
+    again, other = Data(cfg, run, "hybrid", 0), Data(cfg, run, "hybrid", 1)
+    assert torch.equal(batch["images"], again.batch(range(4))["images"])
+    assert other.keys(range(32)) != hybrid.keys(range(32))
+    assert other.sha256() == hybrid.sha256()
+    assert other.splits["test"].keys == hybrid.splits["test"].keys
+
+
+def test_synthetic_first_and_then_real(make: Setup) -> None:
+    cfg, run = make(**{"arms.staged.phases": "[{sources: {synthetic: 1}, share: 0.5}, {sources: {real: 3, synthetic: 1}, share: 0.25}, "
+                                             "{sources: {real: 1}, share: 0.25}]", "arms.only": "{sources: {synthetic: 1, real: 0}}"})
+    data, batch = Data(cfg, run, "staged", 0), cfg.classify.global_batch
+    assert [phase.begin for phase in data.phases] == [0, 6 * batch, 9 * batch]
+    synthetic = [[data.at(step * batch + k)[1] is data.sources["synthetic"] for k in range(batch)] for step in range(12)]
+    assert [sum(row) / batch for row in synthetic] == [1] * 6 + [0.25] * 3 + [0] * 3
+    assert list(Data(cfg, run, "only", 0).sources) == ["synthetic"]
+
+
+def test_sources_of_phases_decide_what_an_arm_needs_and_what_it_is_held_against() -> None:
+    from skinsynth.chain import chain as nodes
+    from skinsynth.quality.predictions import arms_of
+
+    cfg = config.load("configs/demo.yaml")
+    cfg.classify.arms = {"staged": Arm(phases=[Phase({"synthetic": 1}), Phase({"real": 1})]), "twice": Arm(phases=[Phase({"real": 1})] * 2)}
+    assert arms_of(cfg) == ["twice", "staged"]
+    needs = {node.name: node.needs for node in nodes(cfg)}
+    assert (needs["classify/staged"], needs["classify/twice"]) == (("screen",), ("prepare",))
+
+
+@pytest.mark.parametrize(("items", "words"), [
+    (["classify.arms.a={sources: {real: 1}, phases: [{sources: {real: 1}}]}"], "classify.arms.a has both sources and phases"),
+    (["classify.arms.a={phases: [{sources: {real: 1}}, {sources: {fake: 1}}]}"], r"classify.arms.a.phases\[1\].sources is \{'fake'"),
+    (["classify.arms.a={phases: [{sources: {real: 1}, share: 0}, {sources: {real: 1}}]}"], r"phases\[0\].share=0.0 of .* is no step"),
+    (["classify.seeds=[1, 1]"], r"classify.seeds is \[1, 1\]"),
+    (["classify.tta=3"], "classify.tta is '3', expected one of 1, 8"),
+    (["classify.layer_decay=0"], "classify.layer_decay is 0"),
+])
+def test_arms_and_seeds_that_cannot_be(items: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        config.load("configs/demo.yaml", items)
+
+
+# ---- balance, mixing, smoothing ----
+
+def test_balanced_sampling_draws_the_classes_alike_and_sources_by_weight(make: Setup) -> None:
+    cfg, run = make(balance="sampling")
+    data = Data(cfg, run, "hybrid", 0)
+    drawn = Counter((source.dataset.manifest["kind"], int(source.dataset.columns["target"][source.samples[i]]))
+                    for _, source, i in map(data.at, range(400)))
+    assert drawn == {(kind, target): 100 for kind in ("real", "synthetic") for target in (0, 1)}
+    assert data.batch(range(8))["target"].sum(0).tolist() == [4, 4]
+
+
+def test_class_weights_make_the_classes_count_the_same(make: Setup) -> None:
+    cfg, run = make(balance="weights")
+    data = Data(cfg, run, "baseline", 0)
+    whole = data.batch(range(len(data.sources["real"])))["target"].sum(0)  # each image once
+    assert whole.tolist() == pytest.approx([len(data.sources["real"]) / 2] * 2, rel=1e-5)
+    assert data.phases[0].weights[1] > data.phases[0].weights[0]
+
+
+def test_the_loss_is_torchs_with_weights_and_smoothing(make: Setup) -> None:
+    cfg, run = make(balance="weights", label_smoothing=0.2)
+    data, scores = Data(cfg, run, "baseline", 0), torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+
+    class Fixed(torch.nn.Linear):
+        def forward(self, pixel_values: torch.Tensor) -> Any:  # type: ignore[override]
+            return type("Out", (), {"logits": scores})
+
+    batch = data.batch(range(8))
+    plain = torch.tensor([int(data.at(k)[1].dataset.columns["target"][data.at(k)[1].samples[data.at(k)[2]]]) for k in range(8)])
+    expected = F.cross_entropy(scores, plain, torch.from_numpy(data.phases[0].weights), label_smoothing=0.2, reduction="sum") / 8
+    assert float(loss(Fixed(1, 1), batch, vit.Inputs(64))) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("how", ["mixup", "cutmix"])
+def test_a_blend_and_its_label_have_the_same_share(make: Setup, how: str) -> None:
+    cfg, run = make(**{how: 1.0})
+    data = Data(cfg, run, "hybrid", 0)
+    batch, plain = data.batch(range(32, 64)), [data._augmented(k) for k in range(32, 64)]
+    partners = [partner(k, 32, 0) - 32 for k in range(32, 64)]
+    assert sorted(partners) == list(range(32))
+    mixed = 0
+    for place, (image, target) in enumerate(plain):
+        other, its = plain[partners[place]]
+        share = blend(image, other, sample_rng(32452843, 32 + place), cfg.classify.mixup, cfg.classify.cutmix)[1]
+        got = batch["images"][place].numpy().transpose(1, 2, 0).astype(float)
+        label = batch["target"][place].numpy()
+        assert label.sum() == pytest.approx(1)
+        assert label[target] == pytest.approx(1 if its == target else share, abs=1e-6)
+        if how == "mixup":
+            assert np.abs(got - (share * image + (1 - share) * other.astype(float))).max() <= 1
+        else:
+            from_other = (got != image).any(2)
+            assert (got[from_other] == other[from_other]).all()
+            assert from_other.mean() <= 1 - share + 1e-9
+        mixed += 0.05 < share < 0.95 and its != target
+    assert mixed >= 3
+    parts = [data.batch(range(32 + rank, 64, 2)) for rank in range(2)]  # as two ranks read it
+    assert torch.equal(torch.stack([p["images"] for p in parts], 1).flatten(0, 1), batch["images"])
+    assert torch.equal(torch.stack([p["target"] for p in parts], 1).flatten(0, 1), batch["target"])
 
 
 def test_augmentation_is_the_samples_own() -> None:
@@ -82,39 +195,20 @@ def test_augmentation_is_the_samples_own() -> None:
     assert np.array_equal(augment(image, sample_rng(0, 5)), np.clip(turned * gain + offset, 0, 255).astype(np.uint8))
 
 
-def test_synthetic_images_in_the_test_split_are_an_error(setup: tuple[knobs.Config, RunDir], chain: Path) -> None:
-    cfg, run = setup
-    test = run.dataset(cfg, "test")
-    shutil.rmtree(test)
-    shutil.copytree(run.dataset(cfg, "synthetic"), test)
-    with pytest.raises(UserError, match="small-test is of kind 'synthetic': only real images may be in the test split"):
-        Data(cfg, run, "baseline")
+# ---- what is wrong with the data ----
 
-
-def test_a_group_in_two_splits_is_an_error(setup: tuple[knobs.Config, RunDir]) -> None:
-    cfg, run = setup
-    splits = {name: Dataset.open(run.dataset(cfg, name)) for name in ("train", "val", "test")}
-    leaked = splits["train"].columns["group"][0]
-    splits["val"].columns["group"][1] = leaked
-    with pytest.raises(UserError, match=f"leakage: 1 groups of the val split were trained on .*{leaked}"):
-        check_held_out(splits, {})
-
-
-def test_a_test_group_that_trained_the_generator_is_an_error(setup: tuple[knobs.Config, RunDir]) -> None:
-    cfg, run = setup
-    path = run.dataset(cfg, "synthetic") / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["lineage"]["group_ids"].append(Dataset.open(run.dataset(cfg, "test")).columns["group"][0])
-    path.write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="leakage: 1 groups of the test split"):
-        Data(cfg, run, "hybrid")
-
-
-def test_what_is_missing_is_named(setup: tuple[knobs.Config, RunDir]) -> None:
-    cfg, run = setup
+def test_what_is_missing_is_named(make: Setup) -> None:
+    cfg, run = make()
+    plant(run, cfg, "train", lambda part: part["columns"]["target"].__setitem__(0, 2))
+    with pytest.raises(UserError, match="is of target 2; classify knows 0"):
+        Data(cfg, run, "baseline", 0)
+    plant(run, cfg, "train", lambda part: part["columns"]["target"].__setitem__(0, 0))
     os.unlink(run.node("screen") / "accepted.json")
     with pytest.raises(UserError, match="were not screened"):
-        Data(cfg, run, "hybrid")
+        Data(cfg, run, "hybrid", 0)
+    cfg.model.attention = "xformers"
+    with pytest.raises(UserError, match="attention=xformers cannot be used on cpu"):
+        classify(cfg, run, World(), "baseline")
     cfg.classify.model = "nobody/nothing"
     with pytest.raises(UserError, match="hf download nobody/nothing"):
         vit.build(cfg.classify, 64, 0)
@@ -124,22 +218,130 @@ def test_what_is_missing_is_named(setup: tuple[knobs.Config, RunDir]) -> None:
 
 
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
-def test_a_bad_training_image_stops_or_is_replaced(setup: tuple[knobs.Config, RunDir], on_error: str) -> None:
-    cfg, run = setup
+def test_a_bad_training_image_stops_or_is_replaced(make: Setup, on_error: str) -> None:
+    cfg, run = make()
     folder = run.dataset(cfg, "train")
     os.truncate(folder / "00000.tar", 5000)
     cfg.data.on_error = on_error
     if on_error == "stop":
         with pytest.raises(UserError, match=r"00000.tar is missing or has not the"):
-            Data(cfg, run, "baseline")
+            Data(cfg, run, "baseline", 0)
         return
-    data = Data(cfg, run, "baseline")
+    data = Data(cfg, run, "baseline", 0)
     assert data.batch(range(len(data.sources["real"])))["images"].shape[1:] == (3, 64, 64)
     bad = data.sources["real"].bad
     assert {error.shard for error in bad} == {"00000.tar"}
     assert len(bad) > 10
-    other = Data(cfg, run, "baseline")
+    other = Data(cfg, run, "baseline", 0)
     assert torch.equal(other.batch(range(7, 9))["images"], data.batch(range(7, 9))["images"]), "the same whatever was read before"
     os.truncate(run.dataset(cfg, "test") / "00000.tar", 5000)
     with pytest.raises(UserError, match=r"small-test/00000.tar is missing or has not the"):  # what is judged on must be whole
-        Data(cfg, run, "baseline")
+        Data(cfg, run, "baseline", 0)
+
+
+# ---- training ----
+
+class StopsAt(World):
+    """Hears a signal after the ranks have talked so many times."""
+
+    def __init__(self, times: int):
+        super().__init__()
+        self.left = times
+
+    def max(self, value: int) -> int:
+        self.left -= 1
+        self.stop = self.left <= 0
+        return value
+
+
+ALL = {"steps": 8, "evaluate_every": 2, "checkpoint_every": 4, "global_batch": 8, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1,
+       "balance": "sampling", "layer_decay": 0.7, "ema_decay": 0.9, "patience": 3, "log_every": 1, "lr": 1e-3, "seeds": "[4, 7]",
+       "arms.staged.phases": "[{sources: {synthetic: 1}}, {sources: {real: 1}}]"}
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_lines(folder / "metrics.jsonl")]
+
+
+def test_with_everything_on_two_seeds_train_alone_and_a_stop_changes_nothing(make: Setup) -> None:
+    cfg, run = make(**ALL)
+    arm = run.node("classify/staged")
+    classify(cfg, run, World(), "staged", Task(1, 2))
+    assert run.unfinished("classify/staged", 2) == [0]
+    assert not run.is_done("classify/staged"), "one seed is missing"
+    with pytest.raises(Stopped, match=r"at step [567] of 8"):
+        classify(cfg, run, StopsAt(7), "staged", Task(0, 2))
+    classify(cfg, run, World(), "staged", Task(0, 2))
+    assert run.is_done("classify/staged")
+    assert run.unfinished("classify/staged", 2) == []
+    assert run.metrics("classify/staged")["seeds"] == [4, 7]
+    facts = [read_json(arm / f"seed-{seed}/metrics.json") for seed in (4, 7)]
+    assert run.metrics("classify/staged")["mean"]["auroc"] == pytest.approx(np.mean([f["auroc"] for f in facts]))
+    assert losses(arm / "seed-4") != losses(arm / "seed-7")
+    stopped = arm / "stopped"
+    os.rename(arm / "seed-4", stopped)
+    classify(cfg, run, World(), "staged")  # as by hand: all that is left
+    assert losses(arm / "seed-4") == losses(stopped)
+    assert (arm / "seed-4/predictions.csv").read_bytes() == (stopped / "predictions.csv").read_bytes()
+    assert (arm / "seed-4/epochs.jsonl").read_bytes() == (stopped / "epochs.jsonl").read_bytes()
+    before = (arm / "seed-7/metrics.json").stat().st_mtime_ns
+    shutil.rmtree(arm / "seed-4")
+    assert stages.run_node("classify/staged", str(run.path), Task(0, 2)) == stages.OK
+    assert (arm / "seed-7/metrics.json").stat().st_mtime_ns == before
+
+
+def test_it_stops_early_where_validation_gets_no_better(make: Setup, tmp_path: Path) -> None:
+    """With a rate of zero nothing ever gets better: the first evaluation is the best, and two more are waited for."""
+    cfg, run = make(steps=12, evaluate_every=2, patience=2, lr=0)
+    classify(cfg, run, World(), "baseline")
+    facts = read_json(run.node("classify/baseline") / "seed-0/metrics.json")
+    assert (facts["chosen_step"], facts["steps"]) == (2, 6)
+    assert len(losses(run.node("classify/baseline") / "seed-0")) == 6
+    progress = read_json(run.progress_path("classify/baseline", 0))
+    assert (progress["done"], progress["total"], progress["finished_of"]) == (6, 6, 1)
+    shutil.copytree(run.node("classify/baseline") / "seed-0", tmp_path / "before")
+    os.unlink(run.node("classify/baseline") / "seed-0/metrics.json")  # as if it had died before the last write
+    classify(cfg, run, World(), "baseline")
+    assert read_json(run.node("classify/baseline") / "seed-0/metrics.json") == facts
+    for name in ("predictions.csv", "epochs.jsonl", "weights/model.safetensors"):
+        assert (run.node("classify/baseline") / "seed-0" / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
+    staged, _ = make_staged(cfg)
+    assert Data(staged, run, "staged", 0).phases[-1].begin == 6 * cfg.classify.global_batch
+    classify(staged, run, World(), "staged")
+    assert read_json(run.node("classify/staged") / "seed-0/metrics.json")["steps"] == 10, "it waits from the last phase on"
+
+
+def make_staged(cfg: knobs.Config) -> tuple[knobs.Config, None]:
+    cfg.classify.arms = {"staged": Arm(phases=[Phase({"synthetic": 1}), Phase({"real": 1})])}
+    return cfg, None
+
+
+def test_the_seeds_of_an_arm_are_tasks_and_by_hand_a_seed_is_named(make: Setup, capsys: pytest.CaptureFixture[str]) -> None:
+    import argparse
+
+    from skinsynth.chain import chain as nodes
+
+    cfg, run = make(seeds="[3, 5, 8]")
+    assert {n.name: n.tasks(cfg) for n in nodes(cfg)}["classify/hybrid"] == 3
+    parser = argparse.ArgumentParser()
+    assert stages._task_of(parser, str(run.path), 5) == Task(1, 3)
+    with pytest.raises(SystemExit):
+        stages._task_of(parser, str(run.path), 4)
+    assert "--seed 4: classify.seeds of" in capsys.readouterr().err
+
+
+def test_views_are_averaged(make: Setup) -> None:
+    images = torch.arange(2 * 3 * 4 * 4).reshape(2, 3, 4, 4)
+    found = vit.views(images, 8)
+    assert len({view[0].numpy().tobytes() for view in found}) == 8
+    assert all(view.sum() == images.sum() for view in found)
+    cfg, run = make(steps=2, tta=8)
+    classify(cfg, run, World(), "baseline")
+    folder = run.node("classify/baseline") / "seed-0"
+    from transformers import AutoModelForImageClassification
+
+    model, test = AutoModelForImageClassification.from_pretrained(folder / "weights").eval(), Dataset.open(run.dataset(cfg, "test"))
+    one = torch.from_numpy(test.image(0).transpose(2, 0, 1).copy())[None]
+    with torch.inference_mode():
+        expected = np.mean([float(vit.logits(model, view, 64).softmax(1)[0, 1]) for view in vit.views(one, 8)])
+    assert score(folder)[0] == pytest.approx(expected, abs=2e-6)

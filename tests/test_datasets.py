@@ -187,7 +187,7 @@ def test_all_that_descends_from_a_patient_is_named_and_marked(copied: Path) -> N
     assert f"run-latents: latents, {len(mine)} samples" in done.stdout
     assert "run-synthetic: synthetic images, all of it: drawn with weights that were trained on them" in done.stdout
     assert "finetune/weights: weights of the generator, all of it" in done.stdout
-    assert "classify/baseline/weights: weights of a classifier" in done.stdout
+    assert "classify/baseline/seed-0/weights: weights of a classifier" in done.stdout
     assert "small-val" not in done.stdout
     assert set(Dataset.open(copied / "shards/small-train").keys) == set(train.keys) - set(mine)
     for call in (lambda: Dataset.open(copied / "shards/run-synthetic"), lambda: read_lineage(run.weights)):

@@ -57,3 +57,25 @@ def apply(module: Any, kind: str) -> None:
     """Sets the kernel on a diffusers module; SDPA is diffusers' own default."""
     if kind == "xformers":
         module.enable_xformers_memory_efficient_attention()
+
+
+def apply_to_classifier(model: Any, kind: str) -> None:
+    """Sets the kernel on a transformers model. SDPA is transformers' own default; a ConvNeXt, which has no attention, is left as it is."""
+    if kind != "xformers" or not getattr(model, "_supports_attention_backend", False):
+        return
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("xformers", _xformers_for_transformers)
+    model.set_attn_implementation("xformers")
+
+
+def _xformers_for_transformers(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
+                               scaling: float | None = None, dropout: float = 0.0, **more: Any) -> tuple[torch.Tensor, None]:
+    """(batch, heads, tokens, width) each -> (batch, tokens, heads, width). Attention with a bias (Swin's) is left to SDPA."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from xformers.ops import memory_efficient_attention
+
+    if attention_mask is not None or more.get("position_bias") is not None:
+        found, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more)
+        return found, None
+    return memory_efficient_attention(*(t.transpose(1, 2) for t in (query, key, value)), p=dropout, scale=scaling), None

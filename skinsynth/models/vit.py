@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +13,115 @@ import torch.nn.functional as F
 
 from skinsynth.errors import UserError
 from skinsynth.knobs import Classify
+from skinsynth.models import attention, hub
 
 LABELS = {0: "benign", 1: "malignant"}
+HALF = (0.5, 0.5, 0.5)  # ViT's own mean and deviation
 
 
-def build(cfg: Classify, size: int, seed: int) -> Any:
-    """A ``ForImageClassification`` model with two classes; ``size``: side of the shards' images in pixels.
+def build(cfg: Classify, size: int, seed: int, kind: str = "sdpa") -> Any:
+    """A ``ForImageClassification`` model with two classes, float32; ``size``: side of the shards' images in pixels; ``kind``: its attention.
+
+    Dropout and stochastic depth are off: their randomness would belong to the rank and not to the sample.
 
     Raises:
-        UserError: the model is not to be had locally, or the patches do not fit the image.
+        UserError: the model is not to be had locally, is of a kind that cannot be trained here, or the patches do not fit the image.
     """
-    from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+    from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(seed)  # the new head, and all of the small ViT
     names = {"id2label": LABELS, "label2id": {v: k for k, v in LABELS.items()}}
     if cfg.model != "small":
-        try:
-            return AutoModelForImageClassification.from_pretrained(cfg.model, num_labels=2, ignore_mismatched_sizes=True, local_files_only=True,
-                                                                   use_safetensors=True, **names)
-        except (OSError, ValueError) as error:
-            where = "" if Path(cfg.model).exists() else f"; where there is internet, run: skinsynth pull CONFIG (or: hf download {cfg.model})"
-            raise UserError(f"classify.model={cfg.model} cannot be loaded: {str(error).splitlines()[0]}{where}") from None
+        return _pretrained(cfg, names, kind)
     side = cfg.image_size or size
     if side % cfg.patch:
         raise UserError(f"classify.patch={cfg.patch} does not divide the image side of {side} pixels")
-    return ViTForImageClassification(ViTConfig(
+    model = ViTForImageClassification(ViTConfig(
         image_size=side, patch_size=cfg.patch, hidden_size=cfg.hidden_size, intermediate_size=4 * cfg.hidden_size,
         num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads, **names))
+    attention.apply_to_classifier(model, kind)
+    return model
 
 
-def logits(model: Any, images: torch.Tensor, side: int) -> torch.Tensor:
-    """uint8 (n, 3, height, width) -> float32 (n, 2). Scaling to -1..1 (ViT's own mean and std of 0.5) and resizing run on the device."""
-    pixels = images.float() / 127.5 - 1
+def _pretrained(cfg: Classify, names: dict[str, Any], kind: str) -> Any:
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    try:
+        wanted = AutoConfig.from_pretrained(cfg.model, local_files_only=True, num_labels=2, **names)
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+            if hasattr(wanted, name):
+                setattr(wanted, name, 0.0)
+        model = AutoModelForImageClassification.from_pretrained(cfg.model, config=wanted, ignore_mismatched_sizes=True, local_files_only=True,
+                                                                use_safetensors=True, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        where = "" if Path(cfg.model).exists() else f"; where there is internet, run: skinsynth pull CONFIG (or: hf download {cfg.model})"
+        raise UserError(f"classify.model={cfg.model} cannot be loaded: {str(error).splitlines()[0]}{where}") from None
+    if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise UserError(f"classify.model={cfg.model} has batch normalization, whose statistics would depend on the number of ranks: take a ViT, "
+                        "DeiT, Swin or ConvNeXt")
+    if cfg.image_size and wanted.model_type in ("vit", "deit") and cfg.image_size != wanted.image_size:
+        raise UserError(f"classify.image_size={cfg.image_size}: {cfg.model} takes images of {wanted.image_size} pixels; leave the key out")
+    attention.apply_to_classifier(model, kind)
+    return model
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a classifier wants to see: square images of ``side`` pixels, scaled to 0..1, less ``mean``, over ``std`` (of red, green, blue)."""
+
+    side: int
+    mean: tuple[float, ...] = HALF
+    std: tuple[float, ...] = HALF
+
+    @classmethod
+    def of(cls, cfg: Classify, model: Any, size: int) -> Inputs:
+        """The pretrained model's own, from its ``preprocessor_config.json`` where there is one; ``size``: side of the shards' images."""
+        own = getattr(model.config, "image_size", None)
+        side = cfg.image_size or (own if isinstance(own, int) else size)
+        folder = hub.resolve_classifier(cfg.model)
+        path = folder / "preprocessor_config.json" if folder else None
+        if path is None or not path.is_file():
+            return cls(side)
+        found = json.loads(path.read_text())
+        if not found.get("do_normalize", True):
+            return cls(side, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        return cls(side, tuple(found.get("image_mean", HALF)), tuple(found.get("image_std", HALF)))
+
+    def write(self, folder: Path) -> None:
+        """``preprocessor_config.json`` beside exported weights, for ``AutoImageProcessor``."""
+        (folder / "preprocessor_config.json").write_text(json.dumps({
+            "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": self.side, "width": self.side}, "resample": 2,
+            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": self.mean, "image_std": self.std}, indent=1) + "\n")
+
+
+def logits(model: Any, images: torch.Tensor, side: int, mean: tuple[float, ...] = HALF, std: tuple[float, ...] = HALF) -> torch.Tensor:
+    """uint8 (n, 3, height, width) -> float32 (n, 2). Normalising and resizing run on the device."""
+    if set(mean + std) == {0.5}:
+        pixels = images.float() / 127.5 - 1
+    else:
+        shift, scale = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (mean, std))
+        pixels = (images.float() / 255 - shift) / scale
     if pixels.shape[-1] != side:
         pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
-    return model(pixel_values=pixels).logits.float()
+    return model(pixel_values=pixels.to(next(model.parameters()).dtype)).logits.float()
+
+
+def views(images: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """(n, 3, side, side) -> itself, or with ``count`` 8 its four turns and their mirror images."""
+    if count == 1:
+        return [images]
+    turned = [images.rot90(number, (2, 3)) for number in range(4)]
+    return [view for turn in turned for view in (turn, turn.flip(3))]
+
+
+def rate_scales(model: Any, decay: float) -> dict[str, float]:
+    """Parameter -> its share of the learning rate: 1 for the head and the last norm, ``decay`` less for each block below, the embeddings least
+    (Clark et al. 2020). A block is what the last number of a parameter's name counts, in the order in which the model has them."""
+    prefix, depth, blocks = f"{model.base_model_prefix}.", {}, []
+    for name, _ in model.named_parameters():
+        found = re.match(r"(.*\.\d+)\.", name) if name.startswith(prefix) else None
+        if found and found[1] not in blocks:
+            blocks.append(found[1])
+        top = not name.startswith(prefix) or (not found and blocks)
+        depth[name] = None if top else blocks.index(found[1]) + 1 if found else 0
+    return {name: decay ** (len(blocks) + 1 - place) if place is not None else 1.0 for name, place in depth.items()}

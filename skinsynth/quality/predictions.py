@@ -36,7 +36,7 @@ class Predictions:
 
 def arms_of(cfg: Config) -> list[str]:
     """The arms, those trained on real images alone first: the others are held against the first one."""
-    return sorted(cfg.classify.arms, key=lambda arm: {name for name, weight in cfg.classify.arms[arm].sources.items() if weight > 0} != {"real"})
+    return sorted(cfg.classify.arms, key=lambda arm: cfg.classify.arms[arm].used != ["real"])
 
 
 def seed_folders(cfg: Config, run: RunDir, arm: str) -> dict[int, Path]:

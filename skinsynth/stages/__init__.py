@@ -83,7 +83,7 @@ def _call(node: str, cfg: Config, run: RunDir, task: Task) -> None:
                 run.finish_task(node, task)
             return
         with join(world, variables):
-            function(cfg, run, world, part) if part else function(cfg, run, world)
+            function(cfg, run, world, part, task) if part else function(cfg, run, world)
 
 
 def explain(error: BaseException) -> str:
@@ -113,10 +113,25 @@ def main(stage: str) -> None:
     parser.add_argument("run", help="run folder, for example runs/isic")
     if stage == "classify":
         parser.add_argument("--arm", required=True, help="one of classify.arms")
-    if stage in UNITS:
+        parser.add_argument("--seed", type=int, help="one of classify.seeds; left out: all of them, one after the other")
+    if stage in UNITS or stage == "classify":
         parser.add_argument("--task", default="0/1", help="this task and how many there are, for example 0/4")
     args = parser.parse_args()
     index, _, count = getattr(args, "task", "0/1").partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         parser.error(f"--task {args.task}: expected INDEX/COUNT, for example 0/4")
-    sys.exit(run_node(f"{stage}/{args.arm}" if stage == "classify" else stage, args.run, Task(int(index), int(count))))
+    task = Task(int(index), int(count))
+    if getattr(args, "seed", None) is not None:
+        task = _task_of(parser, args.run, args.seed)
+    sys.exit(run_node(f"{stage}/{args.arm}" if stage == "classify" else stage, args.run, task))
+
+
+def _task_of(parser: argparse.ArgumentParser, path: str, seed: int) -> Task:
+    """The task that trains a seed."""
+    try:
+        seeds = RunDir(Path(path)).config().arm_seeds
+    except UserError as error:
+        parser.exit(FAILED, f"{error}\n")
+    if seed not in seeds:
+        parser.error(f"--seed {seed}: classify.seeds of {path} has {', '.join(map(str, seeds))}")
+    return Task(seeds.index(seed), len(seeds))

@@ -9,6 +9,7 @@ What there is to save is, per trained parameter, the float32 master weight and t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 
 from skinsynth.errors import UserError
 from skinsynth.knobs import Training
-from skinsynth.train.optimizer import build_optimizer
+from skinsynth.train.optimizer import build_optimizer, groups
 from skinsynth.world import World
 
 Batch = dict[str, torch.Tensor]
@@ -51,13 +52,25 @@ def micro_batch(cfg: Training, world: World, section: str) -> int:
     return micro
 
 
+def forget_accelerate() -> None:
+    """accelerate keeps the first plugin and precision for the life of a process, which may hold several trainings (seeds, debug)."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    for name in [n for n in os.environ if n.startswith("ACCELERATE_")]:
+        del os.environ[name]
+
+
 class Engine:
     """Holds the model, its optimizer and the distributed machinery.
 
+    ``scales``: of some parameters the share of the learning rate that they get; the others get all of it.
     ``found``: what to go on from. Its weights are put in place before anything is wrapped, so that all copies of them agree.
     """
 
-    def __init__(self, cfg: Training, world: World, model: torch.nn.Module, section: str, found: Saved | None = None):
+    def __init__(self, cfg: Training, world: World, model: torch.nn.Module, section: str, found: Saved | None = None,
+                 scales: dict[str, float] | None = None):
         self.cfg, self.world, self.section = cfg, world, section
         self.micro = micro_batch(cfg, world, section)
         self.accumulation = cfg.global_batch // world.size // self.micro
@@ -72,12 +85,13 @@ class Engine:
                 p.data.copy_(found.tensor(WEIGHT, name))
         if not self.sharded:  # ZeRO flattens the weights
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.adam = build_optimizer(cfg, list(self.trained.values()))
+        self.adam = build_optimizer(cfg, groups(self.trained, scales or {}))
         self.model, self.optimizer = self.accelerator.prepare(model, self.adam)
         if self.sharded:  # accelerate told transformers to shard, with collectives, whatever is loaded from now on: on rank 0 alone it would hang
             from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
             unset_hf_deepspeed_config()
+        self._linked = not self.sharded or cfg.zero == 3 or len(self.adam.param_groups) == 1
         if found:
             self._go_on(found)
 
@@ -85,6 +99,7 @@ class Engine:
         from accelerate import Accelerator
         from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
+        forget_accelerate()
         plugin, cpu = None, not torch.cuda.is_available()
         if self.sharded:
             if cpu:  # its shared-memory all-reduce serves inference only, and would be compiled on the node
@@ -131,7 +146,7 @@ class Engine:
             UserError: out of memory; the message says what to turn on.
         """
         for group in self.adam.param_groups:
-            group["lr"], group["ema_decay"] = lr, ema_decay
+            group["lr"], group["ema_decay"] = lr * group.get("scale", 1.0), ema_decay
         self.model.train()
         total = torch.zeros((), device=self.device)
         try:
@@ -149,7 +164,16 @@ class Engine:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             raise UserError(self._memory_advice(str(error).splitlines()[0])) from None
+        self._link()
         return total
+
+    def _link(self) -> None:
+        """DeepSpeed (ZeRO 1 and 2) notes where the optimizer's states lie after the first group's first step, when those of the other groups
+        are not there yet; so it is told to note them once more."""
+        if not self._linked:
+            self.model.optimizer._hp_optimizer_states_linked = False
+            self.model.optimizer._lazy_init_hp_params_optimizer_state()
+            self._linked = True
 
     def _memory_advice(self, words: str) -> str:
         s, cfg = self.section, self.cfg

@@ -6,8 +6,11 @@ a step, before it: whether one has heard a signal, or could not read its batch. 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -25,11 +28,21 @@ from skinsynth.world import Stopped
 Evaluate = Callable[[int, dict[str, Any]], dict[str, np.ndarray] | None]  # (steps done, state) -> pictures for TensorBoard
 
 
+@dataclass(frozen=True)
+class Place:
+    """One of a node's ``of`` trainings: where it keeps its files, and its number, under which its progress is told."""
+
+    folder: Path
+    number: int = 0
+    of: int = 1
+
+
 def train(engine: Engine, run: RunDir, node: str, checkpoints: Checkpoints, clock: Clock, data: Data, loss: Callable[[Any, Batch], torch.Tensor],
-          evaluate: Evaluate | None = None, evaluate_every: int = 0) -> dict[str, Any]:
+          evaluate: Evaluate | None = None, evaluate_every: int = 0, place: Place | None = None) -> dict[str, Any]:
     """Trains to ``cfg.steps``; returns the loop's small state, which ``evaluate(step, state)`` may write to (JSON values).
 
-    ``evaluate`` is called on all ranks each ``evaluate_every`` steps and at the end.
+    ``evaluate`` is called on all ranks each ``evaluate_every`` steps and at the end; where it sets ``state["ended"]``, on all ranks alike,
+    the training ends there. ``place``: where a node has several trainings, which of them this is.
 
     Raises:
         Stopped: a stop signal came to any rank; the state is saved, the same command goes on.
@@ -37,28 +50,36 @@ def train(engine: Engine, run: RunDir, node: str, checkpoints: Checkpoints, cloc
     """
     cfg, world, found = engine.cfg, engine.world, checkpoints.found
     begin, state = (found.step, dict(found.state)) if found else (0, {})
-    log = TrainLog(run.node(node), engine, begin, clock, data)
-    progress = Progress(run, node, 0, cfg.steps, "steps", begin) if world.is_main else None
-    todo = ((step, share(step, cfg.global_batch, engine.micro, world.rank, world.size)) for step in range(begin, cfg.steps))
+    place = place or Place(run.node(node))
+    log = TrainLog(place.folder, engine, begin, clock, data)
+    progress = Progress(run, node, place.number, cfg.steps, "steps", begin, cfg.steps * place.of) if world.is_main else None
+    left = range(begin, begin if state.get("ended") else cfg.steps)
+    todo = ((step, share(step, cfg.global_batch, engine.micro, world.rank, world.size)) for step in left)
     with closing(checkpoints), Feed(data.batch, todo, data.workers, pin=engine.device.type == "cuda") as feed:
         batches = iter(feed)
-        for step in range(begin, cfg.steps):
+        for step in left:
             mine, error = _next(batches)
             talk = world.max(2 if error else int(world.stop))
             if talk:
                 _leave(node, step, log, feed, checkpoints, engine, state, error)
             log.add(step, engine.step(learning_rate(cfg, step), ema_decay(cfg, step), mine, log.counted(loss)))
             done = step + 1
+            judged = evaluate is not None and (done == cfg.steps or (evaluate_every > 0 and done % evaluate_every == 0))
             save = done % cfg.checkpoint_every == 0 or done == cfg.steps
-            if save or done % cfg.log_every == 0:
+            if save or judged or done % cfg.log_every == 0:
                 log.flush(feed.waited)
-            if evaluate and (done == cfg.steps or (evaluate_every and done % evaluate_every == 0)):
+            if evaluate and judged:
                 log.pictures(done, evaluate(done, state))
-            if save:
+                log.since = time.perf_counter()  # what is judged is no part of the speed
+            if save or state.get("ended"):
                 state["bad_samples"] = log.bad_samples()
                 checkpoints.save(done, engine, state)
             if progress:
                 progress.set(done)
+            if state.get("ended"):
+                if progress:
+                    progress.end()
+                break
     checkpoints.wait()
     return state
 

@@ -28,8 +28,16 @@ class AdamW(torch.optim.AdamW):
         return result
 
 
-def build_optimizer(cfg: Training, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Raises ``UserError`` where adamw8bit is asked for and bitsandbytes is not to be had."""
+def groups(trained: dict[str, torch.nn.Parameter], scales: dict[str, float]) -> list[dict[str, Any]]:
+    """Parameter groups for the optimizer: one for each share of the learning rate (``scale``), the lowest first."""
+    found: dict[float, list[torch.nn.Parameter]] = {}
+    for name, p in trained.items():
+        found.setdefault(scales.get(name, 1.0), []).append(p)
+    return [{"params": found[scale], "scale": scale} for scale in sorted(found)]
+
+
+def build_optimizer(cfg: Training, parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """``parameters``: as ``groups`` gives them. Raises ``UserError`` where adamw8bit is asked for and bitsandbytes is not to be had."""
     if cfg.optimizer == "adamw":
         return AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=cfg.offload == "none" or None)  # on CPUs, too
     try:

@@ -30,8 +30,7 @@ def test_golden_sbatch_files(node: str, tmp_path: Path) -> None:
     cfg = config.load("configs/demo.yaml", ["cluster=slurm", "run=runs/golden", "cluster.partition=gpu", "cluster.account=derma",
                                             "cluster.extra={reservation: skin}", "cluster.stages.finetune.constraint=a100"])
     run = RunDir(Path(cfg.run))
-    tasks = 1 if node.startswith(("finetune", "classify")) else cfg.cluster.of(node).array
-    needs = next(n.needs for n in chain(cfg) if n.name == node)
+    needs, tasks = next((n.needs, n.tasks(cfg)) for n in chain(cfg) if n.name == node)
     text = slurm.script(cfg, run, node, tasks, [str(NODES.index(n) + 100) for n in needs])
     text = text.replace(str(ROOT), "ROOT").replace(str(ROOT.resolve()), "ROOT")
     text = re.sub(r"-golden-[0-9a-f]{6}", "-golden-HASH", text)

@@ -1,6 +1,7 @@
-"""Runs a list of fine-tunings one after the other in the same ranks, so that a matrix of them pays for the start of two processes alone.
+"""Runs a list of trainings one after the other in the same ranks, so that a matrix of them pays for the start of two processes alone.
 
-``python gang.py LIST.json`` with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set: a list of run folders.
+``python gang.py LIST.json`` with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set: a list of run folders, whose fine-tuning is run, or of
+``folder#arm``, whose arm is.
 """
 
 from __future__ import annotations
@@ -14,24 +15,18 @@ from skinsynth.run import RunDir
 from skinsynth.world import World, join
 
 
-def forget_accelerate() -> None:
-    """accelerate keeps the first plugin for the life of a process."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    for name in [n for n in os.environ if n.startswith("ACCELERATE_")]:
-        del os.environ[name]
-
-
 def main(paths: list[str], world: World) -> None:
+    from skinsynth.stages.classify import classify
     from skinsynth.stages.finetune import finetune
 
-    for path in paths:
+    for entry in paths:
+        path, _, arm = entry.partition("#")
         run = RunDir(Path(path))
-        forget_accelerate()
-        finetune(run.config(), run, world)
-        print(f"done {path}", flush=True)
+        if arm:
+            classify(run.config(), run, world, arm)
+        else:
+            finetune(run.config(), run, world)
+        print(f"done {entry}", flush=True)
 
 
 if __name__ == "__main__":

@@ -92,8 +92,9 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def on_two_ranks(runs: list[RunDir], folder: Path, seconds: float = 600) -> None:
-    (folder / "list.json").write_text(json.dumps([str(run.path) for run in runs]))
+def on_two_ranks(runs: list[RunDir], folder: Path, seconds: float = 600, arm: str = "") -> None:
+    """Their fine-tuning, or that arm's training."""
+    (folder / "list.json").write_text(json.dumps([f"{run.path}#{arm}" if arm else str(run.path) for run in runs]))
     env = {**os.environ, "WORLD_SIZE": "2", "MASTER_PORT": str(free_port()), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1",
            "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
     with open(folder / "gang.log", "wb") as log:

@@ -1,0 +1,132 @@
+"""Epochs of the demo's small ViT beside the study's own way: transformers' ``Trainer`` over an image folder.
+
+The peer's PIL decodes and resizes, numpy flips, turns, changes brightness and contrast and normalises, each image in the main process (the
+Trainer's default of no workers), as the study's script does with torchvision, which is not used here. Same JPEGs, model, batch, optimizer,
+schedule and precision; timed is the call that trains, from the first image to the last step; neither side judges or saves.
+``python -m benchmarks.classify SIDE FOLDER`` is one measurement.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import SCRATCH, alternate, in_process, report
+
+IMAGES, EPOCHS, SIDE, BATCH, LR = 1200, 1, 256, 32, 1e-3
+OURS, PEER = "skinsynth", "Trainer, image folder, PIL"
+
+
+def configuration(folder: Path, steps: int = 1) -> Any:
+    from skinsynth import config
+
+    values = {"run": folder / "run", "data.shards": folder / "shards", "data.name": "bench", "data.metadata": folder / "drawn/metadata.csv",
+              "data.images": folder / "drawn/images", "data.duplicates": folder / "drawn/duplicates.csv", "prepare.size": SIDE,
+              "prepare.split": "{train: 0.9, val: 0.05, test: 0.05}", "classify.steps": steps, "classify.checkpoint_every": 10**6,
+              "classify.warmup_steps": 0, "classify.log_every": 50, "classify.image_size": 64, "classify.global_batch": BATCH, "classify.lr": LR}
+    return config.load("configs/demo.yaml", [f"{key}={value}" for key, value in values.items()])
+
+
+def prepare() -> Path:
+    """Drawn images, prepared at 256 px; the JPEGs of the training split also as an image folder (benign, malignant). Kept."""
+    from skinsynth.data.phantom import write_dataset
+    from skinsynth.data.shards import Dataset
+    from skinsynth.run import RunDir, Task
+    from skinsynth.stages.prepare import prepare as prepare_stage
+
+    folder = SCRATCH / f"epochs-{IMAGES}"
+    if not (folder / "drawn/metadata.csv").exists():
+        write_dataset(folder / "drawn", images=IMAGES, malignant=0.3, seed=0)
+    cfg, run = configuration(folder), RunDir(folder / "run")
+    shutil.rmtree(run.path, ignore_errors=True)
+    run.create(cfg)
+    prepare_stage(cfg, run, Task())
+    train = Dataset.open(run.dataset(cfg, "train"))
+    for number, key in enumerate(train.keys):
+        path = folder / "folder" / ("malignant" if train.columns["target"][number] else "benign") / f"{key}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(train.read(number, "jpg"))
+    return folder
+
+
+def ours(folder: Path) -> float:
+    """The stage's own loop; images per second."""
+    from skinsynth.data.shards import Dataset
+    from skinsynth.models import vit
+    from skinsynth.run import RunDir
+    from skinsynth.train.arms import Data
+    from skinsynth.train.checkpoint import Checkpoints
+    from skinsynth.train.engine import Engine
+    from skinsynth.train.judge import loss
+    from skinsynth.train.log import Clock
+    from skinsynth.train.loop import train
+    from skinsynth.world import World
+
+    steps = EPOCHS * len(Dataset.open(folder / "shards/bench-train")) // BATCH
+    cfg, run = configuration(folder, steps), RunDir(folder / "run")
+    shutil.rmtree(run.node("epochs"), ignore_errors=True)
+    data, model = Data(cfg, run, "baseline", 0, 64), vit.build(cfg.classify, SIDE, 0)
+    checkpoints, engine = Checkpoints(run.node("epochs") / "checkpoints", World(), {}), Engine(cfg.classify, World(), model, "classify")
+    begun = time.perf_counter()
+    train(engine, run, "epochs", checkpoints, Clock(), data, partial(loss, inputs=vit.Inputs.of(cfg.classify, model, SIDE)))
+    return steps * BATCH / (time.perf_counter() - begun)
+
+
+def peer(folder: Path) -> float:
+    import numpy as np
+    import torch
+    from PIL import Image
+    from transformers import Trainer, TrainingArguments
+
+    from skinsynth.models import vit
+
+    files = sorted((folder / "folder").rglob("*.jpg"))
+    steps = EPOCHS * len(files) // BATCH
+    cfg = configuration(folder, steps)
+
+    class Folder(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(files)
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            image = Image.open(files[index]).convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)
+            pixels = np.rot90(np.asarray(image, np.float32), np.random.randint(4))
+            pixels = pixels[:, ::-1] if np.random.rand() < 0.5 else pixels
+            pixels = np.clip(pixels * np.random.uniform(0.9, 1.1) + np.random.uniform(-12, 12), 0, 255)
+            pixels = (pixels / 255 - 0.5) / 0.5
+            return {"pixel_values": torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32)),
+                    "labels": int(files[index].parent.name == "malignant")}
+
+    arguments = TrainingArguments(
+        output_dir=str(folder / "peer"), per_device_train_batch_size=BATCH, max_steps=steps, learning_rate=LR, weight_decay=0.05,
+        lr_scheduler_type="linear", logging_steps=50, save_strategy="no", report_to=[], use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
+        remove_unused_columns=False, seed=0)
+    trainer = Trainer(model=vit.build(cfg.classify, SIDE, 0), args=arguments, train_dataset=Folder())
+    begun = time.perf_counter()
+    trainer.train()
+    return steps * BATCH / (time.perf_counter() - begun)
+
+
+SIDES: dict[str, Callable[[Path], float]] = {"ours": ours, "peer": peer}
+
+
+def main() -> None:
+    folder = prepare()
+
+    def measure(side: str) -> float:
+        return float(in_process("benchmarks.classify", side, folder)["images_per_second"])
+
+    rounds = alternate({OURS: partial(measure, "ours"), PEER: partial(measure, "peer")}, rounds=3)
+    report("classify", rounds, OURS, PEER, "images/s",
+           f"{EPOCHS} epochs of the training split of {IMAGES} drawn images, JPEGs of {SIDE} px, the demo's small ViT at 64 px, batch "
+           f"{BATCH}, float32; nothing judged; our last checkpoint is part of our time")
+
+
+if __name__ == "__main__":
+    print(json.dumps({"images_per_second": SIDES[sys.argv[1]](Path(sys.argv[2]))}))

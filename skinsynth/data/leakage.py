@@ -1,0 +1,99 @@
+"""Leakage: what must not have been seen before an arm is judged. Every check names the samples; all but the last word of the byte
+comparison is read from the indexes, so that a million synthetic images cost about a second."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from skinsynth.data.shards import Dataset
+from skinsynth.data.stream import Source
+from skinsynth.errors import UserError
+
+HELD_OUT = ("val", "test")
+SHOWN = 5
+
+
+def check(splits: dict[str, Dataset], synthetic: Source | None) -> str | None:
+    """Validation and test images are real, and neither their groups nor they themselves were trained on, by the classifier or the generator.
+
+    ``splits``: ``train``, ``val``, ``test``; ``synthetic``: those that are trained on. Returns what is known of the latter's descent: ``known``,
+    ``unknown`` (weights whose training data nobody wrote down: allowed, and to be told), or None where there are none.
+
+    Raises:
+        UserError: synthetic images in a held-out split; a group in two splits; a synthetic image drawn over one of a held-out group, or by a
+            generator that was trained on one; an image whose very bytes are in a held-out split and elsewhere. The samples are named.
+    """
+    for name in HELD_OUT:
+        kind = splits[name].manifest.get("kind")
+        if kind != "real":
+            raise UserError(f"{splits[name].folder} is of kind '{kind}': only real images may be in the {name} split")
+    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        _check_groups(splits, one, other)
+    groups = synthetic.dataset.manifest.get("lineage", {}).get("group_ids") if synthetic else None
+    for name in HELD_OUT:
+        if synthetic:
+            _check_descent(splits[name], name, synthetic, groups)
+        others = [splits["train"], *([splits["val"]] if name == "test" else [])]
+        for elsewhere in [*(Source(other, range(len(other))) for other in others), *([synthetic] if synthetic else [])]:
+            _check_bytes(splits[name], name, elsewhere)
+    return None if synthetic is None else "unknown" if groups is None else "known"
+
+
+def _check_groups(splits: dict[str, Dataset], one: str, other: str) -> None:
+    members = _by_group(splits[one]), _by_group(splits[other])
+    shared = sorted(members[0].keys() & members[1].keys())
+    if shared:
+        found = (f"{group}: {_some(members[0][group])} ({one}) and {_some(members[1][group])} ({other})" for group in shared)
+        raise _leak(f"{len(shared)} groups (patients or lesions) are in both {splits[one].folder} and {splits[other].folder}", found)
+
+
+def _check_descent(held_out: Dataset, name: str, synthetic: Source, groups: list[str] | None) -> None:
+    members, dataset = _by_group(held_out), synthetic.dataset
+    parents = dataset.columns.get("source_group", [None] * len(dataset))
+    children = [(dataset.keys[i], parents[i]) for i in synthetic.samples if parents[i] in members]
+    if children:
+        raise _leak(f"{len(children)} synthetic images of {dataset.folder} were drawn over images of groups of the {name} split",
+                    (f"{key} from group {group} ({_some(members[group])})" for key, group in children))
+    trained = sorted(set(groups or []) & members.keys())
+    if trained:
+        raise _leak(f"{len(trained)} groups of the {name} split are among those that the generator of {dataset.folder} was trained on",
+                    (f"{group}: {_some(members[group])}" for group in trained))
+
+
+def _check_bytes(held_out: Dataset, name: str, elsewhere: Source) -> None:
+    """The same JPEG bytes; those that do not have the same length and CRC-32 in the index need not be read."""
+    prints = defaultdict(list)
+    for number in range(len(held_out)):
+        prints[_print(held_out, number)].append(number)
+    dataset = elsewhere.dataset
+    twins = [(i, j) for i in elsewhere.samples for j in prints.get(_print(dataset, i), ()) if dataset.read(i, "jpg") == held_out.read(j, "jpg")]
+    if twins:
+        raise _leak(f"{len(twins)} images of the {name} split lie, byte for byte, in {dataset.folder} too",
+                    (f"{held_out.keys[j]} as {dataset.keys[i]}" for i, j in twins))
+
+
+def _print(dataset: Dataset, number: int) -> tuple[int, ...]:
+    """Bytes and CRC-32, without reading; of older parts, which have no checksum, the bytes and a constant that equals no CRC."""
+    _, size, *checksum = dataset.places[number][1]["jpg"]
+    return (size, *(checksum or [-1]))
+
+
+def _by_group(dataset: Dataset) -> dict[Any, list[str]]:
+    found = defaultdict(list)
+    for key, group in zip(dataset.keys, dataset.columns["group"], strict=True):
+        found[group].append(key)
+    return found
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def _leak(what: str, found: Iterable[str]) -> UserError:
+    lines = list(found)
+    more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return UserError(f"leakage: {what}:\n  " + "\n  ".join([*lines[:SHOWN], *more]) +
+                     "\nmake the datasets again (delete them and launch), or choose another data.name or synthetic set")
