@@ -48,8 +48,14 @@ def chain(cfg: Config) -> list[Node]:
         nodes += [Node("encode", ("prepare",)), Node("finetune", ("encode",))]
     if not cfg.data.synthetic:
         nodes.append(Node("generate", (nodes[-1].name,)))
-    nodes.append(Node("screen", (nodes[-1].name,)))
+    before = [nodes[-1].name]
+    if cfg.screen.features == "classifier" and cfg.real_arm is not None:  # it looks with that arm's eyes
+        before.append(f"classify/{cfg.real_arm}")
+        nodes.append(Node(before[-1], ("prepare",)))
+    nodes.append(Node("screen", tuple(before)))
     for arm, wanted in cfg.classify.arms.items():
+        if f"classify/{arm}" in before:
+            continue
         nodes.append(Node(f"classify/{arm}", ("screen",) if "synthetic" in wanted.used else ("prepare",)))
     return [*nodes, Node("report", tuple(n.name for n in nodes if n.stage in ("screen", "classify")))]
 

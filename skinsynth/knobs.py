@@ -338,3 +338,8 @@ class Config:
     def arm_seeds(self) -> list[int]:
         """The seeds that each arm is trained with, one task each."""
         return self.classify.seeds or [self.seed]
+
+    @property
+    def real_arm(self) -> str | None:
+        """The first arm that is trained on real images only."""
+        return next((name for name, arm in self.classify.arms.items() if arm.used == ["real"]), None)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from skinsynth.chain import chain
 from skinsynth.errors import UserError
 from skinsynth.knobs import Arm, Classify, Config, Screen
 from skinsynth.models import hub, vit
@@ -132,15 +133,19 @@ def test_the_runs_own_classifier_gives_its_class_token_with_its_own_scaling(tmp_
     small = Classify(model="small", hidden_size=16, layers=2, heads=2, patch=8, arms=arms)
     cfg = Config(screen=Screen(features="classifier", batch=4), classify=small)
     run = RunDir(tmp_path / "run")
-    with pytest.raises(UserError, match=r"classify/baseline/weights is not there yet; train that arm first \(python -m jobs.classify"):
+    with pytest.raises(UserError, match=r"classify/baseline/seed-0/weights is not there yet; train that arm first \(python -m jobs.classify"):
         features.make(cfg, run)
     model = vit.build(cfg.classify, 32, 0)
-    model.save_pretrained(run.node("classify/baseline") / "weights")
+    model.save_pretrained(run.node("classify/baseline") / "seed-0/weights")
     found = features.make(cfg, run)(IMAGES)
     with torch.inference_mode():
         pixels = torch.from_numpy(IMAGES).permute(0, 3, 1, 2)
         logits = vit.logits(model.eval(), pixels, 32)
         assert torch.allclose(model.classifier(torch.from_numpy(found)), logits, atol=1e-4)
+    order = [node.name for node in chain(cfg)]
+    assert order.index("classify/baseline") < order.index("screen") < order.index("classify/both")
+    assert len(set(order)) == len(order)
+    assert "classify/baseline" in next(node.needs for node in chain(cfg) if node.name == "screen")
     del cfg.classify.arms["baseline"]
     with pytest.raises(UserError, match="needs an arm of real images only"):
         features.make(cfg, run)

@@ -160,18 +160,18 @@ def _load(folder: Path) -> Any:
 # ---- which one ----
 
 def own_classifier(cfg: Config, run: RunDir) -> Path:
-    """The weights of the first arm that is trained on real images only.
+    """The weights of the first arm that is trained on real images only, of its first seed.
 
     Raises:
         UserError: there is no such arm, or it is not trained yet.
     """
-    arms = [name for name, arm in cfg.classify.arms.items() if {source for source, weight in arm.sources.items() if weight} == {"real"}]
-    if not arms:
+    arm = cfg.real_arm
+    if arm is None:
         raise UserError("screen.features=classifier needs an arm of real images only, such as classify.arms.baseline={sources: {real: 1}}")
-    folder = run.node(f"classify/{arms[0]}") / "weights"
+    folder = run.node(f"classify/{arm}") / f"seed-{cfg.arm_seeds[0]}" / "weights"
     if not (folder / "config.json").is_file():
         raise UserError(f"screen.features=classifier: {folder} is not there yet; train that arm first (python -m jobs.classify {run.path} "
-                        f"--arm {arms[0]}), then screen, or take another screen.features")
+                        f"--arm {arm}), then screen, or take another screen.features")
     return folder
 
 
