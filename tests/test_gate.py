@@ -20,7 +20,7 @@ def measured(pairs: list[tuple[int, int]], **more: Any) -> gate.Measured:
     nearness = np.where(np.arange(8) == 3, 0.9, 0.1)
     found = copies.Matches(np.arange(8), nearness, nearness)
     return gate.Measured({1: "cannot be decoded"}, measures, found, np.linspace(0.1, 0.8, 8, dtype=np.float32),
-                         np.array(pairs, np.int64).reshape(-1, 2))
+                         np.array(pairs, np.int64).reshape(-1, 2), {3: "test-3", 7: "test-7"} if more.get("held_out") else {})
 
 
 LIMITS = defects.Limits({"blank": 5.0, "blur": 2.0, "frame": 0.5})
@@ -49,6 +49,9 @@ def test_each_reason_tells_its_figures() -> None:
     assert one.told("blank", 2, KEYS, KEYS, []) == {"value": 1.0}
     assert one.told("copy", 3, KEYS, KEYS, []) == {"value": 0.9, "similarity": 0.9, "train_key": "syn-3"}
     assert one.told("class", 0, KEYS, KEYS, []) == {"value": 0.1}
+    leaked = measured([], held_out=True)
+    assert leaked.reasons(LIMITS, 0.7, None)[3:] == ["copy", "blur", None, None, "held-out"]
+    assert leaked.told("held-out", 7, KEYS, KEYS, []) == {"value": "test-7"}
 
 
 def test_an_image_of_a_class_that_no_classifier_knows_is_not_set_aside() -> None:

@@ -396,6 +396,21 @@ def test_a_set_of_which_nothing_is_left_is_told_not_crashed_on(screened: Path, t
     assert run.metrics("screen")["kid"] is None
 
 
+def test_test_images_among_the_synthetic_ones_are_found_whatever_was_done_to_their_bytes(screened: Path, tmp_path: Path, images: np.ndarray) -> None:
+    """As in a set from elsewhere: a validation image as JPEG of low quality, a test image mirrored. Neither is near any training image."""
+    shutil.copytree(screened, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "shards/run-synthetic")
+    leaked = [encode_jpeg(images[45], 50), encode_jpeg(np.ascontiguousarray(images[60][:, ::-1]), 80)]
+    write(tmp_path / "shards/run-synthetic", synthetic([*(encode_jpeg(image, 95) for image in images[66:80]), *leaked]), 7, kind="synthetic",
+          lineage={"group_ids": None})
+    cfg, run = settings(tmp_path)
+    screen(cfg, run, Task())
+    told = {sample["key"]: (sample["reason"], sample["value"]) for sample in read_json(run.node("screen") / "rejected.json")["samples"]}
+    assert told["syn-00000014"] == ("held-out", "val-005")
+    assert told["syn-00000015"] == ("held-out", "test-004")
+    assert [reason for reason, _ in told.values()].count("held-out") == 2
+
+
 def test_withdrawn_images_are_screened_no_more(screened: Path, tmp_path: Path) -> None:
     """A real and a synthetic one are marked after the screening: the next one knows neither, and shards that hold none are not looked at again."""
     shutil.copytree(screened, tmp_path, dirs_exist_ok=True)

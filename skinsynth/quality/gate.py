@@ -11,24 +11,29 @@ from skinsynth.knobs import Screen
 from skinsynth.quality import copies, defects
 
 # Copies come before the defects: a patient's picture is one also where it is blurred. Duplicates come last: the one kept is to be a good one.
-REASONS = ("broken", "blank", "copy", "blur", "frame", "clipped", "saturated", "class", "duplicate")
+REASONS = ("broken", "blank", "copy", "held-out", "blur", "frame", "clipped", "saturated", "class", "duplicate")
+
+
+SAME_AS_HELD_OUT = 0.98  # correlation of prints (see ``near``); always looked at, since a test image among the training ones spoils the result
 
 
 @dataclass
 class Measured:
-    """What is known of each synthetic image, rows in their order. ``pairs``: rows (later, earlier) of near-duplicates, sorted."""
+    """What is known of each synthetic image, rows in their order. ``pairs``: rows (later, earlier) of near-duplicates, sorted; ``held_out``: the
+    validation or test image that one is."""
 
     broken: dict[int, str]
     measures: np.ndarray
     matches: copies.Matches
     agreement: np.ndarray
     pairs: np.ndarray
+    held_out: dict[int, str]
 
     def reasons(self, limits: defects.Limits, copy_limit: float, agreement: float | None) -> list[str | None]:
         """Per image the first of ``REASONS`` that holds, or None."""
         count = len(self.measures)
         holds = {**limits.beyond(self.measures), "copy": self.matches.copies(copy_limit),
-                 "broken": np.isin(np.arange(count), list(self.broken)),
+                 "broken": np.isin(np.arange(count), list(self.broken)), "held-out": np.isin(np.arange(count), list(self.held_out)),
                  "class": np.zeros(count, bool) if agreement is None else self.agreement < agreement}
         found: list[str | None] = [None] * count
         for reason in reversed(REASONS):
@@ -46,6 +51,8 @@ class Measured:
         if reason == "copy":
             return {"value": float(self.matches.nearness[image]), "similarity": float(self.matches.similarity[image]),
                     "train_key": train_keys[self.matches.index[image]]}
+        if reason == "held-out":
+            return {"value": self.held_out[image]}
         if reason == "class":
             return {"value": round(float(self.agreement[image]), 4)}
         if reason == "duplicate":

@@ -222,6 +222,20 @@ class Parts:
         return _first(np.unique(np.concatenate(found), axis=0))
 
 
+    def held_out(self, limit: float) -> dict[int, str]:
+        """Number of a synthetic image -> key of the validation or test image that it is (nearly, or mirrored): nobody may train on that."""
+        units = [unit for kind in ("val", "test") for unit in self.of(kind)]
+        prints = np.concatenate([self.read(unit, "prints") for unit in units])
+        keys = [key for kind in ("val", "test") for key in self.sets[kind].keys]
+        found: dict[int, str] = {}
+        start = 0
+        for unit in self.of("synthetic"):
+            for image, real in near.near_pairs(prints, self.read(unit, "prints"), limit).tolist():
+                found.setdefault(start + image, keys[real])
+            start += unit.count
+        return found
+
+
 @dataclass
 class Found:
     """What is gathered of one shard's images; pictures are held for one batch only."""

@@ -3,6 +3,7 @@
     broken      cannot be decoded, or has another size than asked for
     blank       shows next to nothing (its grey levels hardly spread)
     copy        a near-copy of a training image: a patient's picture, not a new one
+    held-out    the validation or test image itself, or nearly: what is judged on must not be trained on
     blur, frame, clipped, saturated    such as next to no real training image is (quality.defects)
     class       a classifier of real images does not see its class (only with screen.agreement)
     duplicate   the same picture as an earlier synthetic image, or nearly
@@ -113,7 +114,8 @@ class Verdict:
         self.evidence = Evidence(parts)
         near, pairs = self.cfg.screen.duplicate, np.empty((0, 2), np.int64)
         self.measured = gate.Measured(parts.broken("synthetic"), parts.column("synthetic", "measures"), self._matches("synthetic"),
-                                      self.evidence.agreement(), pairs if near is None else parts.pairs(near))
+                                      self.evidence.agreement(), pairs if near is None else parts.pairs(near),
+                                      parts.held_out(gate.SAME_AS_HELD_OUT))
         self.reasons = self.measured.reasons(self.limits, self.copy_limit, self.cfg.screen.agreement)
         self.keep = np.array([i for i, reason in enumerate(self.reasons) if reason is None], np.int64)
 
