@@ -54,7 +54,9 @@ def images(drawn: Path) -> np.ndarray:
     with open(drawn / "metadata.csv") as f:
         lesions = {row["lesion_id"] or row["image_name"]: row["image_name"] for row in csv.DictReader(f)}
     doubled = (drawn / "duplicates.csv").read_text()
-    read = [cv2.imread(str(drawn / "images" / f"{name}.jpg")) for name in sorted(lesions.values()) if name not in doubled]
+    files = [drawn / "images" / f"{name}.jpg" for name in sorted(lesions.values()) if name not in doubled]
+    once = {path.read_bytes(): path for path in reversed(files) if path.exists()}  # two are there under two names, in no list
+    read = [cv2.imread(str(path)) for path in sorted(once.values())]
     found = np.stack([cv2.resize(image, (SIZE, SIZE), interpolation=cv2.INTER_AREA)[..., ::-1] for image in read if image is not None])
     return found[np.random.default_rng(1).permutation(len(found))]
 

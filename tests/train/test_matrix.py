@@ -73,14 +73,15 @@ def maker(drawn: Path, small_base: Path, tmp_path_factory: pytest.TempPathFactor
             "=")[0].removeprefix("finetune.") in values])
         run = RunDir(folder / name)
         run.create(cfg)
-        encoded = folder / f"encoded-{method}"
+        kind = f"{method}-{cfg.finetune.cache_latents}"  # without the cache there are no latents: such a run's must not be another one's
+        encoded = folder / f"encoded-{kind}"
         if not encoded.exists():
             encode(cfg, run, Task())
             shutil.copytree(run.node("encode"), encoded)
-            os.rename(run.dataset(cfg, "latents"), folder / f"latents-{method}")
+            os.rename(run.dataset(cfg, "latents"), folder / f"latents-{kind}")
         else:
             shutil.copytree(encoded, run.node("encode"))
-        run.dataset(cfg, "latents").symlink_to(folder / f"latents-{method}")
+        run.dataset(cfg, "latents").symlink_to(folder / f"latents-{kind}")
         return run
 
     return make
