@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import sys
@@ -19,7 +18,7 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import ROOT, SCRATCH, alternate, in_process, report
+from benchmarks.harness import ROOT, SCRATCH, alternate, in_process, report, together
 
 OURS, PEER = "skinsynth, 2 workers of 1 thread", "diffusers, one prompt a call, PNG"
 UNIT, LOOP = 32, 16  # images that a worker of ours draws, and the peer
@@ -54,15 +53,15 @@ def maker(folder: Path, workers: int, index: int, *more: str, instant: bool = Fa
     return made
 
 
-def ours(folder: Path, workers: int, index: int, together: Barrier) -> None:
+def ours(folder: Path, workers: int, index: int, barrier: Barrier) -> None:
     made = maker(folder, workers, index)
     made.painter.draw([made.plan.image(n) for n in range(16)])
-    together.wait()
+    barrier.wait()
     made.unit(index)
-    together.wait()
+    barrier.wait()
 
 
-def loop(folder: Path, form: str, together: Barrier) -> None:
+def loop(folder: Path, form: str, barrier: Barrier) -> None:
     """As the examples in diffusers' documentation do it."""
     import torch
 
@@ -80,33 +79,24 @@ def loop(folder: Path, form: str, together: Barrier) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     draw(0)
-    together.wait()
+    barrier.wait()
     for number in range(LOOP):
         draw(number).save(folder / f"{number:05d}.{form}", **({"quality": 95} if form == "jpg" else {}))
-    together.wait()
+    barrier.wait()
 
 
-def work(side: str, workers: int, threads: int, folder: Path, index: int, together: Barrier) -> None:
+def work(side: str, workers: int, threads: int, folder: Path, index: int, barrier: Barrier) -> None:
     os.environ |= {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "20000"}
     if side == "ours":
-        ours(folder, workers, index, together)
+        ours(folder, workers, index, barrier)
     else:
-        loop(folder, side, together)
+        loop(folder, side, barrier)
 
 
 def measure(side: str, workers: int, threads: int) -> float:
-    folder, context = SCRATCH / "generate", multiprocessing.get_context("fork")  # torch is not loaded here, so a fork is clean
+    folder = SCRATCH / "generate"
     shutil.rmtree(folder, ignore_errors=True)
-    together = context.Barrier(workers + 1)
-    processes = [context.Process(target=work, args=(side, workers, threads, folder, n, together)) for n in range(workers)]
-    for process in processes:
-        process.start()
-    together.wait()
-    since = time.perf_counter()
-    together.wait()
-    seconds = time.perf_counter() - since
-    for process in processes:
-        process.join()
+    seconds = together(work, [(side, workers, threads, folder, n) for n in range(workers)])
     return (UNIT * workers if side == "ours" else LOOP) / seconds
 
 
@@ -129,7 +119,7 @@ class Instant:
 
 def bookkeeping() -> dict[str, float]:
     """Seconds an image, without drawing: ours, and a loop that encodes the JPEG and adds it to a tar."""
-    from skinsynth.data.shards import encode_jpeg
+    from skinsynth.data.codec import encode_jpeg
 
     folder = SCRATCH / "instant"
     shutil.rmtree(folder, ignore_errors=True)

@@ -8,10 +8,12 @@ is faster), ``spread`` (lowest and highest of each side), ``peers`` where there 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,23 @@ def alternate(sides: dict[str, Measure], rounds: int = 5) -> dict[str, list[floa
             found[name].append(sides[name]())
             print(f"  round {number + 1}: {name}: {found[name][-1]:,.4g}", flush=True)
     return found
+
+
+def together(work: Callable[..., None], calls: list[tuple[Any, ...]]) -> float:
+    """Seconds that forked processes take side by side, from the moment that all are ready: each gets a barrier as the last argument, and passes
+    it when it is ready and when it is done."""
+    context = multiprocessing.get_context("fork")  # the parent must not have loaded torch
+    barrier = context.Barrier(len(calls) + 1)
+    processes = [context.Process(target=work, args=(*call, barrier)) for call in calls]
+    for process in processes:
+        process.start()
+    barrier.wait()
+    since = time.perf_counter()
+    barrier.wait()
+    seconds = time.perf_counter() - since
+    for process in processes:
+        process.join()
+    return seconds
 
 
 def in_process(module: str, *arguments: object, env: dict[str, str] | None = None) -> Any:

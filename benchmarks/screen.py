@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import alternate, images, report
-from skinsynth.data.shards import decode
+from skinsynth.data.codec import decode
 from skinsynth.quality import copies, near
 
 QUERIES = 400

@@ -6,15 +6,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 import sys
-import time
 from functools import partial
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
-from benchmarks.harness import SCRATCH, alternate, images, in_process, report
+from benchmarks.harness import SCRATCH, alternate, images, in_process, report, together
 
 SHARD, PASSES = 1000, 10  # samples in a shard; how often each writer writes its images
 SIDES = {"skinsynth, 2 writers": ("ours", 2), "webdataset, 2 writers": ("webdataset", 2), "skinsynth, 1 writer": ("ours", 1),
@@ -39,11 +37,11 @@ def webdataset(folder: Path, samples: list[tuple[str, bytes]]) -> None:
             writer.write({"__key__": key, "jpg": jpeg})
 
 
-def work(side: str, folder: Path, number: int, samples: list[tuple[str, bytes]], together: Barrier) -> None:
+def work(side: str, folder: Path, number: int, samples: list[tuple[str, bytes]], barrier: Barrier) -> None:
     __import__("skinsynth.data.shards" if side == "ours" else "webdataset")
-    together.wait()
+    barrier.wait()
     {"ours": ours, "webdataset": webdataset}[side](folder / str(number), samples)
-    together.wait()
+    barrier.wait()
 
 
 def measure(side: str, writers: int) -> float:
@@ -51,17 +49,7 @@ def measure(side: str, writers: int) -> float:
     folder = SCRATCH / "writing"
     shutil.rmtree(folder, ignore_errors=True)
     samples = [(f"{key}-{turn}", jpeg) for turn in range(PASSES) for key, jpeg in images()]
-    context = multiprocessing.get_context("fork")
-    together = context.Barrier(writers + 1)
-    processes = [context.Process(target=work, args=(side, folder, n, samples[n::writers], together)) for n in range(writers)]
-    for process in processes:
-        process.start()
-    together.wait()
-    since = time.perf_counter()
-    together.wait()
-    seconds = time.perf_counter() - since
-    for process in processes:
-        process.join()
+    seconds = together(work, [(side, folder, n, samples[n::writers]) for n in range(writers)])
     shutil.rmtree(folder)
     return len(samples) / seconds
 

@@ -195,6 +195,7 @@ class Screen:
     saturation: float | None = at_least(0.002, 0, 0.5)  # garish colours
     copy_quantile: float = at_least(0.995, 0.5, 1)  # of the similarity that held-out real images have to training images
     duplicate: float | None = at_least(0.98, 0.5, 1)  # correlation from which two synthetic images are one; None: not looked for
+    held_out: float | None = at_least(0.98, 0.5, 1)  # the same with a validation or test image; None: not looked for
     agreement: float | None = at_least(None, 0, 1)  # smallest probability of its class by a classifier of real images; None: only measured
     neighbours: int = at_least(5, 1)  # of precision, recall, density, coverage
     kid_subsets: int = at_least(50, 1)

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from skinsynth.data.shards import decode, encode_jpeg
+from skinsynth.data.codec import decode, encode_jpeg
 from skinsynth.errors import UserError
 from skinsynth.quality import copies
 

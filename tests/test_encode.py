@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from skinsynth.data import shards
+from skinsynth.data import codec, shards
 from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
 from skinsynth.run import read_json
 from skinsynth.stages.encode import _readable
@@ -14,7 +14,7 @@ from skinsynth.stages.encode import _readable
 def test_with_skip_a_bad_image_has_no_latents_and_is_noted(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "train", 0) as shard:
         for i in range(4):
-            shard.add(f"k{i}", {"jpg": shards.encode_jpeg(np.full((16, 16, 3), 50 * i, np.uint8), 95)}, target=0)
+            shard.add(f"k{i}", {"jpg": codec.encode_jpeg(np.full((16, 16, 3), 50 * i, np.uint8), 95)}, target=0)
     write_manifest(tmp_path / "train", 1)
     train = Dataset.open(tmp_path / "train")
     os.truncate(tmp_path / "train/00000.tar", train.places[3][1]["jpg"][0] + 9)

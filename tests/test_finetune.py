@@ -15,7 +15,8 @@ import torch
 from conftest import ROOT, overrides
 
 from skinsynth import config, knobs
-from skinsynth.data.shards import Dataset, from_npy
+from skinsynth.data.codec import from_npy
+from skinsynth.data.shards import Dataset
 from skinsynth.errors import UserError
 from skinsynth.knobs import Model
 from skinsynth.models import diffusion, hub

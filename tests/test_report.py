@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from skinsynth.data.shards import ShardWriter, encode_jpeg, write_manifest
+from skinsynth.data.codec import encode_jpeg
+from skinsynth.data.shards import ShardWriter, write_manifest
 from skinsynth.errors import UserError
 from skinsynth.knobs import Arm, Config, GeneratedClass
 from skinsynth.pages import pictures, several

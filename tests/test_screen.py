@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from skinsynth.data.shards import Dataset, ShardWriter, encode_jpeg, write_manifest
+from skinsynth.data.codec import encode_jpeg
+from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
 from skinsynth.data.withdrawn import mark
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config, GeneratedClass
@@ -330,7 +331,7 @@ def test_training_images_of_one_class_give_no_classifier_and_no_distance_to_the_
 
 def test_what_is_switched_off_sets_nothing_aside(screened: Path, tmp_path: Path) -> None:
     cfg, run = again(screened, tmp_path)
-    cfg.screen.blur = cfg.screen.frame = cfg.screen.clipped = cfg.screen.saturation = cfg.screen.duplicate = None
+    cfg.screen.blur = cfg.screen.frame = cfg.screen.clipped = cfg.screen.saturation = cfg.screen.duplicate = cfg.screen.held_out = None
     cfg.screen.blank_std = 0
     screen(cfg, run, Task())
     assert {reason for reason, n in run.metrics("screen")["rejected"].items() if n} == {"broken", "copy"}

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from skinsynth.data import shards
+from skinsynth.data import codec, shards
 from skinsynth.data.shards import Dataset, ShardWriter, claim, missing_parts, write_manifest
 from skinsynth.errors import UserError
 
@@ -16,7 +16,7 @@ def fill(folder: Path, count: int = 2) -> None:
         with ShardWriter(folder, unit) as shard:
             for i in range(3):
                 image = np.full((8, 8, 3), (40 * unit + 10 * i) % 256, np.uint8)
-                shard.add(f"k{unit}{i}", {"jpg": shards.encode_jpeg(image, 95), "json": b'{"a": 1}'}, target=i % 2, site="arm" if i else None)
+                shard.add(f"k{unit}{i}", {"jpg": codec.encode_jpeg(image, 95), "json": b'{"a": 1}'}, target=i % 2, site="arm" if i else None)
 
 
 def test_samples_are_read_back_by_offset(tmp_path: Path) -> None:
@@ -162,11 +162,11 @@ def test_a_decoded_image_has_the_colours_in_their_order() -> None:
     image = np.zeros((16, 16, 3), np.uint8)
     image[..., 0], image[..., 1] = 200, 90
     batch = np.zeros((2, 16, 16, 3), np.uint8)
-    shards.decode(shards.encode_jpeg(image, 95), batch[1])
-    assert np.array_equal(batch[1], shards.decode(shards.encode_jpeg(image, 95)))
+    codec.decode(codec.encode_jpeg(image, 95), batch[1])
+    assert np.array_equal(batch[1], codec.decode(codec.encode_jpeg(image, 95)))
     assert not batch[0].any()
     with pytest.raises(ValueError, match="it is 16 x 16 pixels, not 8 x 16"):
-        shards.decode(shards.encode_jpeg(image, 95), np.zeros((16, 8, 3), np.uint8))
+        codec.decode(codec.encode_jpeg(image, 95), np.zeros((16, 8, 3), np.uint8))
     red, green, blue = batch[1].reshape(-1, 3).mean(0)
     assert abs(red - 200) < 3
     assert abs(green - 90) < 3

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from skinsynth.data import shards
+from skinsynth.data import codec, shards
 from skinsynth.data.order import Mixture, share
 from skinsynth.data.shards import BadSample, Dataset, ShardWriter, write_manifest
 from skinsynth.data.stream import Feed, Source
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
             for i in range(SIZE):
                 number = unit * SIZE + i
                 image = np.full((16, 16, 3), 10 * number, np.uint8)
-                shard.add(f"k{number:02d}", {"jpg": shards.encode_jpeg(image, 95), "moments.npy": shards.to_npy(np.full(3, number))}, target=0)
+                shard.add(f"k{number:02d}", {"jpg": codec.encode_jpeg(image, 95), "moments.npy": codec.to_npy(np.full(3, number))}, target=0)
     write_manifest(tmp_path, 3)
     return tmp_path
 

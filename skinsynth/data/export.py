@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from skinsynth.data.shards import part_path
+from skinsynth.data.shards import part_path, read_member
 from skinsynth.data.withdrawn import withdrawn_keys
 from skinsynth.errors import UserError
 from skinsynth.run import read_json, write_text
@@ -77,9 +77,9 @@ def _row(key: str, record: dict[str, Any]) -> dict[str, Any]:
 def samples(folder: Path, number: int) -> Iterator[tuple[str, dict[str, bytes]]]:
     """The samples of one shard: key, and extension -> content."""
     part = read_json(part_path(folder, number))
-    tar = memoryview((folder / part["shard"]).read_bytes())
-    for key, members in zip(part["keys"], part["members"], strict=True):
-        yield key, {extension: bytes(tar[place[0] : place[0] + place[1]]) for extension, place in members.items()}
+    with open(folder / part["shard"], "rb") as tar:
+        for key, members in zip(part["keys"], part["members"], strict=True):
+            yield key, {extension: read_member(tar, place) for extension, place in members.items()}
 
 
 def show(folder: Path, key: str) -> tuple[dict[str, Any], bytes]:
@@ -89,10 +89,9 @@ def show(folder: Path, key: str) -> tuple[dict[str, Any], bytes]:
         UserError: no dataset, no such image, or it was left out (with the reason).
     """
     part = _part_of(folder, key)
-    place = part["keys"].index(key)
-    members, tar = part["members"][place], folder / part["shard"]
+    members, tar = part["members"][part["keys"].index(key)], folder / part["shard"]
     with open(tar, "rb") as f:
-        files = {extension: _read(f, offset, size) for extension, (offset, size, *_) in members.items()}
+        files = {extension: read_member(f, place) for extension, place in members.items()}
     manifest, record = read_json(folder / "manifest.json") or {}, json.loads(files["json"])
     lineage = manifest.get("lineage", {})
     groups = lineage.get("group_ids")
@@ -120,8 +119,3 @@ def _part_of(folder: Path, key: str) -> dict[str, Any]:
                 raise UserError(f"{key} was left out of {folder}: {item['reason']}")
     first = (read_json(part_path(folder, 0)) or {"keys": []})["keys"][:1]
     raise UserError(f"{folder} has no image {key} (yet)" + (f": its keys are like {first[0]}" if first else ""))
-
-
-def _read(file: io.BufferedReader, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    return file.read(size)

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from skinsynth.data import isic
+from skinsynth.data.codec import encode_jpeg
 from skinsynth.data.isic import Aside, BadImage, Row
 from skinsynth.data.lesion import square
-from skinsynth.data.shards import ShardWriter, claim, encode_jpeg, missing_parts, write_manifest
+from skinsynth.data.shards import ShardWriter, claim, missing_parts, write_manifest
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config
 from skinsynth.run import Progress, RunDir, Task, read_json, sha256_file, write_text

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import os
 import re
@@ -29,10 +28,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import IO, Any, Self, TypeVar
 
 import numpy as np
 
+from skinsynth.data.codec import decode, from_npy
 from skinsynth.data.withdrawn import withdrawn_keys
 from skinsynth.errors import UserError
 from skinsynth.run import is_spare, owner, read_json, sha256_file, sync, write_json, write_text
@@ -355,6 +355,12 @@ class Dataset:
             self._files.clear()
 
 
+def read_member(tar: IO[bytes], place: list[int]) -> bytes:
+    """A file of a tar that is open, by its entry in the part's ``members``."""
+    tar.seek(place[0])
+    return tar.read(place[1])
+
+
 def check_part(path: Path, shard: dict[str, Any], part: Any) -> None:
     """Raises ``UserError`` where a part is missing, does not belong to the manifest's shard, or holds names that could leave a folder."""
     if not isinstance(part, dict) or (part["shard"], part["sha256"], len(part["keys"])) != (shard["shard"], shard["sha256"], shard["count"]):
@@ -362,42 +368,3 @@ def check_part(path: Path, shard: dict[str, Any], part: Any) -> None:
     bad = [key for key in part["keys"] if not KEY.fullmatch(key)]
     if not SHARD.fullmatch(part["shard"]) or bad:
         raise UserError(f"{path}: '{bad[0] if bad else part['shard']}' cannot be used as a name: the dataset was not made by skinsynth")
-
-
-def decode(data: bytes, out: np.ndarray | None = None) -> np.ndarray:
-    """JPEG bytes -> uint8 (height, width, 3), RGB. For our own shards; foreign files go through ``isic.read_image``.
-
-    Raises:
-        ValueError: not an image, or not one of the size of ``out``.
-    """
-    import cv2
-
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    if image is None:
-        raise ValueError("not an image that can be decoded")
-    if out is not None and out.shape != image.shape:
-        raise ValueError(f"it is {image.shape[1]} x {image.shape[0]} pixels, not {out.shape[1]} x {out.shape[0]}")
-    if out is None:
-        return image
-    np.copyto(out, image)
-    return out
-
-
-def to_npy(values: np.ndarray) -> bytes:
-    """The content of a ``.npy`` file."""
-    file = io.BytesIO()
-    np.save(file, values, allow_pickle=False)
-    return file.getvalue()
-
-
-def from_npy(data: bytes) -> np.ndarray:
-    """Raises ``ValueError`` for anything but one ``.npy`` file, or where the array holds Python objects: nothing is unpickled."""
-    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-
-
-def encode_jpeg(image: np.ndarray, quality: int) -> bytes:
-    """uint8 (height, width, 3), RGB -> JPEG bytes; the same bytes for the same pixels."""
-    import cv2
-
-    options = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-    return cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)[1].tobytes()

@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from skinsynth.data.withdrawn import withdrawn_keys
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config, Model
 from skinsynth.models import tiny
@@ -48,9 +49,12 @@ def find_base(model: Model) -> Base:
     """The base model of a configuration. Nothing is downloaded: compute nodes have no internet.
 
     Raises:
-        UserError: no such folder or file, not in the cache (with the command that fetches it), incomplete, or a kind that is not known.
+        UserError: no such folder or file, not in the cache (with the command that fetches it), incomplete, withdrawn, or a kind that is not
+            known.
     """
     weights = _find("model.base", model.base)
+    for folder in _made_by_runs(model, weights):
+        withdrawn_keys(folder)
     if model.lora:
         lora_file(Path(model.lora))
     if weights.is_dir():
@@ -63,6 +67,19 @@ def find_base(model: Model) -> Base:
     config = resolve_config(model.config)
     _check_fit(weights, shapes, config)
     return Base(weights, config)
+
+
+def _made_by_runs(model: Model, weights: Path) -> list[Path]:
+    """The folders with a ``lineage.json`` that a base, or a LoRA beside such weights, lies in."""
+    lora = [Path(model.lora), *Path(model.lora).parents][:3] if model.lora else []
+    return [folder for folder in [weights, *lora] if (folder / "lineage.json").is_file()]
+
+
+def inherited_groups(model: Model) -> list[str] | None:
+    """The groups that a base was trained on, where it is a run's weights; None where nobody wrote that down."""
+    folders = _made_by_runs(model, _find("model.base", model.base))
+    found = [json.loads((folder / "lineage.json").read_text())["group_ids"] for folder in folders]
+    return None if not found or None in found else sorted({group for groups in found for group in groups})
 
 
 def lora_file(path: Path) -> Path:
@@ -151,6 +168,7 @@ def resolve_classifier(model: str) -> Path | None:
     if not Path(model).is_dir() and not _is_hub_id(model):
         raise UserError(f"classify.model={model}: no such folder (give 'small', a transformers folder or a hub id such as owner/name)")
     folder = Path(model) if Path(model).is_dir() else _cached("classify.model", model)
+    withdrawn_keys(folder)
     missing = [name for name in ("config.json", "*.safetensors") if not list(folder.glob(name))]
     if missing:
         raise UserError(f"classifier {folder} is not complete: missing {', '.join(missing)} (expected a transformers layout with "
@@ -170,6 +188,7 @@ def resolve_features(name: str) -> Path:
     if not Path(name).is_dir() and not _is_hub_id(name):
         raise UserError(f"screen.features={name}: no such folder (give 'vae', 'classifier', a transformers folder or a hub id such as owner/name)")
     folder = Path(name) if Path(name).is_dir() else _cached("screen.features", name)
+    withdrawn_keys(folder)
     missing = [wanted for wanted in ("config.json", "preprocessor_config.json", "*.safetensors") if not list(folder.glob(wanted))]
     if missing:
         raise UserError(f"screen.features: {folder} is not complete: missing {', '.join(missing)} (expected a transformers vision model with "

@@ -20,7 +20,7 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
-from skinsynth.data.shards import decode, encode_jpeg
+from skinsynth.data.codec import decode, encode_jpeg
 from skinsynth.errors import UserError
 
 SIDE = 32  # pixels of the thumbnails that are aligned

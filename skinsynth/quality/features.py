@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from skinsynth.data.withdrawn import withdrawn_keys
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config, Model
 from skinsynth.models import hub
@@ -172,6 +173,7 @@ def own_classifier(cfg: Config, run: RunDir) -> Path:
     if not (folder / "config.json").is_file():
         raise UserError(f"screen.features=classifier: {folder} is not there yet; train that arm first (python -m jobs.classify {run.path} "
                         f"--arm {arm}), then screen, or take another screen.features")
+    withdrawn_keys(folder)
     return folder
 
 

@@ -14,9 +14,6 @@ from skinsynth.quality import copies, defects
 REASONS = ("broken", "blank", "copy", "held-out", "blur", "frame", "clipped", "saturated", "class", "duplicate")
 
 
-SAME_AS_HELD_OUT = 0.98  # correlation of prints (see ``near``); always looked at, since a test image among the training ones spoils the result
-
-
 @dataclass
 class Measured:
     """What is known of each synthetic image, rows in their order. ``pairs``: rows (later, earlier) of near-duplicates, sorted; ``held_out``: the

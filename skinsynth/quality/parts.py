@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from skinsynth.data.shards import BadSample, Dataset, to_npy
+from skinsynth.data.codec import to_npy
+from skinsynth.data.shards import BadSample, Dataset
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config
 from skinsynth.quality import copies, defects, near, spectrum

@@ -8,7 +8,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from skinsynth.data.shards import decode, encode_jpeg, part_path
+from skinsynth.data.codec import decode, encode_jpeg
+from skinsynth.data.shards import part_path, read_member
 from skinsynth.run import read_json, write_bytes
 
 COLUMNS, ROWS = 6, 4
@@ -25,13 +26,8 @@ def refresh(folder: Path, unit: int, sheets: Path) -> None:
             continue
         chosen = [place for place, found in enumerate(part["columns"]["class"]) if found == name][:COLUMNS * ROWS]
         with open(folder / part["shard"], "rb") as tar:
-            images = [decode(_read(tar, part["members"][place]["jpg"])) for place in chosen]
+            images = [decode(read_member(tar, part["members"][place]["jpg"])) for place in chosen]
         write_bytes(path, encode_jpeg(grid(images), 90), durable=False)
-
-
-def _read(tar: object, place: list[int]) -> bytes:
-    tar.seek(place[0])  # type: ignore[attr-defined]
-    return tar.read(place[1])  # type: ignore[attr-defined]
 
 
 def grid(images: list[np.ndarray]) -> np.ndarray:

@@ -13,7 +13,8 @@ from safetensors.torch import save
 
 from skinsynth.data import concepts, views
 from skinsynth.data.cache import open_dataset
-from skinsynth.data.shards import BadSample, Dataset, ShardWriter, claim, missing_parts, to_npy, write_manifest
+from skinsynth.data.codec import to_npy
+from skinsynth.data.shards import BadSample, Dataset, ShardWriter, claim, missing_parts, write_manifest
 from skinsynth.knobs import Config
 from skinsynth.models import diffusion
 from skinsynth.run import Progress, RunDir, Task, sha256_file, write_bytes, write_json

@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler
 
 from skinsynth import config
 from skinsynth.knobs import Config
-from skinsynth.models import attention, denoiser, diffusion
+from skinsynth.models import attention, denoiser, diffusion, hub
 from skinsynth.run import RunDir, code_version, sha256_file, write_json
 from skinsynth.train.checkpoint import Checkpoints
 from skinsynth.train.engine import Batch, Engine
@@ -101,7 +101,8 @@ def export(cfg: Config, run: RunDir, pipe: Any, samples: Samples, made_by: dict[
         pipe.components[name].init_kwargs.pop("local_files_only", None)  # whether the hub could be reached must not be in the weights' hash
     pipe.save_pretrained(temp, safe_serialization=True)
     lineage = {**made_by, "weights_sha256": diffusion.weights_sha256(temp), "train": samples.train.folder.name,
-               "train_sha256": sha256_file(samples.train.folder / "manifest.json"), "group_ids": samples.groups(), "code": code_version()}
+               "train_sha256": sha256_file(samples.train.folder / "manifest.json"), "code": code_version(),
+               "group_ids": sorted({*samples.groups(), *(hub.inherited_groups(cfg.model) or [])})}
     write_json(temp / "lineage.json", lineage)
     shutil.rmtree(run.weights, ignore_errors=True)
     os.replace(temp, run.weights)

@@ -22,9 +22,10 @@ import torch
 from PIL import Image
 
 from skinsynth.data.cache import open_dataset
+from skinsynth.data.codec import encode_jpeg
 from skinsynth.data.plan import Plan, Planned, key, needs_train
 from skinsynth.data.resumable import ResumableWriter
-from skinsynth.data.shards import Dataset, claim, encode_jpeg, missing_parts, part_path, write_manifest
+from skinsynth.data.shards import Dataset, claim, missing_parts, part_path, write_manifest
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config
 from skinsynth.models.diffusion import padded

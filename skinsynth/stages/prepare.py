@@ -26,9 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from skinsynth.data import cache, external, isic, summary
+from skinsynth.data.codec import encode_jpeg
 from skinsynth.data.isic import Aside, BadImage, Row
 from skinsynth.data.lesion import square
-from skinsynth.data.shards import ShardWriter, claim, encode_jpeg, missing_parts, part_path, write_manifest
+from skinsynth.data.shards import ShardWriter, claim, missing_parts, part_path, write_manifest
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config
 from skinsynth.run import Progress, RunDir, Task, read_json, sha256_file, write_text

@@ -115,7 +115,7 @@ class Verdict:
         near, pairs = self.cfg.screen.duplicate, np.empty((0, 2), np.int64)
         self.measured = gate.Measured(parts.broken("synthetic"), parts.column("synthetic", "measures"), self._matches("synthetic"),
                                       self.evidence.agreement(), pairs if near is None else parts.pairs(near),
-                                      parts.held_out(gate.SAME_AS_HELD_OUT))
+                                      {} if self.cfg.screen.held_out is None else parts.held_out(self.cfg.screen.held_out))
         self.reasons = self.measured.reasons(self.limits, self.copy_limit, self.cfg.screen.agreement)
         self.keep = np.array([i for i, reason in enumerate(self.reasons) if reason is None], np.int64)
 
