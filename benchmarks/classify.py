@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.harness import SCRATCH, alternate, in_process, report
 
-IMAGES, EPOCHS, SIDE, BATCH, LR = 1200, 1, 256, 32, 1e-3
+IMAGES, EPOCHS, SIDE, BATCH, LR = 4000, 1, 256, 32, 1e-3
 OURS, PEER = "skinsynth", "Trainer, image folder, PIL"
 
 

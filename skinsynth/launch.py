@@ -28,7 +28,8 @@ def launch(cfg: Config, console: Console) -> None:
     if all(run.is_done(node.name) for node in nodes):
         console.print(f"all {len(nodes)} stages of {run.path} are done already")
         return
-    hub.find_base(cfg.model)  # a missing model is told now, not by the second job
+    for _, find in hub.models(cfg).values():
+        find()  # a missing model is told now, not by a job that has waited for its turn
     with run.lock():
         if cfg.cluster.kind == "slurm":
             slurm.submit_chain(cfg, run, nodes, console)

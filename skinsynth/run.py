@@ -251,7 +251,7 @@ class Progress:
         """``total``: of this task; ``of``: of all tasks together, where it is known, since some may not have begun yet."""
         self.path = run.progress_path(node, task)
         now = time.time()
-        self.state: dict[str, Any] = {"done": done, "total": total, "of": of, "unit": unit, "begun_at": done, "start": now, "now": now}
+        self.state: dict[str, Any] = {"done": done, "total": total, "of": of, "spared": 0, "unit": unit, "begun_at": done, "start": now, "now": now}
         self.written = 0.0
         self._write()
 
@@ -265,7 +265,7 @@ class Progress:
 
     def end(self) -> None:
         """It is done before all of it was: what is left is not needed."""
-        self.state |= {"total": self.state["done"], "now": time.time()}
+        self.state |= {"total": self.state["done"], "spared": self.state["total"] - self.state["done"], "now": time.time()}
         self._write()
 
     def _write(self) -> None:

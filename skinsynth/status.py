@@ -57,7 +57,8 @@ def progress_of(run: RunDir, node: str) -> dict[str, Any] | None:
     parts = [p for p in (_read(path) for path in sorted((run.node(node) / "progress").glob("*.json"))) if p]
     if not parts:
         return None
-    done, total = sum(p["done"] for p in parts), max(sum(p["total"] for p in parts), *(p.get("of", 0) for p in parts))
+    done, total = sum(p["done"] for p in parts), sum(p["total"] for p in parts)
+    total = max(total, max(p.get("of", 0) for p in parts) - sum(p.get("spared", 0) for p in parts))
     alive = [p for p in parts if p.get("finished_of") is None and time.time() - p["now"] < SILENT]
     rate = sum((p["done"] - p["begun_at"]) / max(1e-6, p["now"] - p["start"]) for p in alive)
     return {"done": done, "total": total, "unit": parts[0]["unit"], "rate": rate, "left": (total - done) / rate if rate > 0 else None}

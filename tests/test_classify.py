@@ -89,6 +89,17 @@ def test_arms_differ_in_their_sources_alone(make: Setup) -> None:
     assert other.splits["test"].keys == hybrid.splits["test"].keys
 
 
+def test_what_is_kept_in_memory_changes_no_batch(make: Setup) -> None:
+    cfg, run = make(mixup=0.2, cutmix=0.5)
+    kept = Data(cfg, run, "hybrid", 0)
+    cfg.data.memory_gb = 0
+    other, epochs = Data(cfg, run, "hybrid", 0), range(3 * len(kept.sources["real"]))
+    assert kept.decoded.room > len(epochs)
+    for begin in epochs[::16]:
+        a, b = kept.batch(range(begin, begin + 16)), other.batch(range(begin, begin + 16))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_synthetic_first_and_then_real(make: Setup) -> None:
     cfg, run = make(**{"arms.staged.phases": "[{sources: {synthetic: 1}, share: 0.5}, {sources: {real: 3, synthetic: 1}, share: 0.25}, "
                                              "{sources: {real: 1}, share: 0.25}]", "arms.only": "{sources: {synthetic: 1, real: 0}}"})

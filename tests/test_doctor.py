@@ -49,9 +49,9 @@ def test_without_a_configuration() -> None:
 
 def test_everything_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
     code, found = diagnose("configs/demo.yaml", f"data.metadata={tmp_path}/none.csv", f"data.images={tmp_path}/none", "data.duplicates=null",
-                           "model.base=nobody/nothing", "classify.model=./none")
+                           "model.base=nobody/nothing", "classify.model=./none", "screen.features=nobody/seen")
     assert code == 1
-    for name in ("model.base", "classify.model", "data.metadata", "data.images"):
+    for name in ("model.base", "classify.model", "screen.features", "data.metadata", "data.images"):
         assert [one["state"] for one in found[name]] == ["fail"], name
     assert "skinsynth pull configs/demo.yaml" in found["model.base"][0]["todo"]
     assert "model.base=nobody/nothing" in found["model.base"][0]["todo"]

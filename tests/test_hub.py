@@ -103,6 +103,16 @@ def test_the_demo_needs_nothing(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("key", ["model.base", "classify.model", "screen.features"])
+def test_a_model_that_is_not_there_stops_the_launch_before_anything_begins(tmp_path: Path, key: str) -> None:
+    done = run("-m", "skinsynth", "launch", "configs/demo.yaml", "cluster=debug", f"run={tmp_path}/run", f"data.shards={tmp_path}/shards",
+               f"{key}=nobody/nothing", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub"))
+    assert done.returncode == 1
+    assert f"{key}=nobody/nothing" in done.stderr
+    assert "skinsynth pull" in done.stderr
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.yaml", "provenance.json"]
+
+
 def test_what_is_read_is_fetched_once_and_nothing_else(internet: tuple[dict[str, str], list[str]]) -> None:
     env, asked = internet
     models = (f"model.base={BASE}", f"classify.model={CLASSIFIER}")

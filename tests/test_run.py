@@ -109,6 +109,10 @@ def test_progress_is_a_file_that_a_watcher_reads(tmp_path: Path) -> None:
     assert [duration(s) for s in (None, 0.2, 95, 3725)] == ["-", "0:00", "1:35", "1:02:05"]
     Progress(run, "screen", 0, 10, "images", of=40).set(5)
     assert (progress_of(run, "screen") or {})["total"] == 40, "of three more tasks that have not begun"
+    early = Progress(run, "screen", 1, 10, "images", of=40)
+    early.set(7)
+    early.end()
+    assert (progress_of(run, "screen") or {})["total"] == 37, "of which one has ended three before its time"
 
 
 def test_a_task_that_tells_nothing_any_more_counts_for_no_speed(tmp_path: Path) -> None:

@@ -9,22 +9,18 @@ import numpy as np
 
 from skinsynth.data.order import permutation
 
-
-def fit(image: np.ndarray, side: int) -> np.ndarray:
-    """uint8 (height, width, 3) -> (side, side, 3): in the loader, before anything else, since what follows then costs the fewer pixels."""
-    if image.shape[:2] == (side, side):
-        return image
-    return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA if side < image.shape[0] else cv2.INTER_LINEAR)
+LEVELS = np.arange(256)
+TURNS = (None, cv2.ROTATE_90_COUNTERCLOCKWISE, cv2.ROTATE_180, cv2.ROTATE_90_CLOCKWISE)
 
 
 def augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """uint8 (height, width, 3) of the same shape: one of the eight flips and turns (a lesion has no up), a little brightness and contrast."""
-    image = np.rot90(image, int(rng.integers(4)))
+    turn = TURNS[rng.integers(4)]
+    image = image if turn is None else cv2.rotate(image, turn)
     if rng.random() < 0.5:
-        image = image[:, ::-1]
+        image = cv2.flip(image, 1)
     gain, offset = rng.uniform(0.9, 1.1), rng.uniform(-12, 12)
-    table = np.clip(np.arange(256) * gain + offset, 0, 255).astype(np.uint8)  # of each of the 256 values what becomes of it
-    return cv2.LUT(np.ascontiguousarray(image), table)
+    return cv2.LUT(image, np.clip(LEVELS * gain + offset, 0, 255).astype(np.uint8))  # of each of the 256 values what becomes of it
 
 
 def partner(position: int, global_batch: int, seed: int) -> int:

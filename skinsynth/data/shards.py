@@ -316,9 +316,10 @@ class Dataset:
     def json(self, index: int) -> dict[str, Any]:
         return self._decoded(index, "json", json.loads)
 
-    def image(self, index: int, out: np.ndarray | None = None) -> np.ndarray:
-        """uint8 (height, width, 3), RGB; into ``out`` where that is given (a place in a batch), which an image of another size does not fit."""
-        return self._decoded(index, "jpg", lambda data: decode(data, out))
+    def image(self, index: int, out: np.ndarray | None = None, reduce: int = 1) -> np.ndarray:
+        """uint8 (height, width, 3), RGB; into ``out`` where that is given (a place in a batch), which an image of another size does not fit.
+        ``reduce``: both sides over 1, 2, 4 or 8 (see ``codec.decode``)."""
+        return self._decoded(index, "jpg", lambda data: decode(data, out, reduce))
 
     def array(self, index: int, extension: str) -> np.ndarray:
         """A ``.npy`` file; one of Python objects is a ``BadSample``."""

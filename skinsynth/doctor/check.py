@@ -43,9 +43,7 @@ def guarded(name: str, look: Callable[[], Iterator[Check]]) -> Iterator[Check]:
 
 def models(cfg: Config, pull: str = "skinsynth pull CONFIG") -> Iterator[Check]:
     """``pull``: the command that fetches them."""
-    found = {"model.base": (cfg.model.base, lambda: hub.find_base(cfg.model).weights),
-             "classify.model": (cfg.classify.model, lambda: hub.resolve_classifier(cfg.classify.model))}
-    for key, (name, find) in found.items():
+    for key, (name, find) in hub.models(cfg).items():
         try:
             yield Check(OK, key, f"{name}: {find() or 'built from the configuration'}")
         except UserError as error:

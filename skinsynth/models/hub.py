@@ -45,6 +45,16 @@ class Base:
         return {part: sum(prod(shape) for name, shape in shapes.items() if name.startswith(PREFIXES[part])) for part in parts}
 
 
+def models(cfg: Config) -> dict[str, tuple[str, Callable[[], Path | None]]]:
+    """Key -> the name in the configuration, and what finds it here (None: it is built) or raises ``UserError``: all that a chain loads."""
+    found: dict[str, tuple[str, Callable[[], Path | None]]] = {
+        "model.base": (cfg.model.base, lambda: find_base(cfg.model).weights),
+        "classify.model": (cfg.classify.model, lambda: resolve_classifier(cfg.classify.model))}
+    if cfg.screen.features not in ("vae", "classifier"):
+        found["screen.features"] = cfg.screen.features, lambda: resolve_features(cfg.screen.features)
+    return found
+
+
 def find_base(model: Model) -> Base:
     """The base model of a configuration. Nothing is downloaded: compute nodes have no internet.
 

@@ -67,18 +67,18 @@ def one_seed(cfg: Config, run: RunDir, world: World, arm: str, number: int) -> N
     seed, folder, c = cfg.arm_seeds[number], seed_folder(run, arm, cfg.arm_seeds[number]), cfg.classify
     clock = Clock()
     clock.lap("start and imports")
-    data = Data(cfg, run, arm, seed)
+    model = vit.build(c, cfg.prepare.size, seed, attention.choose(cfg.model.attention, world.device))
+    inputs = vit.Inputs.of(c, model, cfg.prepare.size)
+    data = Data(cfg, run, arm, seed, inputs.side)
     if data.lineage == "unknown" and world.is_main:
         log.warning("the synthetic images descend from weights of unknown training data: nobody can tell whether the test images were among them")
-    model = vit.build(c, cfg.prepare.size, seed, attention.choose(cfg.model.attention, world.device))
-    judge, scales = Judge(cfg, folder, world, model, data), vit.rate_scales(model, c.layer_decay) if c.layer_decay < 1 else {}
-    data.side = judge.inputs.side
+    judge, scales = Judge(cfg, folder, world, model, inputs, data), vit.rate_scales(model, c.layer_decay) if c.layer_decay < 1 else {}
     clock.lap("models and data")
     checkpoints = Checkpoints(folder / "checkpoints", world, identity(cfg, arm, seed, data), c.keep, c.keep_every)
     clock.lap("finding and checking the checkpoint")
     engine = Engine(c, world, model, "classify", checkpoints.found, scales)
     clock.lap("engine and its state")
-    state = train(engine, run, f"classify/{arm}", checkpoints, clock, data, partial(loss, inputs=judge.inputs),
+    state = train(engine, run, f"classify/{arm}", checkpoints, clock, data, partial(loss, inputs=inputs),
                   partial(judge.evaluate, engine=engine), c.evaluate_every, Place(folder, number, len(cfg.arm_seeds)))
     figures = judge.finish(state)
     if world.is_main:

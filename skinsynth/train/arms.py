@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from skinsynth.data import leakage
-from skinsynth.data.augment import augment, blend, fit, partner
+from skinsynth.data.augment import augment, blend, partner
 from skinsynth.data.cache import open_dataset
+from skinsynth.data.decoded import Decoded
 from skinsynth.data.order import Mixture, sample_rng
 from skinsynth.data.shards import BadSample, Dataset
 from skinsynth.data.stream import Source
@@ -48,8 +49,10 @@ class Data:
 
     def __init__(self, cfg: Config, run: RunDir, arm: str, seed: int, side: int | None = None):
         """``side``: pixels that the model sees; None: those of the shards."""
-        self.side = side or cfg.prepare.size
+        self.decoded = Decoded(cfg.prepare.size, side or cfg.prepare.size, cfg.data.memory_gb * 1e9)
         self.cfg, self.seed, self.workers, self.batch_size = cfg, seed, cfg.data.workers, cfg.classify.global_batch
+        smooth = cfg.classify.label_smoothing
+        self.labels = ((1 - smooth) * np.eye(CLASSES) + smooth / CLASSES).astype(np.float32)  # of each class
         tolerate = cfg.data.on_error == "skip"  # of what is trained on; what is judged on must be whole
         self.splits = {name: open_dataset(cfg, run, name, tolerate and name == "train") for name in ("train", "val", "test")}
         self.sources = {name: self._source(run, name) for name in cfg.classify.arms[arm].used}
@@ -128,7 +131,8 @@ class Data:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def batch(self, positions: range) -> Batch:
-        """images uint8 (n, 3, side, side), augmented; target float32 (n, classes): what each class counts, its weight in the loss included."""
+        """images uint8 (n, 3, side, side), channels last in memory, augmented; target float32 (n, classes): what each class counts, its weight
+        in the loss included."""
         seen: dict[int, Labelled] = {}
 
         def image(position: int) -> Labelled:
@@ -137,22 +141,21 @@ class Data:
             return seen[position]
 
         images, targets = zip(*(self._one(position, image) for position in positions), strict=True)
-        return {"images": torch.from_numpy(np.stack(images)), "target": torch.from_numpy(np.stack(targets))}
+        return {"images": torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), "target": torch.from_numpy(np.stack(targets))}
 
     def _augmented(self, position: int) -> Labelled:
         _, source, index = self.at(position)
-        image, target = source.read(index, _labelled)
-        return augment(fit(image, self.side), sample_rng(self.seed, position)), target
+        image, target = source.read(index, lambda dataset, n: (self.decoded.read(dataset, n), int(dataset.columns["target"][n])))
+        return augment(image, sample_rng(self.seed, position)), target
 
     def _one(self, position: int, image: Callable[[int], Labelled]) -> tuple[np.ndarray, np.ndarray]:
         c, (pixels, target) = self.cfg.classify, image(position)
-        label = np.eye(CLASSES, dtype=np.float32)[target]
+        label = self.labels[target]
         if c.mixup or c.cutmix:
             other, its = image(partner(position, self.batch_size, self.seed))
             pixels, share = blend(pixels, other, sample_rng(self.seed + 32452843, position), c.mixup, c.cutmix)
-            label = (share * label + (1 - share) * np.eye(CLASSES)[its]).astype(np.float32)
-        label = (1 - c.label_smoothing) * label + np.float32(c.label_smoothing / CLASSES)
-        return pixels.transpose(2, 0, 1), label * self.at(position)[0].weights
+            label = np.float32(share) * label + np.float32(1 - share) * self.labels[its]
+        return pixels, label * self.at(position)[0].weights
 
     def keys(self, positions: range) -> list[str]:
         """The names of the samples at those positions."""
@@ -162,10 +165,6 @@ class Data:
     @property
     def bad(self) -> list[BadSample]:
         return [error for source in (*self.sources.values(), *self._feeds.values()) for error in source.bad]
-
-
-def _labelled(dataset: Dataset, number: int) -> Labelled:
-    return dataset.image(number), int(dataset.columns["target"][number])
 
 
 def _targets(source: Source) -> Counter[int]:

@@ -79,6 +79,7 @@ class Engine:
         self.accelerator = self._accelerator()
         if self.accelerator.num_processes != world.size:
             raise RuntimeError(f"accelerate sees {self.accelerator.num_processes} processes, the gang has {world.size}")
+        self.bare: Any = model  # without what wraps it; accelerate's unwrapping imports all of DeepSpeed, where that is installed
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if found:
             for name, p in self.trained.items():
@@ -133,11 +134,6 @@ class Engine:
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
-
-    @property
-    def bare(self) -> Any:
-        """The model without what wraps it."""
-        return self.accelerator.unwrap_model(self.model)
 
     def step(self, lr: float, ema_decay: float, batches: Iterable[Batch], loss: Callable[[Any, Batch], torch.Tensor]) -> torch.Tensor:
         """Forward, backward over the micro batches, one update. Returns this rank's mean loss, on the device, not waited for.

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from skinsynth.data.augment import fit
 from skinsynth.data.shards import Dataset
 from skinsynth.knobs import Config
 from skinsynth.models import vit
@@ -40,9 +39,8 @@ class Judge:
     """Evaluates with a model of its own, into which the weights (their moving average where there is one) are put whole: the same at every ZeRO
     stage, and no collective while it runs. ``folder``: where this seed of the arm keeps its files."""
 
-    def __init__(self, cfg: Config, folder: Path, world: World, model: Any, data: Data):
-        self.cfg, self.folder, self.world, self.data = cfg.classify, folder, world, data
-        self.inputs = vit.Inputs.of(cfg.classify, model, cfg.prepare.size)
+    def __init__(self, cfg: Config, folder: Path, world: World, model: Any, inputs: vit.Inputs, data: Data):
+        self.cfg, self.folder, self.world, self.inputs, self.data = cfg.classify, folder, world, inputs, data
         self.model = copy.deepcopy(model).to(world.device).eval()
         self.patient_from = data.phases[-1].begin // cfg.classify.global_batch  # stopping before the last phase would make another arm of it
 
@@ -76,7 +74,7 @@ class Judge:
         reduced = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.cfg.precision)
         for start in list(starts)[self.world.rank::self.world.size]:
             picks = [min(i, len(split) - 1) for i in range(start, start + size)]
-            images = torch.from_numpy(np.stack([fit(split.image(i), self.inputs.side).transpose(2, 0, 1) for i in picks])).to(device)
+            images = torch.from_numpy(np.stack([self.data.decoded.read(split, i).transpose(2, 0, 1) for i in picks])).to(device)
             with torch.autocast(device.type, reduced) if reduced else nullcontext():
                 found[start] = self._probability(images).cpu().numpy()
         merged: dict[int, np.ndarray] = {}

@@ -54,6 +54,8 @@ def train(engine: Engine, run: RunDir, node: str, checkpoints: Checkpoints, cloc
     log = TrainLog(place.folder, engine, begin, clock, data)
     progress = Progress(run, node, place.number, cfg.steps, "steps", begin, cfg.steps * place.of) if world.is_main else None
     left = range(begin, begin if state.get("ended") else cfg.steps)
+    if progress and not left:
+        progress.end()
     todo = ((step, share(step, cfg.global_batch, engine.micro, world.rank, world.size)) for step in left)
     with closing(checkpoints), Feed(data.batch, todo, data.workers, pin=engine.device.type == "cuda") as feed:
         batches = iter(feed)

@@ -14,7 +14,7 @@ from conftest import overrides
 from test_matrix import on_two_ranks
 
 from skinsynth import config
-from skinsynth.data.augment import fit
+from skinsynth.data.decoded import Decoded
 from skinsynth.errors import UserError
 from skinsynth.knobs import Classify
 from skinsynth.models import vit
@@ -111,7 +111,7 @@ def test_any_classifier_from_a_folder(maker: Maker, tmp_path: Path, kind: str) -
     from skinsynth.data.shards import Dataset
 
     test = Dataset.open(run.dataset(cfg, "test"))
-    image = torch.from_numpy(fit(test.image(0), 32).transpose(2, 0, 1).copy())[None]
+    image = torch.from_numpy(Decoded(64, 32, 0).read(test, 0).transpose(2, 0, 1).copy())[None]
     with torch.inference_mode():
         again = float(vit.logits(model, image, inputs.side, inputs.mean, inputs.std).softmax(1)[0, 1])
     written = (seed(run) / "predictions.csv").read_text().splitlines()[1].split(",")
