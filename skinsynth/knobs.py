@@ -187,7 +187,7 @@ class Generate:
 class Screen:
     """``blur``, ``frame``, ``clipped``, ``saturation``: the share of the real training images that lie beyond the limit; None: not looked at."""
 
-    features: str = "vae"  # the base model's VAE; "classifier": the run's own, of real images; or a transformers folder or hub id (DINOv2, CLIP)
+    features: str = "vae"  # the base model's VAE; "classifier": the run's own, of real images; a transformers folder or id; FID's Inception (.pth)
     max_features: int = at_least(10_000, 100)  # images a set of which the features are compared, over all and of each class: the memory's bound
     blank_std: float = at_least(5.0, 0)  # grey levels (0-255): a picture with less spread is blank
     blur: float | None = at_least(0.002, 0, 0.5)

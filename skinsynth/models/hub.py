@@ -18,6 +18,7 @@ PARTS = {"unet": "config.json", "vae": "config.json", "text_encoder": "config.js
          "tokenizer": "tokenizer_config.json"}
 PIPELINES = {"StableDiffusionPipeline": PARTS,  # what model_index.json says -> part: the file that it must have
              "StableDiffusionXLPipeline": {**PARTS, "text_encoder_2": "config.json", "tokenizer_2": "tokenizer_config.json"}}
+TENSORS = (".pth", ".safetensors")  # files of FID's Inception
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")  # those of the parts that have weights
 PREFIXES = {"unet": ("model.diffusion_model.",), "vae": ("first_stage_model.",), "text_encoder_2": ("conditioner.embedders.1.",),
             "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.")}  # of the names in one file (LDM layout)
@@ -187,14 +188,19 @@ def resolve_classifier(model: str) -> Path | None:
 
 
 def resolve_features(name: str) -> Path:
-    """The local folder of the vision model of ``screen.features``. Nothing is downloaded.
+    """The local folder of the vision model of ``screen.features``, or the file of FID's Inception. Nothing is downloaded.
 
     Raises:
-        UserError: as ``find_base``; a file, since none but a transformers folder is read.
+        UserError: as ``find_base``; a file of another kind.
     """
+    if name.endswith(TENSORS):
+        if not Path(name).is_file():
+            raise UserError(f"screen.features={name}: no such file (where there is internet: pt_inception-2015-12-05-6726825d.pth, of pytorch-fid's "
+                            "release fid_weights)")
+        return Path(name)
     if Path(name).is_file():
         raise UserError(f"screen.features={name} is a file: pickles and TorchScript may run any code and are not read; give 'vae', 'classifier', a "
-                        "transformers folder of a vision model, or its hub id")
+                        "transformers folder of a vision model, its hub id, or the weights of FID's Inception (.pth, .safetensors)")
     if not Path(name).is_dir() and not _is_hub_id(name):
         raise UserError(f"screen.features={name}: no such folder (give 'vae', 'classifier', a transformers folder or a hub id such as owner/name)")
     folder = Path(name) if Path(name).is_dir() else _cached("screen.features", name)

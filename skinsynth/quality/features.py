@@ -1,11 +1,11 @@
 """Feature spaces for distances between sets of images; which one, ``screen.features`` says.
 
 ``vae``: the encoder of the base model's VAE, there in every run. A transformers folder or hub id: a published vision model (DINO, DINOv2, CLIP,
-ViT, Swin, ConvNeXt), with its own size, mean and deviation. ``classifier``: the run's own, trained on real images only.
+ViT, Swin, ConvNeXt), with its own size, mean and deviation. ``classifier``: the run's own, trained on real images only. A file with the weights of
+the field's FID: that Inception (``models.inception``).
 
-The Inception network of the field's FID is shared as a pickle or as TorchScript, neither of which is read here, since both may run code: who wants
-its very numbers takes it to the synthetic shards with the tools that have it. Distances in one space say nothing about another, so its name goes
-beside every number, and a reader judges them against the distance between two sets of real images.
+Distances in one space say nothing about another, so its name goes beside every number, and a reader judges them against the distance between two
+sets of real images.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from skinsynth.data.withdrawn import withdrawn_keys
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config, Model
-from skinsynth.models import hub
+from skinsynth.models import hub, inception
 from skinsynth.models.diffusion import load_vae
 from skinsynth.run import RunDir
 
@@ -137,6 +137,15 @@ class NetworkFeatures(Extractor):
         return pooled.flatten(1)  # some pool to (n, d, 1, 1)
 
 
+class InceptionFeatures(Extractor):
+    """The pooled features of the Inception that the field's FID is taken with."""
+
+    def __init__(self, path: Path, batch: int, device: Any = "cpu"):
+        """Raises ``UserError`` where the file is not that network's weights."""
+        super().__init__(batch, device)
+        self._features = inception.Inception(inception.read(path), device)  # type: ignore[method-assign]
+
+
 def _load(folder: Path) -> Any:
     from transformers import AutoConfig, AutoModel, CLIPVisionModel
     from transformers.utils import logging
@@ -178,8 +187,10 @@ def own_classifier(cfg: Config, run: RunDir) -> Path:
 
 
 def space_name(cfg: Config) -> str:
-    """``builtin-vae``, ``<model>-vae``, ``classifier``, or the model's name; of a folder its last part only."""
+    """``builtin-vae``, ``<model>-vae``, ``classifier``, ``inception-fid``, or the model's name; of a folder its last part only."""
     wanted = cfg.screen.features
+    if wanted.endswith(hub.TENSORS):
+        return "inception-fid"
     return f"{Path(cfg.model.base).name}-vae" if wanted == "vae" else Path(wanted).name
 
 
@@ -196,7 +207,8 @@ def make(cfg: Config, run: RunDir, device: Any = "cpu") -> Extractor:
         folder = own_classifier(cfg, run)
         side = json.loads((folder / "config.json").read_text()).get("image_size") or cfg.prepare.size
         return NetworkFeatures(folder, Processing(side, side), batch, device)  # it was trained on -1..1 (models.vit)
-    return NetworkFeatures(hub.resolve_features(wanted), None, batch, device)
+    place = hub.resolve_features(wanted)
+    return InceptionFeatures(place, batch, device) if place.is_file() else NetworkFeatures(place, None, batch, device)
 
 
 def evens_out(cfg: Config) -> bool:
