@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from skinsynth.data import codec, shards
+from skinsynth.data.places import Places
 from skinsynth.data.shards import Dataset, ShardWriter, claim, missing_parts, write_manifest
 from skinsynth.errors import UserError
 
@@ -31,6 +32,40 @@ def test_samples_are_read_back_by_offset(tmp_path: Path) -> None:
     assert data.select({"site": ["arm"], "target": 0}) == [2, 5]
     assert list(data.shard_samples(1)) == [3, 4, 5]
     assert data.verify() == []
+
+
+def test_places_are_given_back_as_they_were_told() -> None:
+    told = [(0, {"jpg": [512, 9000, 2**32 - 1], "json": [10240, 70, 0]}), (0, {"jpg": [11264, 8000]}), (2, {"npy": [2**40, 5, 7]}), (2, {})]
+    places = Places()
+    for shard, members in told:
+        places.append(shard, members)
+    assert [places[number] for number in range(4)] == told
+    assert places[-2] == told[2]
+    assert [list(places.of_shard(shard)) for shard in range(4)] == [[0, 1], [], [2, 3], []]
+    with pytest.raises(IndexError):
+        places[4]
+
+
+def test_an_index_of_many_images_is_small(tmp_path: Path) -> None:
+    """The parts alone are read: no tar is opened."""
+    import tracemalloc
+
+    units, count, rows = 20, 1000, []
+    for unit in range(units):
+        part = {"shard": f"{unit:05d}.tar", "sha256": "x", "count": count, "set_aside": [], "keys": [f"m{unit:04d}{i:06d}" for i in range(count)],
+                "columns": {"target": [i % 2 for i in range(count)], "prompt": [f"a dermoscopy image of kind {i % 5}" for i in range(count)]},
+                "members": [{"jpg": [512 + 20000 * i, 15000 + i, 2**31 + i], "json": [16384 + 20000 * i, 300, 2**30 + i]} for i in range(count)]}
+        (tmp_path / "parts").mkdir(exist_ok=True)
+        shards.part_path(tmp_path, unit).write_text(json.dumps(part))
+        (tmp_path / part["shard"]).write_bytes(b"")
+        rows.append({"shard": part["shard"], "sha256": "x", "count": count, "bytes": 0})
+    (tmp_path / "manifest.json").write_text(json.dumps({"shards": rows, "count": units * count}))
+    tracemalloc.start()
+    data = Dataset.open(tmp_path)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(data) == units * count
+    assert held / len(data) < 250, "bytes an image"
 
 
 def test_plain_webdataset_reads_the_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

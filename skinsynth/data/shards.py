@@ -22,7 +22,6 @@ import re
 import tarfile
 import threading
 import zlib
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from typing import IO, Any, Self, TypeVar
 import numpy as np
 
 from skinsynth.data.codec import decode, from_npy
+from skinsynth.data.places import Places
 from skinsynth.data.withdrawn import withdrawn_keys
 from skinsynth.errors import UserError
 from skinsynth.run import is_spare, owner, read_json, sha256_file, sync, write_json, write_text
@@ -235,7 +235,7 @@ class Dataset:
     manifest: dict[str, Any]
     keys: list[str]
     columns: dict[str, list[Any]]
-    places: list[tuple[int, dict[str, list[int]]]]  # shard number, extension -> [offset, bytes] and, but in older parts, CRC-32
+    places: Places
     fetch: Callable[[dict[str, Any]], Handle] | None = None
     _files: dict[int, Handle] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -252,8 +252,7 @@ class Dataset:
             raise UserError(f"dataset {folder} is not there or not finished (no manifest.json): run the stage that makes it")
         keys: list[str] = []
         columns: dict[str, list[Any]] = {}
-        places: list[tuple[int, dict[str, list[int]]]] = []
-        gone = withdrawn_keys(folder)
+        places, same, gone = Places(), dict[str, str](), withdrawn_keys(folder)
         for number, shard in enumerate(manifest["shards"]):
             part = read_json(part_path(folder, number))
             check_part(part_path(folder, number), shard, part)
@@ -262,9 +261,10 @@ class Dataset:
                 raise UserError(f"{path} is missing or has not the {shard['bytes']} bytes of the manifest: delete {folder} and make it again")
             kept = [place for place, key in enumerate(part["keys"]) if key not in gone]
             keys += [part["keys"][i] for i in kept]
-            places += [(number, part["members"][i]) for i in kept]
-            for name, values in part["columns"].items():
-                columns.setdefault(name, []).extend(values[i] for i in kept)
+            for i in kept:
+                places.append(number, part["members"][i])
+            for name, values in part["columns"].items():  # each text is kept once: a prompt stands at many images
+                columns.setdefault(name, []).extend(same.setdefault(v, v) if isinstance(v := values[i], str) else v for i in kept)
         return cls(folder, manifest, keys, columns, places, fetch)
 
     def __len__(self) -> int:
@@ -303,7 +303,7 @@ class Dataset:
         return found
 
     def bad(self, index: int, reason: str) -> BadSample:
-        return BadSample(str(self.folder), self.manifest["shards"][self.places[index][0]]["shard"], self.keys[index], reason)
+        return BadSample(str(self.folder), self.manifest["shards"][self.places.shards[index]]["shard"], self.keys[index], reason)
 
     def _decoded(self, index: int, extension: str, how: Callable[[bytes], T]) -> T:
         data = self.read(index, extension)
@@ -339,12 +339,11 @@ class Dataset:
 
     def shard_samples(self, number: int) -> Iterator[int]:
         """The numbers of the samples of one shard."""
-        begin, end = (bisect_left(self.places, shard, key=lambda place: place[0]) for shard in (number, number + 1))
-        yield from range(begin, end)
+        yield from self.places.of_shard(number)
 
     def shard_counts(self, samples: Sequence[int]) -> tuple[int, ...]:
         """How many of the samples (ascending numbers) lie in each shard, those without any left out: what ``Mixture`` wants to know."""
-        return tuple(len(list(inside)) for _, inside in groupby(samples, lambda i: self.places[i][0]))
+        return tuple(len(list(inside)) for _, inside in groupby(samples, lambda i: self.places.shards[i]))
 
     def verify(self) -> list[str]:
         """The shards in the folder whose content is not that of the manifest; one that a remote still has is left out."""

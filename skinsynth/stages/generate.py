@@ -211,7 +211,7 @@ def save_png(pixels: np.ndarray, path: Path, quality: int, jpeg: bytes) -> bool:
 
 def _redraw(plan: Plan, painter: Painter, dataset: Dataset, name: str, size: int) -> np.ndarray:
     place = dataset.keys.index(name)
-    attempt, unit = dataset.columns["attempt"][place], dataset.places[place][0]
+    attempt, unit = dataset.columns["attempt"][place], dataset.places.shards[place]
     attempts = {dataset.keys[i]: dataset.columns["attempt"][i] for i in dataset.shard_samples(unit)}
     todo = [n for n in plan.numbers(unit) if attempts.get(key(n), attempt) >= attempt]  # those left out were drawn in every round
     index = [key(n) for n in todo].index(name)
