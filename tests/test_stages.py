@@ -66,3 +66,18 @@ def test_a_full_disk_in_mid_shard_leaves_nothing_half_done(chain: Path, drawn: P
             p.name: p.read_bytes() for p in (chain / "shards/run-synthetic").glob("*.tar")}
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_what_nothing_needs_is_not_imported(optimizer: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    code = f"""
+import sys
+from skinsynth import config, stages
+stages._before_torch(config.load("configs/demo.yaml", ["finetune.optimizer={optimizer}", "finetune.zero=0"]), "finetune")
+from diffusers import StableDiffusionPipeline
+import peft
+print(bool(sys.modules.get("bitsandbytes")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split() == [str(optimizer == "adamw8bit")], done.stderr
