@@ -88,7 +88,8 @@ def test_every_image_once_whatever_is_killed(slurm: Environment, drawn: Path, ch
                 "generate.shard_size": max(20, images // 200), "generate.steps": 2, "generate.guidance": 1.0, "generate.batch": 20,
                 "generate.commit_every": 1, "prepare.size": 32, "generate.mode": mode}
     items, run = begun(drawn, chain, tmp_path / "disturbed", **settings)
-    launch = ["launch", "configs/demo.yaml", *items, "cluster=devcluster", "cluster.max_restarts=50", "cluster.stages.generate.array=6",
+    tasks = 6 if images > 1000 else 3
+    launch = ["launch", "configs/demo.yaml", *items, "cluster=devcluster", "cluster.max_restarts=50", f"cluster.stages.generate.array={tasks}",
               "cluster.stages.generate.throttle=4", "cluster.stages.generate.nodes=2", "cluster.stages.generate.tasks_per_node=2",
               *(f"cluster.stages.{stage}.extra={{hold: true}}" for stage in ("screen", "classify"))]
     skinsynth_on(slurm, *launch)
@@ -96,7 +97,7 @@ def test_every_image_once_whatever_is_killed(slurm: Environment, drawn: Path, ch
     havoc.wreak()
     print(havoc)
     assert (havoc.killed, havoc.nodes_lost) == (kills, 1)
-    assert {job["tasks"] for job in read_json(run.path / "jobs.json") if job["node"] == "generate"} == {6 if mode == "array" else 1}
+    assert {job["tasks"] for job in read_json(run.path / "jobs.json") if job["node"] == "generate"} == {tasks if mode == "array" else 1}
     skinsynth_on(slurm, "cancel", str(run.path))
     told = skinsynth_on(slurm, "verify", str(tmp_path / "disturbed/shards/run-synthetic"))
     assert f"synthetic, {images:,} images of {images:,} planned (0 left out" in told
