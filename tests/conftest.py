@@ -32,12 +32,17 @@ SMALL = {  # the demo, cut to seconds
 }
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for the mark
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """There is one Slurm at a time, so its tests go to one of the workers that share the suite (make test)."""
-    for item in items:
-        if "slurm" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("slurm"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """There is one Slurm at a time, so its tests go to one of the workers that share the suite (make test). xdist's own groups cannot do it:
+    they write the group's name into the node id, which pytest 9.2 does not show any more."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneSlurm(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "slurm" if nodeid.startswith("tests/slurm/") else nodeid
+
+    return OneSlurm(config, log)
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
@@ -143,6 +148,11 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     if os.getuid() != 0 or not Path("/etc/debian_version").exists():
         reason = "no Slurm here: neither root on Debian or Ubuntu, to start slurm/devcluster, nor an sbatch with a controller that answers"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            (tmp_path_factory.getbasetemp().parent / "slurm-of-a-worker").mkdir()
+        except FileExistsError:
+            pytest.fail("another worker runs a Slurm already: see pytest_xdist_make_scheduler")
     env = os.environ | {"SKINSYNTH_DEVCLUSTER": str(tmp_path_factory.mktemp("slurm"))}
     started = devcluster("up", env=env)
     if started.returncode:
