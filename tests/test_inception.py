@@ -63,7 +63,7 @@ def weights() -> dict[str, torch.Tensor]:
                 found[name] = torch.rand(shape, generator=generator) + 0.5
             else:
                 found[name] = torch.randn(shape, generator=generator) * 0.1
-    return found
+    return {**found, "fc.bias": torch.zeros(1008)}
 
 
 def test_its_features_are_those_of_pytorch_fid(weights: dict[str, torch.Tensor]) -> None:
@@ -103,12 +103,17 @@ def test_no_other_file_is_taken_for_it(weights: dict[str, torch.Tensor], tmp_pat
     with pytest.raises(UserError, match=r"evil.pth cannot be read as a dictionary of tensors"):
         read(tmp_path / "evil.pth")
     assert not (tmp_path / "ran").exists()
-    (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 not a file of torch")
-    with pytest.raises(UserError, match="cannot be read"):
-        read(tmp_path / "cut.pth")
-    other = {name: value for name, value in weights.items() if not name.startswith("Mixed_7c")}
-    save_file(other, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=r"not the Inception v3 of FID: it has no Mixed_7c.branch3x3_2b.conv.weight"):
-        read(tmp_path / "other.safetensors")
+    for content in (b"", b"PK\x03\x04 not a file of torch"):
+        (tmp_path / "cut.pth").write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read"):
+            read(tmp_path / "cut.pth")
+    lacking = {name: value for name, value in weights.items() if name != "Mixed_7c.branch_pool.bn.running_var"}
+    for name, tensors in (("lacking", lacking), ("torchvision", {**weights, "fc.bias": torch.zeros(1000)}), ("none", {"a": torch.zeros(1)})):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        with pytest.raises(UserError, match=r"is not the Inception v3 of FID \(94 convolutions, 1008 classes\)"):
+            read(tmp_path / f"{name}.safetensors")
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    with pytest.raises(UserError, match="is not the Inception v3 of FID"):
+        read(tmp_path / "list.pth")
     with pytest.raises(UserError, match="no such file"):
         features.make(Config(screen=Screen(features=str(tmp_path / "none.pth"))), RunDir(tmp_path / "run"))

@@ -213,7 +213,7 @@ def resolve_features(name: str) -> Path:
 
 
 def _is_hub_id(name: str) -> bool:
-    return not name.startswith((".", "/")) and name.count("/") == 1 and not name.endswith(".safetensors")
+    return not name.startswith((".", "/")) and name.count("/") == 1 and not name.endswith(TENSORS)
 
 
 def _cached(key: str, name: str) -> Path:

@@ -18,8 +18,8 @@ from skinsynth.errors import UserError
 
 SIDE, FEATURES, EPSILON = 299, 2048, 0.001
 BLOCKS = ("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e", "Mixed_7a", "Mixed_7b", "Mixed_7c")
-WANTED = ("Conv2d_1a_3x3", *(f"{block}.branch{end}" for block, end in (
-    ("Mixed_5b", "_pool"), ("Mixed_5d", "3x3dbl_3"), ("Mixed_6a", "3x3"), ("Mixed_6e", "7x7dbl_5"), ("Mixed_7a", "7x7x3_4"), ("Mixed_7c", "3x3_2b"))))
+PARTS = ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
+LAYERS, CLASSES = 94, 1008  # of this network; torchvision's own weights, of 1,000 classes, fit the layers and would give other features
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -36,11 +36,14 @@ def read(path: Path) -> dict[str, Tensor]:
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the bytes do to the reader
-        raise UserError(f"screen.features={path} cannot be read as a dictionary of tensors ({str(error).splitlines()[0]}): take "
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"screen.features={path} cannot be read as a dictionary of tensors ({reason}): take "
                         "pt_inception-2015-12-05-6726825d.pth of pytorch-fid, or its tensors as .safetensors") from None
-    missing = [name for name in WANTED if not isinstance(found, dict) or f"{name}.conv.weight" not in found]
-    if missing:
-        raise UserError(f"screen.features={path} is not the Inception v3 of FID: it has no {missing[0]}.conv.weight; take "
+    found = found if isinstance(found, dict) else {}
+    layers = [name.removesuffix(PARTS[0]) for name in found if name.endswith(PARTS[0])]
+    whole = [layer for layer in layers if all(layer + part in found for part in PARTS)]
+    if len(whole) != LAYERS or "fc.bias" not in found or found["fc.bias"].shape != (CLASSES,):
+        raise UserError(f"screen.features={path} is not the Inception v3 of FID ({LAYERS} convolutions, {CLASSES} classes): take "
                         "pt_inception-2015-12-05-6726825d.pth of pytorch-fid")
     return {name: value.float() for name, value in found.items()}
 

@@ -97,7 +97,7 @@ class Inputs:
 def logits(model: Any, images: torch.Tensor, side: int, mean: tuple[float, ...] = HALF, std: tuple[float, ...] = HALF) -> torch.Tensor:
     """uint8 (n, 3, height, width) -> float32 (n, 2). Normalising and resizing run on the device."""
     if set(mean + std) == {0.5}:
-        pixels = images.float().div_(127.5).sub_(1)
+        pixels = images.float() / 127.5 - 1
     else:
         shift, scale = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (mean, std))
         pixels = (images.float() / 255 - shift) / scale

@@ -143,7 +143,10 @@ class InceptionFeatures(Extractor):
     def __init__(self, path: Path, batch: int, device: Any = "cpu"):
         """Raises ``UserError`` where the file is not that network's weights."""
         super().__init__(batch, device)
-        self._features = inception.Inception(inception.read(path), device)  # type: ignore[method-assign]
+        self.model = inception.Inception(inception.read(path), device)
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model(pixels)
 
 
 def _load(folder: Path) -> Any:
