@@ -280,3 +280,38 @@ def test_waiting_is_counted_and_work_is_done_ahead() -> None:
         assert sorted(begun) == [0, 1, 2, 3], "three steps are made ahead of the one in use, not more"
         assert [step for step, _ in reader] == [1, 2, 3, 4, 5]
         assert feed.waited >= waited
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_taking_turns_nothing_is_made_while_a_batch_is_in_use(workers: int) -> None:
+    """Side by side with a training on the CPU, loading would take its cores."""
+    making: list[int] = []
+
+    def make(positions: range) -> int:
+        making.append(positions.start)
+        time.sleep(0.01)
+        making.remove(positions.start)
+        return positions.start
+
+    with Feed(make, ((s, [range(s, s + 1), range(s + 100, s + 101)]) for s in range(7)), workers, turns=True) as feed:
+        seen = []
+        for step, passes in feed:
+            assert not making
+            time.sleep(0.02)  # time enough for any that were begun
+            assert not making
+            seen.append((step, passes))
+    assert seen == [(s, [s, s + 100]) for s in range(7)]
+    assert feed.waited >= 7 * 2 * 0.01 / workers
+
+
+def test_taking_turns_an_error_rises_at_its_own_step() -> None:
+    def make(positions: range) -> int:
+        if positions.start == 2:
+            raise BadSample("set", "00000.tar", "k", "is damaged")
+        return positions.start
+
+    reader = iter(Feed(make, ((s, [range(s, s + 1)]) for s in range(5)), 2, turns=True))
+    assert [next(reader), next(reader)] == [(0, [0]), (1, [1])]
+    with pytest.raises(BadSample, match="sample k"):
+        next(reader)
+    assert feeding() == []

@@ -6,10 +6,11 @@ that is made in the same process need not be copied through a pipe.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Generic, TypeVar
 
 from skinsynth.data.shards import BadSample, Dataset
@@ -69,39 +70,42 @@ class Feed(Generic[T]):
     ``todo`` gives (step, ranges); ``ahead`` steps, one for each worker at least, are in the making while one is used. What ``make_batch``
     raises is raised where that step would have been given. ``pin`` puts dicts of tensors into page-locked memory, from where a GPU
     copies them faster.
+    ``turns``: loading and training take turns, a few steps at a time, for a training on the CPU: side by side each would take the cores from
+    the other, and a step is as slow as its slowest core.
     ``waited`` is how many seconds the consumer has waited in all: with loading fast enough, little more than the first step's.
 
     Use it in a ``with`` block, or read it to its end: both leave no thread behind.
     """
 
     def __init__(self, make_batch: Callable[[range], T], todo: Iterable[tuple[int, list[range]]], workers: int = 2, ahead: int = 2,
-                 pin: bool = False):
+                 pin: bool = False, turns: bool = False):
         import cv2
 
         cv2.setNumThreads(1)  # the workers run side by side already
         self.waited = 0.0
         self._make = _pinned(make_batch) if pin else make_batch
-        self._todo, self._ahead = iter(todo), max(ahead, workers)
+        self._todo, self._ahead, self._turns = iter(todo), max(ahead, workers), turns
         self._waiting: deque[tuple[int, list[Future[T]]]] = deque()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="feed")
         self._fill()
 
-    def _fill(self) -> None:
-        while len(self._waiting) < self._ahead:
-            following = next(self._todo, None)
-            if following is None:
-                return
-            step, ranges = following
+    def _fill(self) -> bool:
+        """Begins what there is room for; whether anything is to come."""
+        for step, ranges in itertools.islice(self._todo, self._ahead - len(self._waiting)):
             self._waiting.append((step, [self._pool.submit(self._make, positions) for positions in ranges]))
+        return bool(self._waiting)
 
     def __iter__(self) -> Iterator[tuple[int, list[T]]]:
         try:
-            while self._waiting:
-                step, futures = self._waiting.popleft()
+            while self._waiting or self._fill():
                 since = time.perf_counter()
+                if self._turns:
+                    wait([future for _, futures in self._waiting for future in futures])
+                step, futures = self._waiting.popleft()
                 batches = [future.result() for future in futures]
                 self.waited += time.perf_counter() - since
-                self._fill()
+                if not self._turns:
+                    self._fill()
                 yield step, batches
         finally:
             self.close()

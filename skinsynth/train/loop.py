@@ -57,7 +57,8 @@ def train(engine: Engine, run: RunDir, node: str, checkpoints: Checkpoints, cloc
     if progress and not left:
         progress.end()
     todo = ((step, share(step, cfg.global_batch, engine.micro, world.rank, world.size)) for step in left)
-    with closing(checkpoints), Feed(data.batch, todo, data.workers, pin=engine.device.type == "cuda") as feed:
+    cuda = engine.device.type == "cuda"
+    with closing(checkpoints), Feed(data.batch, todo, data.workers, pin=cuda, turns=not cuda) as feed:
         batches = iter(feed)
         for step in left:
             mine, error = _next(batches)
