@@ -1,8 +1,9 @@
-"""Epochs of the demo's small ViT beside the study's own way: transformers' ``Trainer`` over an image folder.
+"""Epochs beside the study's own way, transformers' ``Trainer`` over an image folder: the demo's small ViT; where there is a GPU, a ViT-B/16.
 
-The peer's PIL decodes and resizes, numpy flips, turns, changes brightness and contrast and normalises, each image in the main process (the
-Trainer's default of no workers), as the study's script does with torchvision, which is not used here. Same JPEGs, model, batch, optimizer,
-schedule and precision; timed is the call that trains, from the first image to the last step; neither side judges or saves.
+The peer's PIL decodes and resizes, numpy flips, turns, changes brightness and contrast and normalises, as the study's script does with
+torchvision, which is not used here; on a CPU in the main process (the Trainer's default of no workers), on a GPU in as many workers as ours
+has. Same JPEGs, model, batch, optimizer, schedule and precision; timed is the call that trains, from the first image to the last step;
+neither side judges or saves.
 ``python -m benchmarks.classify SIDE FOLDER EPOCHS`` is one measurement.
 """
 
@@ -14,24 +15,48 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import SCRATCH, alternate, in_process, report
+from benchmarks.harness import SCRATCH, alternate, gpu, in_process, medians, report
 
-IMAGES, SIDE, BATCH, LR = 3000, 256, 32, 1e-3
+
+@dataclass(frozen=True)
+class Setting:
+    """``side`` of the model's images in pixels, ``vit``: its keys; ``workers`` of the loaders (the peer's on a CPU: none)."""
+
+    model: str
+    side: int
+    batch: int
+    lr: float
+    precision: str
+    workers: int
+    vit: dict[str, int]
+
+
+CPU = Setting("the demo's small ViT", 64, 32, 1e-3, "fp32", 2, {})
+GPU = Setting("ViT-B/16, drawn weights", 224, 128, 1e-4, "bf16", 8, {"patch": 16, "hidden_size": 768, "layers": 12, "heads": 12})
+IMAGES, SIDE = 3000, 256  # as they stand in the shards
 LENGTHS = {1: ("classify-first-epoch", 9), 5: ("classify", 5)}  # epochs: name, rounds
 OURS, PEER = "skinsynth", "Trainer, image folder, PIL"
+
+
+def setting() -> Setting:
+    return GPU if gpu() else CPU
 
 
 def configuration(folder: Path, steps: int = 1) -> Any:
     from skinsynth import config
 
+    s = setting()
     values = {"run": folder / "run", "data.shards": folder / "shards", "data.name": "bench", "data.metadata": folder / "drawn/metadata.csv",
               "data.images": folder / "drawn/images", "data.duplicates": folder / "drawn/duplicates.csv", "prepare.size": SIDE,
               "prepare.split": "{train: 0.9, val: 0.05, test: 0.05}", "classify.steps": steps, "classify.checkpoint_every": 10**6,
-              "classify.warmup_steps": 0, "classify.log_every": 50, "classify.image_size": 64, "classify.global_batch": BATCH, "classify.lr": LR}
+              "classify.warmup_steps": 0, "classify.log_every": 20, "classify.image_size": s.side, "classify.global_batch": s.batch,
+              "classify.lr": s.lr, "classify.precision": s.precision, "data.workers": s.workers,
+              **{f"classify.{key}": value for key, value in s.vit.items()}}
     return config.load("configs/demo.yaml", [f"{key}={value}" for key, value in values.items()])
 
 
@@ -57,8 +82,8 @@ def prepare() -> Path:
     return folder
 
 
-def ours(folder: Path, epochs: int) -> float:
-    """The stage's own loop; images per second."""
+def ours(folder: Path, epochs: int) -> dict[str, float]:
+    """The stage's own loop."""
     from skinsynth.data.shards import Dataset
     from skinsynth.models import vit
     from skinsynth.run import RunDir
@@ -66,21 +91,25 @@ def ours(folder: Path, epochs: int) -> float:
     from skinsynth.train.checkpoint import Checkpoints
     from skinsynth.train.engine import Engine
     from skinsynth.train.judge import loss
-    from skinsynth.train.log import Clock
+    from skinsynth.train.log import Clock, read_lines
     from skinsynth.train.loop import train
     from skinsynth.world import World
 
-    steps = epochs * len(Dataset.open(folder / "shards/bench-train")) // BATCH
+    batch = setting().batch
+    steps = epochs * len(Dataset.open(folder / "shards/bench-train")) // batch
     cfg, run = configuration(folder, steps), RunDir(folder / "run")
     shutil.rmtree(run.node("epochs"), ignore_errors=True)
-    data, model = Data(cfg, run, "baseline", 0, 64), vit.build(cfg.classify, SIDE, 0)
+    data, model = Data(cfg, run, "baseline", 0, setting().side), vit.build(cfg.classify, SIDE, 0)
     checkpoints, engine = Checkpoints(run.node("epochs") / "checkpoints", World(), {}), Engine(cfg.classify, World(), model, "classify")
     begun = time.perf_counter()
     train(engine, run, "epochs", checkpoints, Clock(), data, partial(loss, inputs=vit.Inputs.of(cfg.classify, model, SIDE)))
-    return steps * BATCH / (time.perf_counter() - begun)
+    seconds = time.perf_counter() - begun
+    rows = read_lines(run.node("epochs") / "metrics.jsonl")
+    return {"images_per_second": steps * batch / seconds, **medians(rows, "data_wait", "mfu", "peak_memory_gb")}
 
 
-def peer(folder: Path, epochs: int) -> float:
+
+def peer(folder: Path, epochs: int) -> dict[str, float]:
     import numpy as np
     import torch
     from PIL import Image
@@ -89,7 +118,8 @@ def peer(folder: Path, epochs: int) -> float:
     from skinsynth.models import vit
 
     files = sorted((folder / "folder").rglob("*.jpg"))
-    steps = epochs * len(files) // BATCH
+    s = setting()
+    steps = epochs * len(files) // s.batch
     cfg = configuration(folder, steps)
 
     class Folder(torch.utils.data.Dataset):
@@ -97,7 +127,7 @@ def peer(folder: Path, epochs: int) -> float:
             return len(files)
 
         def __getitem__(self, index: int) -> dict[str, Any]:
-            image = Image.open(files[index]).convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)
+            image = Image.open(files[index]).convert("RGB").resize((s.side, s.side), Image.Resampling.BILINEAR)
             pixels = np.rot90(np.asarray(image, np.float32), np.random.randint(4))
             pixels = pixels[:, ::-1] if np.random.rand() < 0.5 else pixels
             pixels = np.clip(pixels * np.random.uniform(0.9, 1.1) + np.random.uniform(-12, 12), 0, 255)
@@ -106,32 +136,34 @@ def peer(folder: Path, epochs: int) -> float:
                     "labels": int(files[index].parent.name == "malignant")}
 
     arguments = TrainingArguments(
-        output_dir=str(folder / "peer"), per_device_train_batch_size=BATCH, max_steps=steps, learning_rate=LR, weight_decay=0.05,
+        output_dir=str(folder / "peer"), per_device_train_batch_size=s.batch, max_steps=steps, learning_rate=s.lr, weight_decay=0.05,
         lr_scheduler_type="linear", logging_steps=50, save_strategy="no", report_to=[], use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
-        remove_unused_columns=False, seed=0)
+        remove_unused_columns=False, seed=0, bf16=s.precision == "bf16", dataloader_num_workers=s.workers if torch.cuda.is_available() else 0)
     trainer = Trainer(model=vit.build(cfg.classify, SIDE, 0), args=arguments, train_dataset=Folder())
     begun = time.perf_counter()
     trainer.train()
-    return steps * BATCH / (time.perf_counter() - begun)
+    return {"images_per_second": steps * s.batch / (time.perf_counter() - begun)}
 
 
-SIDES: dict[str, Callable[[Path, int], float]] = {"ours": ours, "peer": peer}
+SIDES: dict[str, Callable[[Path, int], dict[str, float]]] = {"ours": ours, "peer": peer}
 
 
 def main() -> None:
-    folder = prepare()
+    folder, s, last = prepare(), setting(), {}
 
     def measure(side: str, epochs: int) -> float:
         # what a launch on this machine sets for a single rank
         env = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "GOMP_SPINCOUNT": "20000"} if side == "ours" else {}
-        return float(in_process("benchmarks.classify", side, folder, epochs, env=env)["images_per_second"])
+        last[side] = in_process("benchmarks.classify", side, folder, epochs, env=env)
+        return float(last[side]["images_per_second"])
 
     for epochs, (name, count) in LENGTHS.items():
         rounds = alternate({OURS: partial(measure, "ours", epochs), PEER: partial(measure, "peer", epochs)}, count)
         report(name, rounds, OURS, PEER, "images/s",
-               f"{epochs} epochs of the training split of {IMAGES} drawn images, JPEGs of {SIDE} px, the demo's small ViT at 64 px, batch "
-               f"{BATCH}, float32; nothing judged; our start (data, pool, first step) and last checkpoint are part of our time")
+               f"{epochs} epochs of the training split of {IMAGES} drawn images, JPEGs of {SIDE} px, {s.model}, {s.side} px, batch {s.batch}, "
+               f"{s.precision}; nothing judged; our start (data, pool, first step) and last checkpoint are part of our time",
+               device=gpu() or "cpu", ours_at_last=last["ours"])
 
 
 if __name__ == "__main__":
-    print(json.dumps({"images_per_second": SIDES[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))}))
+    print(json.dumps(SIDES[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))))

@@ -1,88 +1,132 @@
-"""A fine-tuning step beside the one of diffusers' example scripts, with the built-in model on the CPU.
+"""A fine-tuning step beside the one of diffusers' example scripts: the built-in model on a CPU; where there is a GPU, Stable Diffusion 1.5's size.
 
 The peer is the loop of ``train_text_to_image.py`` written against diffusers' public API: VAE and text encoder run in every step, the
-images come from a folder through PIL in the main process (the script's default), and the loss is read after every step. Both sides train
-the whole UNet with AdamW in float32, with the same batch and attention, in one process that has all cores.
+images come from a folder through PIL (in the main process on a CPU, which is the script's default), and the loss is read after every step.
+Both sides train the whole UNet with AdamW, with the same batch, precision and attention, in one process that has the GPU, or all cores.
 ``python -m benchmarks.finetune SIDE FOLDER`` is one measurement.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import SCRATCH, alternate, in_process, report
+from benchmarks.harness import SCRATCH, alternate, gpu, in_process, medians, report
 
-STEPS, BATCH, WINDOW = 40, 16, 5
+
+@dataclass(frozen=True)
+class Setting:
+    """``side`` in pixels; ``window``: steps that are timed together; ``workers`` of the peer's loader."""
+
+    folder: Path
+    model: str
+    images: int
+    side: int
+    batch: int
+    steps: int
+    window: int
+    precision: str
+    workers: int
+
+
+CPU = Setting(SCRATCH / "training", "the built-in model", 300, 64, 16, 40, 5, "fp32", 0)
+GPU = Setting(SCRATCH / "training-512", "Stable Diffusion 1.5's size, drawn weights", 120, 512, 16, 60, 10, "bf16", 8)
+ENCODED = "base"  # the run that prepared and encoded
 OURS, PEER = "skinsynth", "diffusers' example"
 
 
-def prepare() -> Path:
-    """300 drawn images, prepared at 64 px and encoded; kept."""
-    from skinsynth import config
-    from skinsynth.data.phantom import write_dataset
-    from skinsynth.run import RunDir, Task
-    from skinsynth.stages.encode import encode
-    from skinsynth.stages.prepare import prepare as prepare_stage
+def setting() -> Setting:
+    return GPU if gpu() else CPU
 
-    folder = SCRATCH / "training"
-    if not (folder / "images" / "metadata.csv").exists():
-        write_dataset(folder / "images", images=300, malignant=0.35, seed=0)
-    run = make_run(folder, "base", {})
-    for stage, node in ((prepare_stage, "prepare"), (encode, "encode")):
-        if not run.is_done(node):
-            stage(config.load(run.config_path), run, Task())
-    assert RunDir(folder / "base").is_done("encode")
+
+def model(s: Setting) -> Path:
+    """The model's folder; of the large one the weights are drawn, which a step does not notice."""
+    from skinsynth.models import tiny
+
+    if s == CPU:
+        return tiny.WEIGHTS
+    folder = s.folder / "model"
+    if not (folder / "model_index.json").exists():
+        import torch
+        from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        torch.manual_seed(0)
+        pipe = StableDiffusionPipeline.from_pretrained(tiny.WEIGHTS)
+        pipe.register_modules(
+            unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),  # the rest is diffusers' default
+            vae=AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                              block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512),
+            text_encoder=CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)))
+        pipe.save_pretrained(folder)
     return folder
 
 
-def make_run(folder: Path, name: str, keys: dict[str, Any]) -> Any:
-    """A run folder of the demo's configuration on the prepared images, encoded already where ``base`` is."""
-    import shutil
+def prepare(s: Setting) -> None:
+    """Drawn images, prepared and encoded; kept."""
+    from skinsynth import config
+    from skinsynth.data.phantom import write_dataset
+    from skinsynth.run import Task
+    from skinsynth.stages.encode import encode
+    from skinsynth.stages.prepare import prepare as prepare_stage
 
+    if not (s.folder / "images" / "metadata.csv").exists():
+        write_dataset(s.folder / "images", images=s.images, malignant=0.35, seed=0)
+    run = make_run(s, ENCODED, {})
+    for stage, node in ((prepare_stage, "prepare"), (encode, "encode")):
+        if not run.is_done(node):
+            stage(config.load(run.config_path), run, Task())
+
+
+def make_run(s: Setting, name: str, keys: dict[str, Any]) -> Any:
+    """A run folder of the demo's configuration on the prepared images, encoded already but for the first."""
     from skinsynth import config
     from skinsynth.run import RunDir
 
-    values = {"run": folder / name, "data.shards": folder / "shards", "data.name": "bench", "data.metadata": folder / "images/metadata.csv",
-              "data.images": folder / "images/images", "data.duplicates": folder / "images/duplicates.csv", "finetune.steps": STEPS,
-              "finetune.global_batch": BATCH, "finetune.log_every": WINDOW, "finetune.checkpoint_every": 10**6, **keys}
-    run = RunDir(folder / name)
-    if name != "base":
+    values = {"run": s.folder / name, "data.shards": s.folder / "shards", "data.name": "bench", "data.metadata": s.folder / "images/metadata.csv",
+              "data.images": s.folder / "images/images", "data.duplicates": s.folder / "images/duplicates.csv", "prepare.size": s.side,
+              "finetune.steps": s.steps, "finetune.precision": s.precision, "finetune.global_batch": s.batch, "finetune.log_every": s.window,
+              "finetune.checkpoint_every": 10**6, **({} if s == CPU else {"model.base": model(s)}), **keys}
+    run = RunDir(s.folder / name)
+    if name != ENCODED:
         shutil.rmtree(run.path, ignore_errors=True)
     run.create(config.load("configs/demo.yaml", [f"{key}={value}" for key, value in values.items()]))
-    if name != "base":
-        shutil.copytree(folder / "base" / "encode", run.node("encode"))
+    if name != ENCODED:
+        shutil.copytree(s.folder / ENCODED / "encode", run.node("encode"))
         latents = run.dataset(run.config(), "latents")
         latents.unlink(missing_ok=True)
-        latents.symlink_to(folder / "shards" / "base-latents")
+        latents.symlink_to(s.folder / "shards" / f"{ENCODED}-latents")
     return run
 
 
-def per_second(times: list[float]) -> float:
+def per_second(s: Setting, times: list[float]) -> float:
     """Samples/s from the times at which the windows ended, the first window left out."""
-    return WINDOW * BATCH / statistics.median(b - a for a, b in pairwise(times))
+    return s.window * s.batch / statistics.median(b - a for a, b in pairwise(times))
 
 
-def ours(folder: Path) -> float:
+def ours(s: Setting) -> dict[str, float]:
     """The stage itself, as it logs itself."""
     from skinsynth.stages.finetune import finetune
     from skinsynth.train.log import read_lines
     from skinsynth.world import World
 
-    run = make_run(folder, "ours", {"finetune.zero": 0})
+    run = make_run(s, "ours", {"finetune.zero": 0})
     finetune(run.config(), run, World())
-    rows = read_lines(run.node("finetune") / "metrics.jsonl")[WINDOW::WINDOW]
-    return statistics.median(row["samples_per_second"] for row in rows)
+    rows = read_lines(run.node("finetune") / "metrics.jsonl")[s.window::s.window]
+    return medians(rows, "samples_per_second", "data_wait", "mfu", "peak_memory_gb")
 
 
-def peer(folder: Path) -> float:
+
+def peer(s: Setting) -> dict[str, float]:
     import numpy as np
     import torch
     import torch.nn.functional as F
@@ -91,68 +135,72 @@ def peer(folder: Path) -> float:
     from diffusers.optimization import get_scheduler
     from PIL import Image
 
-    from skinsynth.models import tiny
-
-    accelerator = Accelerator(cpu=True)
-    pipe = StableDiffusionPipeline.from_pretrained(tiny.WEIGHTS, dtype=torch.float32)
+    cuda = torch.cuda.is_available()
+    accelerator = Accelerator(cpu=not cuda, mixed_precision=s.precision.replace("fp32", "no"))
+    pipe = StableDiffusionPipeline.from_pretrained(model(s), dtype=torch.float32)
     noise_scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    vae, text_encoder, unet = pipe.vae.requires_grad_(False), pipe.text_encoder.requires_grad_(False), pipe.unet.train()
+    frozen = {"device": accelerator.device, "dtype": torch.bfloat16 if s.precision == "bf16" else torch.float32}
+    vae, text_encoder = (part.requires_grad_(False).to(**frozen) for part in (pipe.vae, pipe.text_encoder))
+    unet = pipe.unet.train()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=3e-4, weight_decay=1e-2)
-    files = sorted((folder / "images/images").glob("*.jpg"))
+    files = sorted((s.folder / "images/images").glob("*.jpg"))
 
     class Folder(torch.utils.data.Dataset):
         def __len__(self) -> int:
             return len(files)
 
         def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-            image = Image.open(files[index]).convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)
+            image = Image.open(files[index]).convert("RGB").resize((s.side, s.side), Image.Resampling.BILINEAR)
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if torch.rand(()) < 0.5 else image
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
             ids = pipe.tokenizer("a dermoscopy image of a skin lesion", padding="max_length", truncation=True,
                                  max_length=pipe.tokenizer.model_max_length, return_tensors="pt").input_ids[0]
             return {"pixel_values": pixels, "input_ids": ids}
 
-    loader = torch.utils.data.DataLoader(Folder(), batch_size=BATCH, shuffle=True, drop_last=True)
-    lr_scheduler = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=20, num_training_steps=STEPS)
+    loader = torch.utils.data.DataLoader(Folder(), batch_size=s.batch, shuffle=True, drop_last=True, num_workers=s.workers)
+    lr_scheduler = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=20, num_training_steps=s.steps)
     unet, optimizer, loader, lr_scheduler = accelerator.prepare(unet, optimizer, loader, lr_scheduler)
     times, step = [], 0
-    while step < STEPS:
+    while step < s.steps:
         for batch in loader:
             with accelerator.accumulate(unet):
-                latents = vae.encode(batch["pixel_values"]).latent_dist.sample() * vae.config.scaling_factor
+                latents = vae.encode(batch["pixel_values"].to(frozen["dtype"])).latent_dist.sample() * vae.config.scaling_factor
                 noise = torch.randn_like(latents)
-                timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (len(latents),))
+                timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
                 noisy = noise_scheduler.add_noise(latents, noise, timesteps)
                 hidden = text_encoder(batch["input_ids"], return_dict=False)[0]
                 loss = F.mse_loss(unet(noisy, timesteps, hidden, return_dict=False)[0].float(), noise.float())
-                accelerator.gather(loss.repeat(BATCH)).mean().item()
+                accelerator.gather(loss.repeat(s.batch)).mean().item()
                 accelerator.backward(loss)
                 accelerator.clip_grad_norm_(unet.parameters(), 1.0)
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad()
             step += 1
-            if step % WINDOW == 0:
+            if step % s.window == 0:
                 times.append(time.perf_counter())
-            if step == STEPS:
+            if step == s.steps:
                 break
-    return per_second(times)
+    return {"samples_per_second": per_second(s, times)}
 
 
-SIDES: dict[str, Callable[[Path], float]] = {"ours": ours, "peer": peer}
+SIDES: dict[str, Callable[[Setting], dict[str, float]]] = {"ours": ours, "peer": peer}
 
 
 def main() -> None:
-    folder = prepare()
+    s, last = setting(), {}
+    prepare(s)
 
     def measure(side: str) -> float:
-        return float(in_process("benchmarks.finetune", side, folder)["samples_per_second"])
+        last[side] = in_process("benchmarks.finetune", side)
+        return float(last[side]["samples_per_second"])
 
     rounds = alternate({OURS: partial(measure, "ours"), PEER: partial(measure, "peer")}, rounds=3)
     report("finetune", rounds, OURS, PEER, "samples/s",
-           f"whole UNet of the built-in model, batch {BATCH}, 64 px, float32, SDPA, {STEPS} steps, median of windows of {WINDOW} steps without the "
-           "first; ours on latents and embeddings that encode made before, which is not counted")
+           f"whole UNet, {s.model}, batch {s.batch}, {s.side} px, {s.precision}, SDPA, {s.steps} steps, median of windows of {s.window} steps, "
+           "the first left out; ours on latents and embeddings that encode made before, which is not counted",
+           device=gpu() or "cpu", ours_at_last=last["ours"])
 
 
 if __name__ == "__main__":
-    print(json.dumps({"samples_per_second": SIDES[sys.argv[1]](Path(sys.argv[2]))}))
+    print(json.dumps(SIDES[sys.argv[1]](setting())))

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,16 @@ RESULTS = ROOT / "benchmarks" / "results"
 SCRATCH = ROOT / ".bench"  # ignored by git: data sets and peers that are made or installed once
 REAL = ROOT.parent / "shared" / "isic"
 Measure = Callable[[], float]
+
+
+@cache
+def gpu() -> str | None:
+    """The first GPU as a word ("h100"), None without one. Asked of nvidia-smi: who forks must not have loaded torch."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not shutil.which("nvidia-smi"):
+        return None
+    done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False)
+    words = done.stdout.lower().split("\n")[0].split() if done.returncode == 0 else []
+    return next((word for word in words if any(letter.isdigit() for letter in word)), None)
 
 
 def alternate(sides: dict[str, Measure], rounds: int = 5) -> dict[str, list[float]]:
@@ -81,6 +93,11 @@ def report(name: str, rounds: dict[str, list[float]], ours: str, peer: str, unit
     for row in result["peers"]:
         print(f"  {row['name']}: {row['value']:,.4g} {unit}, ratio {row['ratio']:.2f}")
     return result
+
+
+def medians(rows: list[dict[str, Any]], *names: str) -> dict[str, float]:
+    """Of lines of ``metrics.jsonl``; without what was not measured."""
+    return {name: statistics.median(row[name] for row in rows) for name in names if rows[0][name] is not None}
 
 
 def images(count: int = 2150, size: int = 256) -> list[tuple[str, bytes]]:

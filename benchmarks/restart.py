@@ -1,6 +1,6 @@
 """Seconds to the first step of a restart from a checkpoint beside those of a start from nothing, and where they go: two ranks, ZeRO 2.
 
-``python -m benchmarks.restart HOW FOLDER`` is one measurement.
+``python -m benchmarks.restart HOW`` is one measurement.
 """
 
 from __future__ import annotations
@@ -9,18 +9,17 @@ import json
 import shutil
 import sys
 from functools import partial
-from pathlib import Path
 
-from benchmarks.finetune import make_run, prepare
+from benchmarks.finetune import CPU, make_run, prepare
 from benchmarks.harness import alternate, in_process, report
 from benchmarks.zero import two_ranks
 
 START, RESTART = "start", "restart"
 
 
-def measure(how: str, folder: Path) -> dict[str, float]:
+def measure(how: str) -> dict[str, float]:
     """What ``startup.json`` of a run of four steps says, or that of the same run begun again at step 2."""
-    run = make_run(folder, f"restart-{how}", {"finetune.steps": 4, "finetune.checkpoint_every": 2, "generate.steps": 2})
+    run = make_run(CPU, f"restart-{how}", {"finetune.steps": 4, "finetune.checkpoint_every": 2, "generate.steps": 2})
     two_ranks(run)
     node = run.node("finetune")
     if how == RESTART:
@@ -34,10 +33,11 @@ def measure(how: str, folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    folder, parts = prepare(), {}
+    parts: dict[str, dict[str, float]] = {}
+    prepare(CPU)
 
     def one(how: str) -> float:
-        parts[how] = in_process("benchmarks.restart", how, folder)
+        parts[how] = in_process("benchmarks.restart", how)
         return float(sum(parts[how].values()))
 
     rounds = alternate({how: partial(one, how) for how in (RESTART, START)}, rounds=3)
@@ -46,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], Path(sys.argv[2]))))
+    print(json.dumps(measure(sys.argv[1])))

@@ -1,6 +1,6 @@
 """ZeRO 1, 2 and 3 beside plain data parallel, on two ranks: step time, and the bytes of state that a rank holds.
 
-``python -m benchmarks.zero FOLDER STAGE`` is one measurement.
+``python -m benchmarks.zero STAGE`` is one measurement.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import statistics
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from benchmarks.finetune import WINDOW, make_run, prepare
+from benchmarks.finetune import CPU, make_run, prepare
 from benchmarks.harness import ROOT, alternate, in_process, report
 
 NAMES = {0: "plain data parallel", 1: "ZeRO 1", 2: "ZeRO 2", 3: "ZeRO 3"}
@@ -34,21 +33,21 @@ def two_ranks(run: Any) -> None:
         raise RuntimeError((run.path / "log").read_text()[-2000:])
 
 
-def measure(folder: Path, stage: int) -> dict[str, Any]:
-    run = make_run(folder, f"zero-{stage}", {"finetune.zero": stage, "finetune.steps": 25})
+def measure(stage: int) -> dict[str, Any]:
+    run = make_run(CPU, f"zero-{stage}", {"finetune.zero": stage, "finetune.steps": 25})
     two_ranks(run)
     rows = [json.loads(line) for line in (run.node("finetune") / "metrics.jsonl").read_text().splitlines()]
     started = json.loads((run.node("finetune") / "startup.json").read_text())
-    rate = statistics.median(row["samples_per_second"] for row in rows[WINDOW::WINDOW])
+    rate = statistics.median(row["samples_per_second"] for row in rows[CPU.window::CPU.window])
     return {"seconds": run.config().finetune.global_batch / rate, "bytes": started["state_bytes"]}
 
 
 def main() -> None:
-    folder = prepare()
+    prepare(CPU)
     sizes: dict[str, dict[str, int]] = {}
 
     def one(stage: int) -> float:
-        found = in_process("benchmarks.zero", folder, stage)
+        found = in_process("benchmarks.zero", stage)
         sizes[NAMES[stage]] = found["bytes"]
         return float(found["seconds"])
 
@@ -63,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Path(sys.argv[1]), int(sys.argv[2]))))
+    print(json.dumps(measure(int(sys.argv[1]))))
