@@ -75,6 +75,11 @@ class RunDir:
     def weights(self) -> Path:
         return self.node("finetune") / "weights"
 
+    @property
+    def compiled(self) -> Path:
+        """What torch.compile made, for all tasks of the run; may be deleted."""
+        return self.path / "compiled"
+
     def dataset(self, cfg: Config, kind: str) -> Path:
         """``train``, ``val``, ``test`` belong to the data; ``latents``, ``synthetic`` to this run."""
         owner = cfg.data.name if kind in ("train", "val", "test") else self.name

@@ -66,6 +66,24 @@ def test_one_and_three_tasks_and_a_restart_give_the_same_bytes(chain: Path, draw
     assert tars(folder) == tars(reference)
 
 
+@pytest.mark.soak  # compiling takes a minute and more
+@pytest.mark.timeout(600)
+def test_compiled_the_tasks_give_the_same_bytes_and_nearly_the_same_images(chain: Path, drawn: Path, tmp_path: Path) -> None:
+    _, run = begin(chain, drawn, tmp_path, **{"model.compile": True})
+    for index in range(3):
+        done = job(run, "--task", f"{index}/3")
+        assert done.wait() == 0
+    assert any(run.compiled.iterdir())
+    mine, plain = Dataset.open(tmp_path / "shards/run-synthetic"), Dataset.open(chain / "shards/run-synthetic")
+    assert mine.manifest["settings"]["compiled"]
+    assert mine.keys == plain.keys
+    assert max(np.abs(mine.image(n).astype(int) - plain.image(n)).mean() for n in range(len(mine))) < 1
+    whole = tars(tmp_path / "shards/run-synthetic")
+    shutil.rmtree(tmp_path / "shards/run-synthetic")
+    assert job(run).wait() == 0
+    assert tars(tmp_path / "shards/run-synthetic") == whole
+
+
 def test_each_image_says_where_it_comes_from(chain: Path) -> None:
     data = Dataset.open(chain / "shards/run-synthetic")
     lineage = read_json(chain / "run/finetune/weights/lineage.json")

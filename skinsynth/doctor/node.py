@@ -25,6 +25,7 @@ def node_checks(cfg: Config) -> Iterator[Check]:
         ("run folder", lambda: iter([_visible("run folder", Path(cfg.run)), _visible("data.shards", Path(cfg.data.shards))])),
         ("data", lambda: data(cfg)), ("models", lambda: models(cfg)), ("hub", lambda: iter([_offline()])),
         ("gpu", lambda: iter([_gpus(cfg)])), ("attention", lambda: iter([_attention(cfg, world)])),
+        ("compiler", lambda: iter([_compiler(world)] if cfg.model.compile else [])),
         ("all-reduce", lambda: iter([_all_reduce(world, variables)]))]
     for name, look in looks:
         for check in guarded(name, look):
@@ -73,6 +74,12 @@ def _attention(cfg: Config, world: World) -> Check:
     from skinsynth.models import attention
 
     return Check(OK, "attention", f"{attention.choose(cfg.model.attention, world.device)} on {world.device} (model.attention={cfg.model.attention})")
+
+
+def _compiler(world: World) -> Check:
+    from skinsynth.models import compiler
+
+    return Check(OK, "compiler", f"{compiler.check(world.device)} (model.compile=true)")
 
 
 def _all_reduce(world: World, variables: dict[str, str]) -> Check:

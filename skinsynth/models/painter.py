@@ -17,6 +17,7 @@ from skinsynth.data.shards import Dataset
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config
 from skinsynth.models import attention, diffusion, hub
+from skinsynth.models.compiler import compile_unet
 from skinsynth.run import RunDir
 
 GROW = 0.04  # of the image's side: the drawn region reaches that far beyond the lesion's edge
@@ -85,6 +86,8 @@ class Painter:
         attention.apply(pipe.unet, attention.choose(cfg.model.attention, device))
         for network in (pipe.unet, pipe.vae):  # convolutions are faster so, on CPUs and GPUs
             network.to(memory_format=torch.channels_last)
+        if cfg.model.compile:
+            compile_unet(pipe.unet, device, weights.run.compiled)
         if pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:  # SDXL's overflows in half precision
             pipe.vae.float()
         diffusion.set_scheduler(pipe, self.cfg.scheduler)

@@ -17,6 +17,7 @@ from diffusers import DDPMScheduler
 from skinsynth import config
 from skinsynth.knobs import Config
 from skinsynth.models import attention, denoiser, diffusion, hub
+from skinsynth.models.compiler import compile_unet
 from skinsynth.run import RunDir, code_version, sha256_file, write_json
 from skinsynth.train.checkpoint import Checkpoints
 from skinsynth.train.engine import Batch, Engine
@@ -42,6 +43,8 @@ def finetune(cfg: Config, run: RunDir, world: World) -> None:
     pipe = _base(cfg)
     kind = attention.choose(cfg.model.attention, world.device)
     model = denoiser.build(pipe, cfg.finetune, kind, cfg.seed)
+    if cfg.model.compile:
+        compile_unet(model.unet, world.device, run.compiled)
     samples = Samples(cfg, run, pipe, base_sha256)
     clock.lap("models and data")
     checkpoints = Checkpoints(run.node(NODE) / "checkpoints", world, {**config.binding(cfg.finetune), "base_sha256": base_sha256,

@@ -70,7 +70,8 @@ def _settings(cfg: Config) -> dict[str, Any]:
     g = cfg.generate
     start = {} if g.method == "text-to-image" else {"strength": g.strength, **({"redraw": g.redraw} if g.method == "inpaint" else {})}
     return {"method": g.method, **start, "size": cfg.prepare.size, "steps": g.steps, "guidance": g.guidance, "scheduler": g.scheduler,
-            "negative_prompt": g.negative_prompt, "batch": g.batch, "quality": g.quality, "precision": g.precision, "retries": g.retries}
+            "negative_prompt": g.negative_prompt, "batch": g.batch, "quality": g.quality, "precision": g.precision, "retries": g.retries,
+            **({"compiled": True} if cfg.model.compile else {})}
 
 
 def _finish(cfg: Config, run: RunDir, plan: Plan, weights: Weights) -> None:

@@ -66,9 +66,9 @@ def maker(drawn: Path, small_base: Path, tmp_path_factory: pytest.TempPathFactor
     first.create(config.load("configs/demo.yaml", overrides(drawn, folder, "first")))
     prepare(first.config(), first, Task())
 
-    def make(name: str, method: str, **keys: object) -> RunDir:
+    def make(name: str, method: str, compiled: bool = False, **keys: object) -> RunDir:
         values = {"steps": 4, "checkpoint_every": 2, "log_every": 2, "global_batch": 4, "warmup_steps": 0, "method": method, **keys}
-        more = {"model.base": small_base, "generate.steps": 2, **{f"finetune.{k}": v for k, v in values.items()}}
+        more = {"model.base": small_base, "model.compile": compiled, "generate.steps": 2, **{f"finetune.{k}": v for k, v in values.items()}}
         cfg = config.load("configs/demo.yaml", [i for i in overrides(drawn, folder, name, **more) if not i.startswith("finetune.") or i.split(
             "=")[0].removeprefix("finetune.") in values])
         run = RunDir(folder / name)
@@ -208,6 +208,20 @@ def test_offload_has_the_same_losses_and_resumes(maker, tmp_path: Path) -> None:
     for whole, resumed in runs:
         assert losses(whole) == pytest.approx(losses(plain), abs=1e-4)
         assert losses(resumed) == losses(whole)
+
+
+@pytest.mark.soak  # compiling takes minutes
+@pytest.mark.timeout(1500)
+def test_compiled_it_has_the_same_losses_and_resumes(maker, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    kinds = {"unet-0": {"zero": 0}, "unet-2": {"zero": 2}, "lora-3": {"lora_rank": 4, "lr": 1e-3, "zero": 3, "gradient_checkpointing": True}}
+    runs = [[maker(f"compiled-{name}-{kind}", "dreambooth", kind != "plain", **keys) for kind in ("plain", "whole", "resumed")]
+            for name, keys in kinds.items()]
+    on_two_ranks([run for plain, whole, _ in runs for run in (plain, whole)], tmp_path, 1200)
+    on_two_ranks([from_checkpoint(whole, 2, resumed) for _, whole, resumed in runs], tmp_path)
+    assert any(runs[0][1].compiled.iterdir()), "the cache of the first that is compiled serves the process"
+    for plain, whole, resumed in runs:
+        assert losses(whole) == pytest.approx(losses(plain), abs=1e-4)
+        check("lora" if "lora" in whole.path.name else "unet", whole, resumed)
 
 
 @pytest.mark.soak
