@@ -162,7 +162,7 @@ def main() -> None:
         report(name, rounds, OURS, PEER, "images/s",
                f"{epochs} epochs of the training split of {IMAGES} drawn images, JPEGs of {SIDE} px, {s.model}, {s.side} px, batch {s.batch}, "
                f"{s.precision}; nothing judged; our start (data, pool, first step) and last checkpoint are part of our time",
-               device=gpu() or "cpu", ours_at_last=last["ours"])
+               device=gpu() or "cpu", last=last)
 
 
 if __name__ == "__main__":

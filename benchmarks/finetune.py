@@ -113,13 +113,13 @@ def per_second(s: Setting, times: list[float]) -> float:
     return s.window * s.batch / statistics.median(b - a for a, b in pairwise(times))
 
 
-def ours(s: Setting) -> dict[str, float]:
+def ours(s: Setting, compiled: bool = False) -> dict[str, float]:
     """The stage itself, as it logs itself."""
     from skinsynth.stages.finetune import finetune
     from skinsynth.train.log import read_lines
     from skinsynth.world import World
 
-    run = make_run(s, "ours", {"finetune.zero": 0})
+    run = make_run(s, "ours", {"finetune.zero": 0, "model.compile": compiled})
     finetune(run.config(), run, World())
     rows = read_lines(run.node("finetune") / "metrics.jsonl")[s.window::s.window]
     return medians(rows, "samples_per_second", "data_wait", "mfu", "peak_memory_gb")
@@ -184,7 +184,7 @@ def peer(s: Setting) -> dict[str, float]:
     return {"samples_per_second": per_second(s, times)}
 
 
-SIDES: dict[str, Callable[[Setting], dict[str, float]]] = {"ours": ours, "peer": peer}
+SIDES: dict[str, Callable[[Setting], Any]] = {"ours": ours, "compiled": partial(ours, compiled=True), "peer": peer, "model": lambda s: str(model(s))}
 
 
 def main() -> None:
@@ -195,11 +195,12 @@ def main() -> None:
         last[side] = in_process("benchmarks.finetune", side)
         return float(last[side]["samples_per_second"])
 
-    rounds = alternate({OURS: partial(measure, "ours"), PEER: partial(measure, "peer")}, rounds=3)
+    sides = {OURS: "ours", **({"skinsynth, compiled": "compiled"} if s == GPU else {}), PEER: "peer"}
+    rounds = alternate({name: partial(measure, side) for name, side in sides.items()}, rounds=3)
     report("finetune", rounds, OURS, PEER, "samples/s",
            f"whole UNet, {s.model}, batch {s.batch}, {s.side} px, {s.precision}, SDPA, {s.steps} steps, median of windows of {s.window} steps, "
            "the first left out; ours on latents and embeddings that encode made before, which is not counted",
-           device=gpu() or "cpu", ours_at_last=last["ours"])
+           device=gpu() or "cpu", last=last)
 
 
 if __name__ == "__main__":

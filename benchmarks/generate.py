@@ -1,7 +1,8 @@
 """Generation, from the plan to the committed shard, beside the plain diffusers loop: one prompt a call, then a file in a folder.
 
-Same built-in model, prompts, sampler, steps, guidance and precision, on the same cores. What starts once (imports, loading the weights,
-the first batch) is left out on both sides. ``python -m benchmarks.generate SIDE`` is one measurement, in images/s.
+The built-in model on a CPU; where there is a GPU, Stable Diffusion 1.5's size. Same prompts, sampler, steps, guidance and precision, on the
+same cores or GPU. What starts once (imports, loading the weights, the first batch) is left out on both sides.
+``python -m benchmarks.generate SIDE`` is one measurement, in images/s.
 """
 
 from __future__ import annotations
@@ -10,38 +11,61 @@ import io
 import json
 import os
 import shutil
+import statistics
 import sys
 import tarfile
 import time
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import ROOT, SCRATCH, alternate, in_process, report, together
+from benchmarks import finetune
+from benchmarks.harness import ROOT, SCRATCH, alternate, gpu, in_process, report, together
 
-OURS, PEER = "skinsynth, 2 workers of 1 thread", "diffusers, one prompt a call, PNG"
+PEER, JPEG = "diffusers, one prompt a call, PNG", "diffusers, one prompt a call, JPEG"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """``sides``: what runs, workers, threads of each (0: as they are); the first is ours. ``keys`` beside the demo's."""
+
+    words: str
+    sides: dict[str, tuple[str, int, int]]
+    keys: tuple[str, ...] = ()
+
+
+ONE = "skinsynth, 1 worker of 1 thread"
+CPU = Setting("64 px, DPM-Solver++ 20 steps, guidance 2.5, float32, built-in model",
+              {"skinsynth, 2 workers of 1 thread": ("ours", 2, 1), ONE: ("ours", 1, 1), "skinsynth, 1 worker of 2 threads": ("ours", 1, 2),
+               PEER: ("png", 1, 2), JPEG: ("jpg", 1, 2)})
+GPU = Setting("512 px, DPM-Solver++ 50 steps, guidance 7.5, bf16, Stable Diffusion 1.5's size, drawn weights",
+              {"skinsynth": ("ours", 1, 0), "skinsynth, compiled": ("compiled", 1, 0), PEER: ("png", 1, 0), JPEG: ("jpg", 1, 0)},
+              (f"model.base={finetune.GPU.folder / 'model'}", "prepare.size=512", "generate.steps=50", "generate.guidance=7.5",
+               "generate.precision=bf16"))
 UNIT, LOOP = 32, 16  # images that a worker of ours draws, and the peer
-SIDES = {OURS: ("ours", 2, 1), "skinsynth, 1 worker of 1 thread": ("ours", 1, 1), "skinsynth, 1 worker of 2 threads": ("ours", 1, 2),
-         PEER: ("png", 1, 2), "diffusers, one prompt a call, JPEG": ("jpg", 1, 2)}
 INSTANT = 20_000  # images of the measurement of bookkeeping
 
 
+def setting() -> Setting:
+    return GPU if gpu() else CPU
+
+
 def settings(folder: Path, workers: int, *more: str) -> list[str]:
-    """The demo's classes, prompts, 20 steps and guidance, straight from the built-in model."""
+    """The demo's classes and prompts, straight from the base model."""
     count = UNIT * workers // 2
     return [f"run={folder / 'run'}", f"data.shards={folder / 'shards'}", "generate.weights=base", "generate.batch=16", f"generate.shard_size={UNIT}",
-            f"generate.classes.benign.count={count}", f"generate.classes.malignant.count={count}", *more]
+            f"generate.classes.benign.count={count}", f"generate.classes.malignant.count={count}", *setting().keys, *more]
 
 
 def maker(folder: Path, workers: int, index: int, *more: str, instant: bool = False) -> Any:
-    import torch
-
     from skinsynth import config
     from skinsynth.data.plan import Plan
     from skinsynth.models.painter import Painter, Weights
     from skinsynth.run import RunDir, Task
     from skinsynth.stages.generate import Maker
+    from skinsynth.world import World
 
     cfg = config.load(ROOT / "configs/demo.yaml", settings(folder, workers, *more))
     run, plan = RunDir(Path(cfg.run)), Plan(cfg, None)
@@ -49,12 +73,12 @@ def maker(folder: Path, workers: int, index: int, *more: str, instant: bool = Fa
     weights = Weights(cfg, run)
     made = Maker(cfg, run, plan, weights, None, Task(index, workers))
     if not instant:
-        made.painter = Painter(cfg, weights, torch.device("cpu"))
+        made.painter = Painter(cfg, weights, World().device)
     return made
 
 
-def ours(folder: Path, workers: int, index: int, barrier: Barrier) -> None:
-    made = maker(folder, workers, index)
+def ours(folder: Path, workers: int, index: int, barrier: Barrier, *more: str) -> None:
+    made = maker(folder, workers, index, *more)
     made.painter.draw([made.plan.image(n) for n in range(16)])
     barrier.wait()
     made.unit(index)
@@ -66,10 +90,11 @@ def loop(folder: Path, form: str, barrier: Barrier) -> None:
     import torch
 
     from skinsynth import config
-    from skinsynth.models import diffusion, tiny
+    from skinsynth.models import diffusion
+    from skinsynth.world import World
 
     cfg = config.load(ROOT / "configs/demo.yaml", settings(folder, 1))
-    g, pipe = cfg.generate, diffusion.load_pipeline(tiny.WEIGHTS)
+    g, pipe = cfg.generate, diffusion.load_base(cfg.model, cfg.generate.precision).to(World().device)
     diffusion.set_scheduler(pipe, g.scheduler)
     prompts = [c.prompts[0] for c in g.classes.values()]
 
@@ -86,9 +111,10 @@ def loop(folder: Path, form: str, barrier: Barrier) -> None:
 
 
 def work(side: str, workers: int, threads: int, folder: Path, index: int, barrier: Barrier) -> None:
-    os.environ |= {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "20000"}
-    if side == "ours":
-        ours(folder, workers, index, barrier)
+    if threads:
+        os.environ |= {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "20000"}
+    if side in ("ours", "compiled"):
+        ours(folder, workers, index, barrier, f"model.compile={str(side == 'compiled').lower()}")
     else:
         loop(folder, side, barrier)
 
@@ -97,7 +123,7 @@ def measure(side: str, workers: int, threads: int) -> float:
     folder = SCRATCH / "generate"
     shutil.rmtree(folder, ignore_errors=True)
     seconds = together(work, [(side, workers, threads, folder, n) for n in range(workers)])
-    return (UNIT * workers if side == "ours" else LOOP) / seconds
+    return (LOOP if side in ("png", "jpg") else UNIT * workers) / seconds
 
 
 # ---- what all but drawing costs ----
@@ -143,19 +169,22 @@ def bookkeeping() -> dict[str, float]:
 
 
 def main() -> None:
-    rounds = alternate({side: partial(lambda s: float(in_process("benchmarks.generate", s)), side) for side in SIDES})
-    extra = in_process("benchmarks.generate", "bookkeeping")
-    found = report("generate", rounds, OURS, PEER, "images/s", "64 px, DPM-Solver++ 20 steps, guidance 2.5, float32, built-in model; from the plan "
-                   "to committed shards (batches of 16) beside files in a folder; steady state", bookkeeping_seconds_per_image=extra)
-    alone = rounds["skinsynth, 1 worker of 1 thread"]
-    two, one = (sorted(values)[len(values) // 2] for values in (rounds[OURS], alone))
-    share = (extra["skinsynth"] - extra["tar alone"]) * one
-    print(f"  two workers over one: {two / one:.2f}; bookkeeping {share:.2%} of the time that one worker draws in")
-    from benchmarks.harness import RESULTS
-    from skinsynth.run import write_json
-
-    write_json(RESULTS / "generate-cpu.json", {**found, "two_workers_over_one": round(two / one, 3), "bookkeeping_share": round(share, 5)})
+    s = setting()
+    if s == GPU:
+        in_process("benchmarks.finetune", "model")
+    rounds = alternate({side: partial(lambda s: float(in_process("benchmarks.generate", s)), side) for side in s.sides})
+    more: dict[str, Any] = {}
+    if s == CPU:
+        extra = in_process("benchmarks.generate", "bookkeeping")
+        two, one = (statistics.median(rounds[side]) for side in (next(iter(s.sides)), ONE))
+        share = (extra["skinsynth"] - extra["tar alone"]) * one
+        more = {"bookkeeping_seconds_per_image": extra, "two_workers_over_one": round(two / one, 3), "bookkeeping_share": round(share, 5)}
+    report("generate", rounds, next(iter(s.sides)), PEER, "images/s", f"{s.words}; from the plan to committed shards (batches of 16) beside files in "
+           "a folder; steady state", device=gpu() or "cpu", **more)
+    if more:
+        print(f"  two workers over one: {more['two_workers_over_one']:.2f}; bookkeeping {more['bookkeeping_share']:.2%} of the time that one worker "
+              "draws in")
 
 
 if __name__ == "__main__":
-    print(json.dumps(bookkeeping() if sys.argv[1] == "bookkeeping" else measure(*SIDES[sys.argv[1]])))
+    print(json.dumps(bookkeeping() if sys.argv[1] == "bookkeeping" else measure(*setting().sides[sys.argv[1]])))

@@ -182,11 +182,11 @@ def test_what_ranks_share_is_one_line() -> None:
 
 
 def test_the_nodes_part_by_itself_and_in_a_gang(drawn: Path, tmp_path: Path) -> None:
-    """Two ranks as torchrun starts them; the second time the shards' folder is gone."""
+    """Two ranks as torchrun starts them (a bare system may not resolve its own name); the second time the shards' folder is gone."""
     (tmp_path / "run").mkdir()
     (tmp_path / "shards").mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "skinsynth.doctor", "configs/demo.yaml",
-               *overrides(drawn, tmp_path)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2",
+               "-m", "skinsynth.doctor", "configs/demo.yaml", *overrides(drawn, tmp_path)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

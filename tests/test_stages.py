@@ -73,11 +73,30 @@ def test_what_nothing_needs_is_not_imported(optimizer: str) -> None:
     pytest.importorskip("bitsandbytes")
     code = f"""
 import sys
+from pathlib import Path
 from skinsynth import config, stages
-stages._before_torch(config.load("configs/demo.yaml", ["finetune.optimizer={optimizer}", "finetune.zero=0"]), "finetune")
+from skinsynth.run import RunDir
+cfg = config.load("configs/demo.yaml", ["finetune.optimizer={optimizer}", "finetune.zero=0"])
+stages._before_torch(cfg, RunDir(Path("runs/x")), "finetune")
 from diffusers import StableDiffusionPipeline
 import peft
 print(bool(sys.modules.get("bitsandbytes")))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.split() == [str(optimizer == "adamw8bit")], done.stderr
+
+
+def test_what_is_compiled_is_kept_in_the_run() -> None:
+    """torch sets the folder by itself to one of the node, at an import that finds it unset."""
+    code = """
+import os
+from pathlib import Path
+from skinsynth import config, stages
+from skinsynth.run import RunDir
+stages._before_torch(config.load("configs/demo.yaml", ["model.compile=true"]), RunDir(Path("runs/x")), "generate")
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+print(os.path.relpath(cache_dir()))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split() == ["runs/x/compiled"], done.stderr

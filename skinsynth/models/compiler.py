@@ -1,10 +1,9 @@
-"""torch.compile for the UNet, with a cache that all tasks and restarts of a run share."""
+"""torch.compile for the UNet. A job keeps what it makes in the run folder (``TORCHINDUCTOR_CACHE_DIR``, set before torch is imported)."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,15 +11,13 @@ import torch
 from skinsynth.errors import UserError
 
 
-def compile_unet(unet: Any, device: torch.device, cache: Path) -> None:
-    """In place, so that the names of the weights stay. The first step takes minutes; a process after it reads from ``cache`` (some thousand
-    small files) what it left there, unless ``TORCHINDUCTOR_CACHE_DIR`` names another folder.
+def compile_unet(unet: Any, device: torch.device) -> None:
+    """In place, so that the names of the weights stay. The first step takes minutes, less where another process has left what it made.
 
     Raises:
         UserError: no compiler, which Inductor calls (on a CPU a C++ one).
     """
     check(device)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     unet.compile(dynamic=False)
 
 

@@ -87,7 +87,7 @@ class Painter:
         for network in (pipe.unet, pipe.vae):  # convolutions are faster so, on CPUs and GPUs
             network.to(memory_format=torch.channels_last)
         if cfg.model.compile:
-            compile_unet(pipe.unet, device, weights.run.compiled)
+            compile_unet(pipe.unet, device)
         if pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:  # SDXL's overflows in half precision
             pipe.vae.float()
         diffusion.set_scheduler(pipe, self.cfg.scheduler)

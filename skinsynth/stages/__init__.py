@@ -40,7 +40,7 @@ def run_node(node: str, path: str, task: Task = WHOLE) -> int:
         if run.is_done(node):
             print(f"{node} of {path} is done already")
             return OK
-        _before_torch(cfg, node)
+        _before_torch(cfg, run, node)
         _call(node, cfg, run, task)
     except Stopped as stop:
         print(stop, file=sys.stderr)
@@ -97,14 +97,16 @@ def explain(error: BaseException) -> str:
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
-def _before_torch(cfg: Config, node: str) -> None:
-    """CPU threads, and what is not to be imported; in-process runs (debug) keep what they have."""
+def _before_torch(cfg: Config, run: RunDir, node: str) -> None:
+    """CPU threads, where compiled code is kept, and what is not to be imported; in-process runs (debug) keep what they have."""
     if cfg.cluster.kind == "debug" or "torch" in sys.modules:
         return
     # Threads that spin long while they wait stand still beside any other work on the cores; those that never do make a step of many small
     # operations half as fast again as it could be. Some ten microseconds of spinning cost little and serve as well as the default.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     os.environ.setdefault("OMP_NUM_THREADS", str(cfg.cluster.threads_of(node.split("/")[0])))
+    if cfg.model.compile:  # torch itself sets it to a folder of the node at the first import that asks for it
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(run.compiled.absolute()))
     if "adamw8bit" not in (cfg.finetune.optimizer, cfg.classify.optimizer):
         # Where it is installed, diffusers and peft import it at every start, for quantized weights, which nothing here has: a sixth of the start.
         sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]

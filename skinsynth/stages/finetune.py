@@ -44,7 +44,7 @@ def finetune(cfg: Config, run: RunDir, world: World) -> None:
     kind = attention.choose(cfg.model.attention, world.device)
     model = denoiser.build(pipe, cfg.finetune, kind, cfg.seed)
     if cfg.model.compile:
-        compile_unet(model.unet, world.device, run.compiled)
+        compile_unet(model.unet, world.device)
     samples = Samples(cfg, run, pipe, base_sha256)
     clock.lap("models and data")
     checkpoints = Checkpoints(run.node(NODE) / "checkpoints", world, {**config.binding(cfg.finetune), "base_sha256": base_sha256,

@@ -218,7 +218,6 @@ def test_compiled_it_has_the_same_losses_and_resumes(maker, tmp_path: Path) -> N
             for name, keys in kinds.items()]
     on_two_ranks([run for plain, whole, _ in runs for run in (plain, whole)], tmp_path, 1200)
     on_two_ranks([from_checkpoint(whole, 2, resumed) for _, whole, resumed in runs], tmp_path)
-    assert any(runs[0][1].compiled.iterdir()), "the cache of the first that is compiled serves the process"
     for plain, whole, resumed in runs:
         assert losses(whole) == pytest.approx(losses(plain), abs=1e-4)
         check("lora" if "lora" in whole.path.name else "unet", whole, resumed)
