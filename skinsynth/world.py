@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -115,9 +114,11 @@ def place() -> tuple[World, dict[str, str]]:
         return world, _variables(world, "127.0.0.1", env["SUBMITIT_LOCAL_JOB_ID"])
     if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
         world = World(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"]))
-        hosts = subprocess.run(["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True)
+        from submitit.slurm.slurm import SlurmJobEnvironment  # reads the list itself: a container has no scontrol
+
+        hosts = SlurmJobEnvironment().hostnames
         job = f"{env['SLURM_JOB_ID']}.{env.get('SLURM_RESTART_COUNT', 0)}"  # ranks of its last life may not be gone yet
-        return world, _variables(world, env.get("MASTER_ADDR", hosts.stdout.split()[0]), job)
+        return world, _variables(world, env.get("MASTER_ADDR", hosts[0]), job)
     return World(), {}
 
 

@@ -136,7 +136,7 @@ def test_a_stage_by_hand(slurm: Environment, drawn: Path, chain: Path, tmp_path:
     items, run = begun(drawn, chain, tmp_path)
     shown = skinsynth_on(slurm, "config", "configs/demo.yaml", *items, "--write")
     assert f"steps: {LONG['finetune.steps']}" in shown
-    env = {**slurm, "SKINSYNTH_PYTHON": sys.executable}
+    env = {**slurm, "SKINSYNTH_PYTHON": f"env {sys.executable}"}
     job = command(env, "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", f"--output={tmp_path}/%j.out",
                   "slurm/stage.sbatch", "finetune", str(run.path)).strip()
     until("a checkpoint", lambda: list((run.node("finetune") / "checkpoints").glob("step-*/complete.json")), 90)
