@@ -247,7 +247,7 @@ def submit_chain(cfg: Config, run: RunDir, nodes: list[Node], console: Console) 
             note(run, _merged(submitted(run), jobs))
             after = f", after {' and '.join(n for n in node.needs if not run.is_done(n))}" if needed else ""
             share = "" if len(tasks) == tasks[0].count else f" (tasks {span([str(t.index) for t in tasks])} of {tasks[0].count})"
-            console.print(f"{node.name:<20} submitted as {span([job.id for job in jobs])}{share}{after}", highlight=False)
+            console.print(f"{node.name:<20} submitted as {span([job.id for job in jobs])}{share}{after}", highlight=False, soft_wrap=True)
     except BaseException:
         _take_back(run, new, before, console)
         raise

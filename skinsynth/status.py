@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -196,7 +197,8 @@ def as_json(run: RunDir, found: list[Row], complaint: str | None) -> dict[str, A
 
 
 def table(run: RunDir, found: list[Row], took: dict[str, float], width: int) -> Table:
-    """``took``: seconds per node, where they are known. A narrow terminal gets no bars; only the notes are cut short."""
+    """``took``: seconds per node, where they are known. Columns without a word are left out; a narrow terminal gets no bars, and under 100
+    characters no nodes; only the notes are cut short."""
     with_slurm = any(row.tasks for row in found)
     view = Table(title=f"run {run.path}", title_justify="left")
     columns: dict[str, list[str]] = {
@@ -207,13 +209,17 @@ def table(run: RunDir, found: list[Row], took: dict[str, float], width: int) -> 
         columns |= {"again": [str(row.restarts or "") for row in found], "nodes": [row.nodes for row in found], "note": [_note(row) for row in found]}
     else:
         columns["took"] = [duration(took[row.node]) if row.node in took else "" for row in found]
+    columns = {name: cells for name, cells in columns.items() if name in ("stage", "state", "done") or any(cells)}
+    if width < 100:
+        columns.pop("nodes", None)
     for name, cells in columns.items():
         least = None if name == "note" else max(map(len, [name, *cells]))
-        view.add_column(name, justify="left" if name in ("stage", "state", "nodes", "note") else "right", no_wrap=True, min_width=least)
+        view.add_column(name, justify="left" if name in ("stage", "state", "nodes", "note") else "right", no_wrap=name != "note", min_width=least)
     if width >= 120:
         view.add_column("")
     for number, row in enumerate(found):
-        texts = [Text(cells[number], STYLES.get(row.state, "") if name == "state" else "") for name, cells in columns.items()]
+        texts = [Text(cells[number], STYLES.get(row.state, "") if name == "state" else "", no_wrap=True, overflow="ellipsis")
+                 for name, cells in columns.items()]
         bar = ProgressBar(total=max(1, row.total), completed=row.done if row.total else 1, width=16) if row.total else ""
         view.add_row(*texts, *([bar] if width >= 120 else []))
     return view
@@ -227,7 +233,9 @@ def _note(row: Row) -> str:
 
 
 def show(console: Console, run: RunDir, found: list[Row], complaint: str | None) -> None:
-    """The table, and under it why something failed, and where the log is."""
+    """The table, and under it why something failed, and where the log is. In a file or a pipe it is as wide as it needs to be."""
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = max(console.width, 160)
     console.print(table(run, found, {}, console.width))
     _explain(console, found, complaint)
 

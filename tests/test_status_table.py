@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from skinsynth import status
+from skinsynth.run import RunDir
+from skinsynth.status import Row
+
+QUEUED = [Row("prepare", "done", done=300, total=300, unit="images", tasks={"COMPLETED": 2}),
+          Row("finetune", "running", done=12, total=400, unit="steps", rate=1.5, left=2600, tasks={"RUNNING": 1}, nodes="node[1-2]"),
+          Row("classify/baseline", "pending", "Slurm: Priority", tasks={"PENDING": 1}), Row("report", "pending", tasks={"PENDING": 1})]
+FAILED = [Row("prepare", "failed", "the images are not there", tasks={"FAILED": 2}),
+          Row("encode", "stopped", "cancelled, since prepare did not finish", tasks={"CANCELLED": 1})]
+
+
+def shown(rows: list[Row], terminal: bool, width: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=width, color_system=None)
+    status.show(console, RunDir(Path("runs/x")), rows, None)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+@pytest.mark.parametrize("width", [80, 99, 100, 160])
+def test_no_column_is_squeezed_to_nothing(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown(QUEUED, True, width, monkeypatch)
+    assert max(map(len, text.splitlines())) <= width
+    for word in ("prepare", "classify/baseline", "300/300 images", "12/400 steps", "1.5", "43:20"):
+        assert word in text
+    assert {line[-1] for line in text.splitlines()[1:] if line} <= set("┓┃┩│┘"), "cut off at the right"
+    assert ("node[1-2]" in text) == (width >= 100)
+    for heading in ("stage", "state", "done", "per second", "left", "note"):
+        assert f" {heading} " in text
+    assert " again " not in text, "nothing was run again"
+
+
+def test_in_a_pipe_it_is_as_wide_as_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown(QUEUED, False, 80, monkeypatch)
+    assert "node[1-2]" in text
+    assert "Slurm: Priority" in text
+
+
+def test_what_failed_leaves_room_for_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = shown(FAILED, True, 80, monkeypatch).split("prepare:")[0]
+    assert "the images are not there" in table
+    assert " nodes " not in table
