@@ -43,7 +43,7 @@ def states(env: Environment, run: RunDir) -> dict[str, dict[str, object]]:
 
 
 LONG = {"finetune.steps": 90, "finetune.checkpoint_every": 4, "generate.classes.benign.count": 12, "generate.classes.malignant.count": 12,
-        "generate.shard_size": 8, "generate.steps": 20}
+        "generate.shard_size": 8, "generate.steps": 200}  # as long as all disturbances, one after the other
 
 
 def begun(drawn: Path, chain: Path, folder: Path, **more: object) -> tuple[list[str], RunDir]:
