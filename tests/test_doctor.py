@@ -9,13 +9,15 @@ import subprocess
 import sys
 from math import inf
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, overrides, skinsynth
 
 from skinsynth import config, knobs
 from skinsynth.data.shards import ShardWriter, write_manifest
-from skinsynth.doctor import cluster, login
+from skinsynth.doctor import cluster, login, node
 from skinsynth.doctor.check import Check
 from skinsynth.doctor.submit import job_parameters, together
 from skinsynth.estimate import Stage
@@ -201,6 +203,27 @@ def test_the_nodes_part_by_itself_and_in_a_gang(drawn: Path, tmp_path: Path) -> 
     assert "fail  data.shards" in alone.stdout
     assert "all-reduce" in alone.stdout
     assert "one rank: nothing to do" in alone.stdout
+
+
+def test_what_is_said_of_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one; with a driver that this torch has no use for; and, since a GPU is seldom at hand, in the words of one that is pretended."""
+    def told(*more: str) -> tuple[str, str]:
+        found = node._gpus(config.load("configs/demo.yaml", list(more)))
+        return found.state, found.found
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one: test_the_nodes_part_by_itself_and_in_a_gang tells it")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert told() == ("ok", "none, and none is asked for")
+    asked = told("cluster.stages.finetune.gpus_per_node=4")
+    assert asked == ("warn", f"none, though 4 a node are asked for: torch {torch.__version__} takes the CPU")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho '580.65.06, NVIDIA H100 80GB HBM3'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert told() == ("fail", f"driver 580.65.06, NVIDIA H100 80GB HBM3, but torch {torch.__version__} does not see it")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30))
+    assert told() == ("ok", "NVIDIA H100, 80 GiB; NVIDIA H100, 80 GiB; driver 580.65.06, NVIDIA H100 80GB HBM3")
 
 
 def test_no_torch_on_the_login_node(drawn: Path, tmp_path: Path) -> None:
