@@ -108,7 +108,6 @@ def ours(folder: Path, epochs: int) -> dict[str, float]:
     return {"images_per_second": steps * batch / seconds, **medians(rows, "data_wait", "mfu", "peak_memory_gb")}
 
 
-
 def peer(folder: Path, epochs: int) -> dict[str, float]:
     import numpy as np
     import torch

@@ -3,7 +3,7 @@
 The peer is the loop of ``train_text_to_image.py`` written against diffusers' public API: VAE and text encoder run in every step, the
 images come from a folder through PIL (in the main process on a CPU, which is the script's default), and the loss is read after every step.
 Both sides train the whole UNet with AdamW, with the same batch, precision and attention, in one process that has the GPU, or all cores.
-``python -m benchmarks.finetune SIDE FOLDER`` is one measurement.
+``python -m benchmarks.finetune SIDE`` is one measurement.
 """
 
 from __future__ import annotations
@@ -123,7 +123,6 @@ def ours(s: Setting, compiled: bool = False) -> dict[str, float]:
     finetune(run.config(), run, World())
     rows = read_lines(run.node("finetune") / "metrics.jsonl")[s.window::s.window]
     return medians(rows, "samples_per_second", "data_wait", "mfu", "peak_memory_gb")
-
 
 
 def peer(s: Setting) -> dict[str, float]:
