@@ -83,7 +83,10 @@ def prepare() -> Path:
 
 
 def ours(folder: Path, epochs: int) -> dict[str, float]:
-    """The stage's own loop."""
+    """The stage's own loop, with all cores."""
+    from skinsynth import cpu
+
+    cpu.before_torch(len(os.sched_getaffinity(0)))
     from skinsynth.data.shards import Dataset
     from skinsynth.models import vit
     from skinsynth.run import RunDir
@@ -151,9 +154,7 @@ def main() -> None:
     folder, s, last = prepare(), setting(), {}
 
     def measure(side: str, epochs: int) -> float:
-        # what a launch on this machine sets for a single rank
-        env = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "GOMP_SPINCOUNT": "20000"} if side == "ours" else {}
-        last[side] = in_process("benchmarks.classify", side, folder, epochs, env=env)
+        last[side] = in_process("benchmarks.classify", side, folder, epochs)
         return float(last[side]["images_per_second"])
 
     for epochs, (name, count) in LENGTHS.items():

@@ -114,13 +114,13 @@ def per_second(s: Setting, times: list[float]) -> float:
 
 
 def ours(s: Setting, compiled: bool = False) -> dict[str, float]:
-    """The stage itself, as it logs itself."""
-    from skinsynth.stages.finetune import finetune
+    """The stage itself as a job runs it, and as it logs itself."""
+    from skinsynth import stages
     from skinsynth.train.log import read_lines
-    from skinsynth.world import World
 
     run = make_run(s, "ours", {"finetune.zero": 0, "model.compile": compiled})
-    finetune(run.config(), run, World())
+    if stages.run_node("finetune", str(run.path)) != stages.OK:
+        raise SystemExit("finetune failed")
     rows = read_lines(run.node("finetune") / "metrics.jsonl")[s.window::s.window]
     return medians(rows, "samples_per_second", "data_wait", "mfu", "peak_memory_gb")
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks import finetune
 from benchmarks.harness import ROOT, SCRATCH, alternate, gpu, in_process, report, together
+from skinsynth import cpu
 
 PEER, JPEG = "diffusers, one prompt a call, PNG", "diffusers, one prompt a call, JPEG"
 
@@ -112,8 +113,9 @@ def loop(folder: Path, form: str, barrier: Barrier) -> None:
 
 def work(side: str, workers: int, threads: int, folder: Path, index: int, barrier: Barrier) -> None:
     if threads:
-        os.environ |= {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "20000"}
+        os.environ["OMP_NUM_THREADS"] = str(threads)
     if side in ("ours", "compiled"):
+        cpu.before_torch(threads or len(os.sched_getaffinity(0)))
         ours(folder, workers, index, barrier, f"model.compile={str(side == 'compiled').lower()}")
     else:
         loop(folder, side, barrier)

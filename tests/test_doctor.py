@@ -194,7 +194,7 @@ def test_the_nodes_part_by_itself_and_in_a_gang(drawn: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stdout + done.stderr
     for rank in (0, 1):
         assert f"ok    all-reduce         rank {rank} on " in done.stdout
-    assert done.stdout.count("gloo over 2 ranks, 16 MiB") == 2
+    assert done.stdout.count("gloo over 2 ranks on 1 node, 16 MiB") == 2
     assert "sdpa on cpu" in done.stdout
     (tmp_path / "shards").rmdir()
     alone = subprocess.run([sys.executable, "-m", "skinsynth.doctor", "configs/demo.yaml", *overrides(drawn, tmp_path)], cwd=ROOT,

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, overrides
 
-LAYERS = [{"errors"}, {"knobs"}, {"config"}, {"run"}, {"world"}, {"data"}, {"models"}, {"quality", "train"}, {"pages"}, {"stages"}, {"withdraw"},
-          {"chain"}, {"slurm"}, {"status"}, {"speeds", "counts"}, {"estimate"}, {"doctor"}, {"local"}, {"launch"}, {"cli"}, {"__main__"}]
+LAYERS = [{"errors", "cpu"}, {"knobs"}, {"config"}, {"run"}, {"world"}, {"data"}, {"models"}, {"quality", "train"}, {"pages"},
+          {"stages"}, {"withdraw"}, {"chain"}, {"slurm"}, {"status"}, {"speeds", "counts"}, {"estimate"}, {"doctor"}, {"local"},
+          {"launch"}, {"cli"}, {"__main__"}]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = [p for p in sorted((ROOT / "skinsynth").rglob("*.py")) if p != ROOT / "skinsynth/__init__.py"]
 

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 from skinsynth.data.shards import BadSample, Dataset
 from skinsynth.errors import UserError
 
+P = TypeVar("P", bound=Sequence[int])
 T = TypeVar("T")
 
 
@@ -64,10 +65,10 @@ class Source:
         raise UserError(f"{self.dataset.folder}: none of the {len(self.samples)} samples to train on can be read{first}")
 
 
-class Feed(Generic[T]):
-    """Batches made ahead by ``workers`` threads, given in order: ``(step, [a batch for each range of positions])``.
+class Feed(Generic[P, T]):
+    """Batches made ahead by ``workers`` threads, given in order: ``(step, [a batch for each of the step's positions])``.
 
-    ``todo`` gives (step, ranges); ``ahead`` steps, one for each worker at least, are in the making while one is used. What ``make_batch``
+    ``todo`` gives (step, [positions, ...]); ``ahead`` steps, one for each worker at least, are in the making while one is used. What ``make_batch``
     raises is raised where that step would have been given. ``pin`` puts dicts of tensors into page-locked memory, from where a GPU
     copies them faster.
     ``turns``: loading and training take turns, a few steps at a time, for a training on the CPU: side by side each would take the cores from
@@ -77,7 +78,7 @@ class Feed(Generic[T]):
     Use it in a ``with`` block, or read it to its end: both leave no thread behind.
     """
 
-    def __init__(self, make_batch: Callable[[range], T], todo: Iterable[tuple[int, list[range]]], workers: int = 2, ahead: int = 2,
+    def __init__(self, make_batch: Callable[[P], T], todo: Iterable[tuple[int, list[P]]], workers: int = 2, ahead: int = 2,
                  pin: bool = False, turns: bool = False):
         import cv2
 
@@ -115,7 +116,7 @@ class Feed(Generic[T]):
         self._waiting.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def __enter__(self) -> Feed[T]:
+    def __enter__(self) -> Feed[P, T]:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -126,5 +127,5 @@ class Feed(Generic[T]):
             self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _pinned(make_batch: Callable[[range], Any]) -> Callable[[range], Any]:
+def _pinned(make_batch: Callable[[P], Any]) -> Callable[[P], Any]:
     return lambda positions: {name: tensor.pin_memory() for name, tensor in make_batch(positions).items()}

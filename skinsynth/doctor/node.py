@@ -19,7 +19,7 @@ from skinsynth.world import World, join, place
 def node_checks(cfg: Config) -> Iterator[Check]:
     """What one rank finds, in the order in which it looks; the collective comes last, so that the rest is told even where it hangs."""
     world, variables = place()
-    where = f"rank {world.rank} on {os.environ.get('SLURMD_NODENAME') or platform.node()}"
+    where = f"rank {world.rank} on {_node()}"
     looks: list[tuple[str, Callable[[], Iterator[Check]]]] = [
         ("project", lambda: iter([Check(OK, "project", f"skinsynth {code_version()}, python {platform.python_version()}")])),
         ("run folder", lambda: iter([_visible("run folder", Path(cfg.run)), _visible("data.shards", Path(cfg.data.shards))])),
@@ -30,6 +30,10 @@ def node_checks(cfg: Config) -> Iterator[Check]:
     for name, look in looks:
         for check in guarded(name, look):
             yield Check(check.state, check.name, check.found, check.todo, where)
+
+
+def _node() -> str:
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
 def _visible(name: str, path: Path) -> Check:
@@ -97,7 +101,9 @@ def _all_reduce(world: World, variables: dict[str, str]) -> Check:
             total = float(values[-1].item())  # waits for the device
             took = time.perf_counter() - begin
         backend = "nccl" if values.is_cuda else "gloo"
+        all_took, nodes = zip(*world.gather((took, _node())), strict=True)
     want = world.size * (world.size + 1) / 2
     if total != want:
         return Check(FAIL, "all-reduce", f"{backend} over {world.size} ranks gave {total:g} instead of {want:g}", "tell your site")
-    return Check(OK, "all-reduce", f"{backend} over {world.size} ranks, 16 MiB in {took * 1000:.0f} ms")
+    return Check(OK, "all-reduce", f"{backend} over {world.size} ranks on {len(set(nodes))} node{'s' if len(set(nodes)) > 1 else ''}, 16 MiB in "
+                                   f"{max(all_took) * 1000:.0f} ms")

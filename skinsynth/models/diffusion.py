@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from skinsynth import cpu
 from skinsynth.data.withdrawn import withdrawn_keys
 from skinsynth.errors import UserError
 from skinsynth.knobs import Model
@@ -62,6 +63,7 @@ def merge_lora(pipe: Any, path: Path, scale: float) -> None:
     pipe.unload_lora_weights()
 
 
+@cpu.importing()
 def load_vae(model: Model) -> Any:
     """The base model's VAE alone, float32. Raises as ``load_base``."""
     from diffusers import AutoencoderKL
@@ -83,6 +85,7 @@ def load_pipeline(folder: Path, precision: str = "fp32") -> Any:
         folder, dtype=DTYPES[precision], local_files_only=True, use_safetensors=True, variant=hub.variant(folder), **extras))
 
 
+@cpu.importing()
 def _load(config: Path, weights: Path, load: Callable[[Any, dict[str, Any]], Any]) -> Any:
     import diffusers
     from diffusers.utils import logging as diffusers_logging

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from skinsynth import cpu
 from skinsynth.errors import UserError
 from skinsynth.knobs import Classify
 from skinsynth.models import attention, hub
@@ -19,6 +20,7 @@ LABELS = {0: "benign", 1: "malignant"}
 HALF = (0.5, 0.5, 0.5)  # ViT's own mean and deviation
 
 
+@cpu.importing()
 def build(cfg: Classify, size: int, seed: int, kind: str = "sdpa") -> Any:
     """A ``ForImageClassification`` model with two classes, float32; ``size``: side of the shards' images in pixels; ``kind``: its attention.
 

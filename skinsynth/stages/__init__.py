@@ -15,6 +15,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from skinsynth import cpu
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config
 from skinsynth.run import RunDir, Task, write_json
@@ -72,7 +73,8 @@ def _call(node: str, cfg: Config, run: RunDir, task: Task) -> None:
     with on_stop(leave if stage in UNITS else world.note_stop):
         if world.is_main:
             run.begin_task(node, task.index, cfg.cluster.max_restarts)
-        function = getattr(importlib.import_module(f"skinsynth.stages.{stage}"), stage)
+        with cpu.importing():
+            function = getattr(importlib.import_module(f"skinsynth.stages.{stage}"), stage)
         if stage in UNITS:
             if is_gang(cfg, stage):
                 with take_turns(world, variables) as turns:
@@ -98,13 +100,10 @@ def explain(error: BaseException) -> str:
 
 
 def _before_torch(cfg: Config, run: RunDir, node: str) -> None:
-    """CPU threads, where compiled code is kept, and what is not to be imported; in-process runs (debug) keep what they have."""
+    """CPU threads and memory, where compiled code is kept, and what is not to be imported; in-process runs (debug) keep what they have."""
     if cfg.cluster.kind == "debug" or "torch" in sys.modules:
         return
-    # Threads that spin long while they wait stand still beside any other work on the cores; those that never do make a step of many small
-    # operations half as fast again as it could be. Some ten microseconds of spinning cost little and serve as well as the default.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    os.environ.setdefault("OMP_NUM_THREADS", str(cfg.cluster.threads_of(node.split("/")[0])))
+    cpu.before_torch(cfg.cluster.threads_of(node.split("/")[0]))
     if cfg.model.compile:  # torch itself sets it to a folder of the node at the first import that asks for it
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(run.compiled.absolute()))
     if "adamw8bit" not in (cfg.finetune.optimizer, cfg.classify.optimizer):

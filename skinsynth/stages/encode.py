@@ -15,6 +15,7 @@ from skinsynth.data import concepts, views
 from skinsynth.data.cache import open_dataset
 from skinsynth.data.codec import to_npy
 from skinsynth.data.shards import BadSample, Dataset, ShardWriter, claim, missing_parts, write_manifest
+from skinsynth.data.stream import Feed
 from skinsynth.knobs import Config
 from skinsynth.models import diffusion
 from skinsynth.run import Progress, RunDir, Task, sha256_file, write_bytes, write_json
@@ -42,16 +43,24 @@ def encode(cfg: Config, run: RunDir, task: Task) -> None:
     claim(folder, {"base_sha256": base_sha256, "train_sha256": sha256_file(train.folder / "manifest.json"), "seed": cfg.seed,
                    **asdict(cfg.encode), "samples": [train.keys[i] for i in wanted]})
     mine = {unit: sorted(set(train.shard_samples(unit)) & set(wanted)) for unit in task.mine(missing_parts(folder, units))}
+
+    def drawn(batch: list[int]) -> np.ndarray:
+        """uint8 (views, n, height, width, 3)."""
+        return np.stack([views.views(train.image(i), train.keys[i], cfg.encode, cfg.seed) for i in batch], 1)
+
     progress = Progress(run, "encode", task.index, sum(len(samples) for samples in mine.values()), "images")
     for unit, samples in mine.items():
         with ShardWriter(folder, unit) as shard:
             samples = _readable(train, samples, shard) if skip else samples
-            for batch, count in diffusion.padded(samples, cfg.encode.batch):
-                drawn = np.stack([views.views(train.image(i), train.keys[i], cfg.encode, cfg.seed) for i in batch], 1)
-                moments = np.stack([diffusion.encode_images(pipe.vae, view) for view in drawn], 1)
-                for i, values in zip(batch[:count], moments[:count], strict=True):
-                    shard.add(train.keys[i], {"moments.npy": to_npy(values)})
-                progress.advance(count)
+            batches = dict(enumerate(diffusion.padded(samples, cfg.encode.batch)))
+            todo = ((number, [batch]) for number, (batch, _) in batches.items())
+            with Feed(drawn, todo, cfg.data.workers, turns=pipe.device.type == "cpu") as feed:  # the next batch is decoded beside this one
+                for number, (images,) in feed:
+                    batch, count = batches[number]
+                    moments = np.stack([diffusion.encode_images(pipe.vae, view) for view in images], 1)
+                    for i, values in zip(batch[:count], moments[:count], strict=True):
+                        shard.add(train.keys[i], {"moments.npy": to_npy(values)})
+                    progress.advance(count)
     if not missing_parts(folder, units):
         _finish(cfg, run, pipe, units, base_sha256, concepts.prompts(cfg, sources))
 

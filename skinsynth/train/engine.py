@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from skinsynth.cpu import importing
 from skinsynth.errors import UserError
 from skinsynth.knobs import Training
 from skinsynth.train.optimizer import build_optimizer, groups
@@ -96,6 +97,7 @@ class Engine:
         if found:
             self._go_on(found)
 
+    @importing()
     def _accelerator(self) -> Any:
         from accelerate import Accelerator
         from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from skinsynth.data.shards import Dataset
+from skinsynth.data.stream import Feed
 from skinsynth.knobs import Config
 from skinsynth.models import vit
 from skinsynth.quality.metrics import binary_metrics
@@ -70,17 +72,23 @@ class Judge:
     def scores(self, split: Dataset) -> np.ndarray:
         """float32 (n,): probability of malignant, every rank doing its share. Batches are whole, so the cut shows in no bit. A collective."""
         size, device = self.cfg.global_batch, self.world.device
-        starts, found = range(0, len(split), size), {}
+        starts, cuda = range(0, len(split), size), device.type == "cuda"
+        found: dict[int, torch.Tensor] = {}
         reduced = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.cfg.precision)
-        for start in list(starts)[self.world.rank::self.world.size]:
-            picks = [min(i, len(split) - 1) for i in range(start, start + size)]
-            images = torch.from_numpy(np.stack([self.data.decoded.read(split, i).transpose(2, 0, 1) for i in picks])).to(device)
-            with torch.autocast(device.type, reduced) if reduced else nullcontext():
-                found[start] = self._probability(images).cpu().numpy()
+        todo = ((start, [range(start, start + size)]) for start in list(starts)[self.world.rank::self.world.size])
+        with Feed(partial(self._images, split), todo, self.data.workers, pin=cuda, turns=not cuda) as feed:
+            for start, (batch,) in feed:
+                with torch.autocast(device.type, reduced) if reduced else nullcontext():
+                    found[start] = self._probability(batch["images"].to(device, non_blocking=True))
         merged: dict[int, np.ndarray] = {}
-        for part in self.world.gather(found):
+        for part in self.world.gather({start: values.cpu().numpy() for start, values in found.items()}):
             merged |= part
         return np.concatenate([merged[start] for start in starts])[: len(split)]
+
+    def _images(self, split: Dataset, positions: range) -> Batch:
+        """uint8 (n, 3, side, side); beyond the split's end its last image."""
+        found = [self.data.decoded.read(split, min(i, len(split) - 1)).transpose(2, 0, 1) for i in positions]
+        return {"images": torch.from_numpy(np.stack(found))}
 
     def _probability(self, images: torch.Tensor) -> torch.Tensor:
         """float32 (n,): the mean over the views of each image."""

@@ -95,7 +95,7 @@ def _next(batches: Iterator[tuple[int, list[Batch]]]) -> tuple[list[Batch], Base
         return [], error
 
 
-def _leave(node: str, step: int, log: TrainLog, feed: Feed[Batch], checkpoints: Checkpoints, engine: Engine, state: dict[str, Any],
+def _leave(node: str, step: int, log: TrainLog, feed: Feed[range, Batch], checkpoints: Checkpoints, engine: Engine, state: dict[str, Any],
            error: BaseException | None) -> NoReturn:
     """All ranks save, and stop: for a signal that one has heard, or a batch that one could not read."""
     if step > (checkpoints.found.step if checkpoints.found else 0):
