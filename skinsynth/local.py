@@ -53,13 +53,16 @@ class Local:
                     time.sleep(0.2)
                 table.refresh(dict.fromkeys(self.failed, "failed"))
         except BaseException:
-            stop_processes(self.run, self.console, "stopping")
+            stop_processes(self.run, self.console, "stopping")  # a second Ctrl-C may break it off: the next launch finds the list
+            self._forget()
             raise
-        finally:
-            (self.run.path / "processes.json").unlink(missing_ok=True)
+        self._forget()
         if self.failed:
             lines = [f"{node} failed: {message}\n  log: {newest_log(self.run, node)}" for node, message in self.failed.items()]
             raise UserError("\n".join(lines) + "\nmend it and start the same command again: what is done is kept")
+
+    def _forget(self) -> None:
+        (self.run.path / "processes.json").unlink(missing_ok=True)
 
     def _advance(self) -> bool:
         """Collects what ended, starts what may start; False when nothing runs and nothing more can."""
@@ -100,14 +103,14 @@ class Local:
         gang = stages.is_gang(self.cfg, node.stage)
         executor.update_parameters(timeout_min=wanted.minutes, tasks_per_node=wanted.tasks_per_node if gang else 1,
                                    gpus_per_node=wanted.gpus_per_node, stderr_to_stdout=True)
-        with _ignored(signal.SIGINT):  # a job inherits that: Ctrl-C is for the launch, which then stops its jobs in order
+        with _undisturbed():  # no job may run that is not on the list
             started = {task.index: executor.submit(StageJob(node.name, str(self.run.path), task.index, task.count)) for task in tasks}
-        self.jobs[node.name] += started.values()
-        path = self.run.node(node.name) / "submit" / "tasks.json"  # whose log is which
-        known = read_json(path) or {}
-        write_json(path, known | {str(i): [*known.get(str(i), []), job.job_id] for i, job in started.items()})
-        pids = [(name, int(job.job_id)) for name, jobs in self.jobs.items() for job in jobs]
-        write_json(self.run.path / "processes.json", [{"node": name, "pid": pid, "born": birth(pid)} for name, pid in pids])
+            self.jobs[node.name] += started.values()
+            path = self.run.node(node.name) / "submit" / "tasks.json"  # whose log is which
+            known = read_json(path) or {}
+            write_json(path, known | {str(i): [*known.get(str(i), []), job.job_id] for i, job in started.items()})
+            pids = [(name, int(job.job_id)) for name, jobs in self.jobs.items() for job in jobs]
+            write_json(self.run.path / "processes.json", [{"node": name, "pid": pid, "born": birth(pid)} for name, pid in pids])
 
 
 def stop_processes(run: RunDir, console: Console, why: str) -> None:
@@ -130,12 +133,19 @@ def stop_processes(run: RunDir, console: Console, why: str) -> None:
 
 
 @contextlib.contextmanager
-def _ignored(number: int) -> Iterator[None]:
-    before = signal.signal(number, signal.SIG_IGN)
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait for the end of the block. From a process that is started inside, Ctrl-C is held back for good: it is for the
+    launch, which then stops its jobs in order."""
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # processes inherit the mask, but no handler
     try:
         yield
     finally:
-        signal.signal(number, before)
+        signal.signal(signal.SIGTERM, before)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _signal(process: psutil.Process, number: int) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,7 @@ from conftest import ROOT, overrides, skinsynth
 
 from skinsynth.chain import chain as nodes
 from skinsynth.run import read_json
+from skinsynth.train.log import read_lines
 
 
 def _listen_to_ctrl_c() -> None:
@@ -31,13 +33,17 @@ def start(*arguments: str) -> subprocess.Popen[str]:
                             preexec_fn=_listen_to_ctrl_c)
 
 
+def until(process: subprocess.Popen[str], condition: Callable[[], object], what: str, seconds: float = 150) -> None:
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert time.time() < end, f"{what} did not come in {seconds} s"
+        time.sleep(0.02)
+
+
 def wait_for(process: subprocess.Popen[str], path: Path, pattern: str, seconds: float = 150) -> None:
     """Until a file of that pattern is there."""
-    end = time.time() + seconds
-    while not list(path.glob(pattern)):
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
-        assert time.time() < end, f"{path}/{pattern} did not come in {seconds} s"
-        time.sleep(0.02)
+    until(process, lambda: list(path.glob(pattern)), f"{path}/{pattern}", seconds)
 
 
 def jobs_alive(folder: Path) -> list[int]:
@@ -48,30 +54,44 @@ def jobs_alive(folder: Path) -> list[int]:
     return found
 
 
-@pytest.mark.timeout(420)
-def test_killed_three_times_it_finishes_with_the_same_report(chain: Path, drawn: Path, tmp_path: Path) -> None:
-    arguments, run = ["launch", "configs/demo.yaml", *overrides(drawn, tmp_path)], tmp_path / "run"
-
+def kill_three_times(arguments: list[str], folder: Path) -> None:
+    """A launch that is killed with all it started, then alone, and at last stopped as Ctrl-C does, as soon as it has a job of its own."""
+    run = folder / "run"
     launch = start(*arguments)  # everything at once, as when the power goes
     wait_for(launch, run, "finetune/checkpoints/step-*/complete.json")
     os.killpg(launch.pid, signal.SIGKILL)
     launch.wait()
 
     launch = start(*arguments)  # the launch alone: its jobs live on, and must not meet their successors
-    wait_for(launch, tmp_path / "shards/run-synthetic", "*.tar*")
+    wait_for(launch, folder / "shards/run-synthetic", "*.tar*")
     launch.kill()
     launch.wait()
-    assert jobs_alive(tmp_path), "no job was left running: the test killed too late"
+    assert jobs_alive(folder), "no job was left running: the test killed too late"
 
-    launch = start(*arguments)  # politely, as Ctrl-C does
-    wait_for(launch, run, "classify/*/seed-*/epochs.jsonl")
+    launch = start(*arguments)  # politely
+    until(launch, lambda: any("submitit" in " ".join(child.cmdline()) for child in psutil.Process(launch.pid).children()), "a job of its own")
     launch.send_signal(signal.SIGINT)
     output = launch.communicate(timeout=60)[0]
     assert launch.returncode == 130, output
     assert "the same command goes on" in output
     assert "stopping what an earlier launch left running" in output
-    assert jobs_alive(tmp_path) == []
+    assert jobs_alive(folder) == []
 
+
+@pytest.mark.timeout(300)
+def test_killed_three_times_it_goes_on_where_it_was(chain: Path, drawn: Path, tmp_path: Path) -> None:
+    kill_three_times(["launch", "configs/demo.yaml", *overrides(drawn, tmp_path)], tmp_path)
+    done = [row["loss"] for row in read_lines(tmp_path / "run/finetune/metrics.jsonl")]
+    assert done == [row["loss"] for row in read_lines(chain / "run/finetune/metrics.jsonl")]
+    for tar in (tmp_path / "shards").glob("*/*.tar"):
+        assert tar.read_bytes() == (chain / "shards" / tar.parent.name / tar.name).read_bytes(), tar
+
+
+@pytest.mark.soak  # minutes, most of them starts of processes
+@pytest.mark.timeout(600)
+def test_killed_three_times_it_finishes_with_the_same_report(chain: Path, drawn: Path, tmp_path: Path) -> None:
+    arguments, run = ["launch", "configs/demo.yaml", *overrides(drawn, tmp_path)], tmp_path / "run"
+    kill_three_times(arguments, tmp_path)
     last = skinsynth(*arguments)
     assert last.returncode == 0, last.stdout + last.stderr
     assert (run / "report/report.json").read_bytes() == (chain / "run/report/report.json").read_bytes()
@@ -205,7 +225,7 @@ def test_a_slice_of_real_images_goes_all_the_way(real: Path, tmp_path: Path) -> 
     malignant = [r for r in rows[1:] if r.split(",")[8] == "1"][:24]
     (tmp_path / "metadata.csv").write_text("\n".join([rows[0], *benign, *malignant]) + "\n")
     values = {k: v for k, v in (item.split("=", 1) for item in overrides(tmp_path, tmp_path)) if k != "data.duplicates"}
-    values |= {"data.images": str(real / "isic2017/images"), "finetune.steps": "4", "classify.steps": "4"}
+    values |= {"data.images": str(real / "isic2017/images"), "finetune.steps": "4", "classify.steps": "4", "classify.seeds": "[0]"}
     done = skinsynth("launch", "configs/isic2017.yaml", *(f"{k}={v}" for k, v in values.items()), "cluster=debug")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     report = json.loads((tmp_path / "run/report/report.json").read_text())
