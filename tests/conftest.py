@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from skinsynth.knobs import Config
     from skinsynth.run import RunDir
 
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # before torch comes: other work on the cores must not make the tests crawl
+# Before torch comes: other work on the cores must not make the tests crawl. Where workers share the cores, a thread each is fastest.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 Setup = Callable[..., "tuple[Config, RunDir]"]
 ROOT = Path(__file__).resolve().parent.parent
 DEVCLUSTER = ROOT / "slurm" / "devcluster"
@@ -75,6 +79,13 @@ def real() -> Path:
     if not (REAL / "isic2017" / "metadata.csv").is_file():
         pytest.skip(f"no real images at {REAL}: they are not part of the repository (see shards/README.md)")
     return REAL
+
+
+def free_port() -> int:
+    """For the ranks of a gang: other tests run beside this one."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
 
 
 def overrides(images: Path, folder: Path, run: str = "run", **more: object) -> list[str]:

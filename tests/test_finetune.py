@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, overrides
+from conftest import ROOT, free_port, overrides
 
 from skinsynth import config, knobs
 from skinsynth.data.codec import from_npy
@@ -38,16 +38,16 @@ def begin(chain: Path, drawn: Path, folder: Path, **more: object) -> RunDir:
     return run
 
 
-def start(run: RunDir, ranks: int, port: int) -> list[subprocess.Popen[bytes]]:
+def start(run: RunDir, ranks: int) -> list[subprocess.Popen[bytes]]:
     """``python -m jobs.finetune`` as torchrun would start it."""
-    env = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     with open(run.path / "finetune.log", "ab") as log:
         return [subprocess.Popen([sys.executable, "-m", "jobs.finetune", str(run.path)], cwd=ROOT, stdout=log, stderr=log,
                                  env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)]
 
 
-def finish(run: RunDir, ranks: int, port: int) -> None:
-    codes = [p.wait(150) for p in start(run, ranks, port)]
+def finish(run: RunDir, ranks: int) -> None:
+    codes = [p.wait(150) for p in start(run, ranks)]
     assert codes == [0] * ranks, (run.path / "finetune.log").read_text()[-3000:]
 
 
@@ -65,18 +65,18 @@ def wait_for(condition: object, what: str, seconds: float = 120) -> None:
 
 def test_killed_and_stopped_gangs_go_on_with_the_same_losses(chain: Path, drawn: Path, tmp_path: Path) -> None:
     run = begin(chain, drawn, tmp_path / "a")
-    gang = start(run, 2, 29611)
+    gang = start(run, 2)
     wait_for(lambda: (run.node("finetune") / "checkpoints/step-00000004/complete.json").exists(), "the first checkpoint")
     gang[1].kill()  # one rank dies without a word: the other must not hang
     assert gang[0].wait(60) != 0
     torn = run.node("finetune") / "checkpoints/step-00000006"
     torn.mkdir()
     (torn / "model.pt").write_bytes(b"half")  # as a writer that died between its files would leave it, were it not for the rename
-    gang = start(run, 2, 29612)
+    gang = start(run, 2)
     wait_for(lambda: len(losses(run)) >= 4 and b"is passed over" in (run.path / "finetune.log").read_bytes(), "the resume")
     gang[1].send_signal(signal.SIGTERM)  # to any rank: both save at one step and leave
     assert {p.wait(60) for p in gang} <= {75, 0}
-    finish(run, 2, 29613)
+    finish(run, 2)
     assert "complete.json is missing" in (run.path / "finetune.log").read_text()
     assert losses(run) == losses(chain / "run")
     assert diffusion.weights_sha256(run.weights) == diffusion.weights_sha256(chain / "run/finetune/weights")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, overrides
+from conftest import ROOT, free_port, overrides
 
 from skinsynth import config, knobs
 from skinsynth.chain import chain as nodes
@@ -158,8 +158,8 @@ def test_two_tasks_that_were_handed_the_same_units_do_no_harm(chain: Path, drawn
 
 def test_the_ranks_of_a_gang_take_the_units_in_turn(chain: Path, drawn: Path, tmp_path: Path) -> None:
     _, run = begin(chain, drawn, tmp_path, **{"generate.mode": "gang", "cluster.stages.generate.tasks_per_node": 2})
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29613", "-m", "jobs.generate",
-                           str(run.path)], cwd=ROOT, text=True, capture_output=True, timeout=200, check=False)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
+                           "-m", "jobs.generate", str(run.path)], cwd=ROOT, text=True, capture_output=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert tars(tmp_path / "shards/run-synthetic") == tars(chain / "shards/run-synthetic")
     shares = [read_json(run.progress_path("generate", rank)) for rank in (0, 1)]

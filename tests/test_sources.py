@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, overrides
+from conftest import ROOT, free_port, overrides
 from safetensors.torch import load_file, save_file
 
 from skinsynth import config, knobs
@@ -242,10 +241,7 @@ def test_two_ranks_in_bf16_as_on_gpus(bases: Path, prepared: Path, drawn: Path, 
         more = {"model.base": bases / "sdxl", "finetune.precision": precision, "finetune.gradient_checkpointing": True, "finetune.zero": 2}
         cfg, run = begin(prepared, drawn, tmp_path / precision, **more)
         encode(cfg, run, Task(0, 1))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        env = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
         gang = [subprocess.Popen([sys.executable, "-m", "jobs.finetune", str(run.path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                  text=True, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
         said = [process.communicate(timeout=180)[0] for process in gang]

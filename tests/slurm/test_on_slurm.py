@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from campaign import LONG, Campaign, Environment, begun, command, disturbances, restarts, skinsynth_on, states, until
-from conftest import ROOT, overrides
+from conftest import ROOT, free_port, overrides
 
 from skinsynth.run import RunDir, read_json
 
@@ -49,9 +49,10 @@ def undisturbed(drawn: Path, chain: Path, tmp_path_factory: pytest.TempPathFacto
     """finetune on two ranks and generate in one task, on this machine, to hold against."""
     folder = tmp_path_factory.mktemp("undisturbed")
     _, run = begun(drawn, chain, folder)
+    port = str(free_port())
     ranks = [subprocess.Popen([sys.executable, "-m", "jobs.finetune", str(run.path)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                               env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-                                   "MASTER_PORT": "29731", "OMP_NUM_THREADS": "1"}) for rank in range(2)]
+                                   "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}) for rank in range(2)]
     assert [rank.wait(170) for rank in ranks] == [0, 0]
     command(dict(os.environ), sys.executable, "-m", "jobs.generate", str(run.path), seconds=170)
     return folder

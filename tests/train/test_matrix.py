@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, overrides
+from conftest import ROOT, free_port, overrides
 from gang import main as run_gang
 
 from skinsynth import config
@@ -85,12 +84,6 @@ def maker(drawn: Path, small_base: Path, tmp_path_factory: pytest.TempPathFactor
         return run
 
     return make
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def on_two_ranks(runs: list[RunDir], folder: Path, seconds: float = 600, arm: str = "") -> None:
