@@ -116,11 +116,12 @@ def per_second(s: Setting, times: list[float]) -> float:
 def ours(s: Setting, compiled: bool = False) -> dict[str, float]:
     """The stage itself as a job runs it, and as it logs itself."""
     from skinsynth import stages
-    from skinsynth.train.log import read_lines
 
-    run = make_run(s, "ours", {"finetune.zero": 0, "model.compile": compiled})
+    run = make_run(s, "ours", {"finetune.zero": 0, "model.compile": compiled, "cluster.stages.finetune.tasks_per_node": 1})
     if stages.run_node("finetune", str(run.path)) != stages.OK:
         raise SystemExit("finetune failed")
+    from skinsynth.train.log import read_lines  # it imports torch, which is the stage's to do
+
     rows = read_lines(run.node("finetune") / "metrics.jsonl")[s.window::s.window]
     return medians(rows, "samples_per_second", "data_wait", "mfu", "peak_memory_gb")
 
@@ -195,7 +196,7 @@ def main() -> None:
         return float(last[side]["samples_per_second"])
 
     sides = {OURS: "ours", **({"skinsynth, compiled": "compiled"} if s == GPU else {}), PEER: "peer"}
-    rounds = alternate({name: partial(measure, side) for name, side in sides.items()}, rounds=3)
+    rounds = alternate({name: partial(measure, side) for name, side in sides.items()}, rounds=7)
     report("finetune", rounds, OURS, PEER, "samples/s",
            f"whole UNet, {s.model}, batch {s.batch}, {s.side} px, {s.precision}, SDPA, {s.steps} steps, median of windows of {s.window} steps, "
            "the first left out; ours on latents and embeddings that encode made before, which is not counted",

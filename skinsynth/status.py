@@ -215,13 +215,14 @@ def table(run: RunDir, found: list[Row], took: dict[str, float], width: int) -> 
     for name, cells in columns.items():
         least = None if name == "note" else max(map(len, [name, *cells]))
         view.add_column(name, justify="left" if name in ("stage", "state", "nodes", "note") else "right", no_wrap=name != "note", min_width=least)
-    if width >= 120:
+    bars = width >= 120 and any(row.total for row in found)
+    if bars:
         view.add_column("")
     for number, row in enumerate(found):
         texts = [Text(cells[number], STYLES.get(row.state, "") if name == "state" else "", no_wrap=True, overflow="ellipsis")
                  for name, cells in columns.items()]
         bar = ProgressBar(total=max(1, row.total), completed=row.done if row.total else 1, width=16) if row.total else ""
-        view.add_row(*texts, *([bar] if width >= 120 else []))
+        view.add_row(*texts, *([bar] if bars else []))
     return view
 
 

@@ -43,6 +43,11 @@ def test_in_a_pipe_it_is_as_wide_as_it_needs(monkeypatch: pytest.MonkeyPatch) ->
     assert "Slurm: Priority" in text
 
 
+def test_where_nothing_has_begun_there_is_no_empty_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    heading = next(line for line in shown(QUEUED[2:], True, 160, monkeypatch).splitlines() if "stage" in line)
+    assert heading.replace(" ", "") == "┃stage┃state┃done┃note┃"
+
+
 def test_what_failed_leaves_room_for_why(monkeypatch: pytest.MonkeyPatch) -> None:
     table = shown(FAILED, True, 80, monkeypatch).split("prepare:")[0]
     assert "the images are not there" in table
