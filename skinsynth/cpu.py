@@ -33,12 +33,11 @@ def _keep_freed_memory() -> None:
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
     """For code that imports thousands of modules. All they make stays for good, yet Python's garbage collector would look through it again and
-    again: a fifth of the time that the imports take. What is there at the end it never looks at any more. Also a decorator."""
+    again: a fifth of the time that the imports take. Also a decorator."""
     was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if was_on:
-            gc.freeze()
             gc.enable()

@@ -137,15 +137,16 @@ def _undisturbed() -> Iterator[None]:
     """Ctrl-C and SIGTERM wait for the end of the block. From a process that is started inside, Ctrl-C is held back for good: it is for the
     launch, which then stops its jobs in order."""
     came: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # processes inherit the mask, but no handler
+    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # for the processes, which inherit it, but no handler
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        for number in came:
-            signal.raise_signal(number)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for heard in dict.fromkeys(came):
+            signal.raise_signal(heard)
 
 
 def _signal(process: psutil.Process, number: int) -> None:

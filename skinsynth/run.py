@@ -161,7 +161,7 @@ class RunDir:
 
     def lock_owner(self) -> int | None:
         """The process on this machine that launches the run just now."""
-        owner = read_json(self.path / "launch.lock") or {}
+        owner = _locked_by(self.path / "launch.lock")
         alive = owner.get("host") == platform.node() and birth(owner.get("pid", 0)) == owner.get("born")
         return owner["pid"] if owner and alive else None
 
@@ -181,14 +181,14 @@ class RunDir:
                     json.dump(mine, f)
                 break
             except FileExistsError:
-                owner = read_json(path) or {}
+                owner = _locked_by(path)
                 here = owner.get("host") == mine["host"]
                 if birth(owner.get("pid", 0)) != owner.get("born") if here else _untouched(path) > LOCK_SILENT:
-                    path.unlink(missing_ok=True)
+                    _take_away(path, owner)
                     continue
-                raise UserError(f"{self.path} is being launched already by process {owner.get('pid')} on {owner.get('host')} since "
-                                f"{owner.get('since')}: wait for it or stop it (if it is dead: its lock is taken over after "
-                                f"{LOCK_SILENT} s)") from None
+                who = f"process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else "a process that did not say which"
+                raise UserError(f"{self.path} is being launched already by {who}: wait for it or stop it (if it is dead: its lock is taken over "
+                                f"after {LOCK_SILENT} s)") from None
         ended = threading.Event()
         threading.Thread(target=_keep_touching, args=(path, ended), daemon=True).start()
         try:
@@ -196,6 +196,25 @@ class RunDir:
         finally:
             ended.set()
             path.unlink(missing_ok=True)
+
+
+def _locked_by(path: Path) -> dict[str, Any]:
+    """{} where there is no lock, or one whose owner has not written, or died before it did."""
+    try:
+        return read_json(path) or {}
+    except ValueError:
+        return {}
+
+
+def _take_away(path: Path, dead: dict[str, Any]) -> None:
+    """Of launches that find a dead owner's lock at the same time one alone gets it away; what is another's by now goes back."""
+    aside = path.with_name(f".{path.name}.{owner()}.tmp")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(path, aside)
+        if _locked_by(aside) != dead:
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path)
+        aside.unlink()
 
 
 def _keep_touching(path: Path, ended: threading.Event) -> None:

@@ -46,10 +46,11 @@ def wait_for(process: subprocess.Popen[str], path: Path, pattern: str, seconds: 
     until(process, lambda: list(path.glob(pattern)), f"{path}/{pattern}", seconds)
 
 
-def jobs_alive(folder: Path) -> list[int]:
+def jobs_alive(folder: Path, parent: int | None = None) -> list[int]:
+    """``parent``: those alone that it started."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if any(str(folder) in part for part in process.info["cmdline"] or []) and process.status() != psutil.STATUS_ZOMBIE:
+    for process in psutil.process_iter(["cmdline", "ppid"]):
+        if parent in (None, process.info["ppid"]) and any(str(folder) in part for part in process.info["cmdline"] or []) and process.status() != psutil.STATUS_ZOMBIE:
             found.append(process.pid)
     return found
 
@@ -69,7 +70,7 @@ def kill_three_times(arguments: list[str], folder: Path) -> None:
     assert jobs_alive(folder), "no job was left running: the test killed too late"
 
     launch = start(*arguments)  # politely
-    until(launch, lambda: any("submitit" in " ".join(child.cmdline()) for child in psutil.Process(launch.pid).children()), "a job of its own")
+    until(launch, lambda: jobs_alive(folder, launch.pid), "a job of its own")
     launch.send_signal(signal.SIGINT)
     output = launch.communicate(timeout=60)[0]
     assert launch.returncode == 130, output

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import weakref
 
 import pytest
 from conftest import ROOT
@@ -49,7 +50,23 @@ def test_what_the_environment_says_stays(monkeypatch: pytest.MonkeyPatch) -> Non
     assert os.environ.pop("THP_MEM_ALLOC_ENABLE") == "1"
 
 
+class Node:
+    """Garbage that only the collector finds."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+
 def test_garbage_is_collected_again_after_the_imports() -> None:
+    """Also what was there before, such as the networks of the seed that was trained before this one."""
+    old = weakref.ref(Node())
+    with cpu.importing():
+        new = weakref.ref(Node())
+    gc.collect()
+    assert (old(), new()) == (None, None)
+
+
+def test_the_collector_is_as_it_was_after_the_imports() -> None:
     assert gc.isenabled()
     with cpu.importing(), cpu.importing():
         assert not gc.isenabled()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +33,23 @@ def interrupt(*arguments: Any, **options: Any) -> None:
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The jobs that were submitted. Ctrl-C comes as soon as one is."""
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The jobs that were submitted. Ctrl-C comes as soon as one is, to any thread: on a terminal the table has one of its own."""
     from submitit import LocalExecutor
 
     found, submit = [], LocalExecutor.submit
 
     def submit_and_press(self: Any, job: Any) -> Any:
         found.append(submit(self, job))
-        signal.raise_signal(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
         return found[-1]
 
     monkeypatch.setattr(LocalExecutor, "submit", submit_and_press)
-    return found
+    over = threading.Event()
+    threading.Thread(target=over.wait, daemon=True).start()
+    yield found
+    over.set()
 
 
 def test_a_ctrl_c_while_a_job_is_started_stops_that_job(launch: Local, started: list[Any]) -> None:

@@ -64,6 +64,36 @@ def test_a_lock_of_another_host_is_taken_over_once_it_is_silent(tmp_path: Path, 
         assert path.stat().st_mtime > first, "its owner touches it all the time"
 
 
+def test_of_two_that_find_a_dead_lock_one_alone_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other takes it over between this one's look and its hand."""
+    path, here = tmp_path / "launch.lock", os.uname().nodename
+    other = {"pid": os.getpid(), "born": runs.birth(os.getpid()), "host": here, "since": "just now"}
+    path.write_text(json.dumps({"pid": 2**30, "born": 1.0, "host": here, "since": "yesterday"}))
+    take_away = runs._take_away
+
+    def late(path: Path, dead: dict[str, object]) -> None:
+        path.write_text(json.dumps(other))
+        take_away(path, dead)
+
+    monkeypatch.setattr(runs, "_take_away", late)
+    with pytest.raises(UserError, match=f"process {os.getpid()} on {here} since just now"), RunDir(tmp_path).lock():
+        pass
+    assert json.loads(path.read_text()) == other
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_lock_whose_owner_died_before_it_wrote_is_taken_over_too(tmp_path: Path) -> None:
+    run, path = RunDir(tmp_path), tmp_path / "launch.lock"
+    for torn in ("", '{"pid": 1'):
+        path.write_text(torn)
+        assert run.lock_owner() is None
+        with pytest.raises(UserError, match="a process that did not say which"), run.lock():
+            pass
+        os.utime(path, (time.time() - 121,) * 2)
+        with run.lock():
+            assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
 def test_a_write_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
     runs.write_json(path, {"a": 1})
