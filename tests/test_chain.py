@@ -48,11 +48,9 @@ def wait_for(process: subprocess.Popen[str], path: Path, pattern: str, seconds: 
 
 def jobs_alive(folder: Path, parent: int | None = None) -> list[int]:
     """``parent``: those alone that it started."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "ppid"]):
-        if parent in (None, process.info["ppid"]) and any(str(folder) in part for part in process.info["cmdline"] or []) and process.status() != psutil.STATUS_ZOMBIE:
-            found.append(process.pid)
-    return found
+    seen = [process.info for process in psutil.process_iter(["pid", "ppid", "cmdline", "status"])]
+    return [at["pid"] for at in seen if parent in (None, at["ppid"]) and at["status"] != psutil.STATUS_ZOMBIE
+            and any(str(folder) in part for part in at["cmdline"] or [])]
 
 
 def kill_three_times(arguments: list[str], folder: Path) -> None:
