@@ -18,7 +18,7 @@ import pytest
 from skinsynth.data import codec, shards
 from skinsynth.data.order import Mixture, share
 from skinsynth.data.shards import BadSample, Dataset, ShardWriter, write_manifest
-from skinsynth.data.stream import Feed, Source
+from skinsynth.data.stream import TURN, Feed, Source
 from skinsynth.errors import UserError
 
 SIZE = 6  # samples in each of three shards
@@ -293,14 +293,14 @@ def test_taking_turns_nothing_is_made_while_a_batch_is_in_use(workers: int) -> N
         making.remove(positions.start)
         return positions.start
 
-    with Feed(make, ((s, [range(s, s + 1), range(s + 100, s + 101)]) for s in range(7)), workers, turns=True) as feed:
+    with Feed(make, ((s, [range(s, s + 1), range(s + 100, s + 101)]) for s in range(2 * TURN + 3)), workers, turns=True) as feed:
         seen = []
         for step, passes in feed:
             assert not making
             time.sleep(0.02)  # time enough for any that were begun
             assert not making
             seen.append((step, passes))
-    assert seen == [(s, [s, s + 100]) for s in range(7)]
+    assert seen == [(s, [s, s + 100]) for s in range(2 * TURN + 3)]
     assert feed.waited > 0
 
 

@@ -18,6 +18,7 @@ from skinsynth.errors import UserError
 
 P = TypeVar("P", bound=Sequence[int])
 T = TypeVar("T")
+TURN = 8  # steps; with fewer the cores change from one work to the other, and their caches with them, more often than is worth it
 
 
 class Source:
@@ -71,8 +72,8 @@ class Feed(Generic[P, T]):
     ``todo`` gives (step, [positions, ...]); ``ahead`` steps, one for each worker at least, are in the making while one is used. What ``make_batch``
     raises is raised where that step would have been given. ``pin`` puts dicts of tensors into page-locked memory, from where a GPU
     copies them faster.
-    ``turns``: loading and training take turns, a few steps at a time, for a training on the CPU: side by side each would take the cores from
-    the other, and a step is as slow as its slowest core.
+    ``turns``: loading and training take turns, ``TURN`` steps at a time whatever ``ahead`` says, for a training on the CPU: side by side each
+    would take the cores from the other, and a step is as slow as its slowest core.
     ``waited`` is how many seconds the consumer has waited in all: with loading fast enough, little more than the first step's.
 
     Use it in a ``with`` block, or read it to its end: both leave no thread behind.
@@ -85,7 +86,7 @@ class Feed(Generic[P, T]):
         cv2.setNumThreads(1)  # the workers run side by side already
         self.waited = 0.0
         self._make = _pinned(make_batch) if pin else make_batch
-        self._todo, self._ahead, self._turns = iter(todo), max(ahead, workers), turns
+        self._todo, self._ahead, self._turns = iter(todo), max(TURN if turns else ahead, workers), turns
         self._waiting: deque[tuple[int, list[Future[T]]]] = deque()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="feed")
         self._fill()
