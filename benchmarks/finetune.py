@@ -3,56 +3,81 @@
 The peer is the loop of ``train_text_to_image.py`` written against diffusers' public API: VAE and text encoder run in every step, the
 images come from a folder through PIL (in the main process on a CPU, which is the script's default), and the loss is read after every step.
 Both sides train the whole UNet with AdamW, with the same batch, precision and attention, in one process that has the GPU, or all cores.
-``python -m benchmarks.finetune SIDE`` is one measurement.
+On a CPU it is measured with real images of 256 px, and with drawn ones: as small as the demo's, and as large as cameras make them. Large ones
+cost the peer time in every step, and us none: ``prepare`` and ``encode`` were there before, which is not counted.
+``python -m benchmarks.finetune SIDE [SETTING]`` is one measurement.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import SCRATCH, alternate, gpu, in_process, medians, report
+from benchmarks.harness import REAL, SCRATCH, alternate, gpu, in_process, medians, report
 
 
 @dataclass(frozen=True)
 class Setting:
-    """``side`` in pixels; ``window``: steps that are timed together; ``workers`` of the peer's loader."""
+    """``size``: width and height of the images in the folder, ``side`` of those that the model sees, in pixels; ``window``: steps that are timed
+    together; ``workers`` of the peer's loader; ``real``: images of ISIC 2017 where they are, instead of drawn ones."""
 
     folder: Path
     model: str
     images: int
+    size: tuple[int, int]
     side: int
     batch: int
     steps: int
     window: int
     precision: str
     workers: int
+    rounds: int = 5
+    real: bool = False
+
+    @property
+    def tables(self) -> Path:
+        """Where the metadata are."""
+        return self.folder / "images"
+
+    @property
+    def files(self) -> list[Path]:
+        """The images that the metadata name."""
+        with open(self.tables / "metadata.csv") as f:
+            return [self.pictures / f"{row['image_name']}.jpg" for row in csv.DictReader(f)]
+
+    @property
+    def pictures(self) -> Path:
+        return REAL / "isic2017" / "images" if self.real else self.tables / "images"
 
 
-CPU = Setting(SCRATCH / "training", "the built-in model", 300, 64, 16, 40, 5, "fp32", 0)
-GPU = Setting(SCRATCH / "training-512", "Stable Diffusion 1.5's size, drawn weights", 120, 512, 16, 60, 10, "bf16", 8)
+SMALL = Setting(SCRATCH / "training", "the built-in model", 300, (192, 144), 64, 16, 40, 5, "fp32", 0)
+LARGE = replace(SMALL, folder=SCRATCH / "training-large", size=(1024, 768))
+CPU = replace(SMALL, folder=SCRATCH / "training-256", size=(256, 256), real=(REAL / "isic2017").is_dir(), rounds=7)
+GPU = Setting(SCRATCH / "training-512", "Stable Diffusion 1.5's size, drawn weights", 120, (640, 480), 512, 16, 60, 10, "bf16", 8)
 ENCODED = "base"  # the run that prepared and encoded
 OURS, PEER = "skinsynth", "diffusers' example"
 
 
-def setting() -> Setting:
-    return GPU if gpu() else CPU
+def settings() -> dict[str, Setting]:
+    """The name of a result, and its setting; the first is the one that is meant where none is named."""
+    return {"finetune": GPU} if gpu() else {"finetune": CPU, "finetune-small-images": SMALL, "finetune-large-images": LARGE}
 
 
 def model(s: Setting) -> Path:
     """The model's folder; of the large one the weights are drawn, which a step does not notice."""
     from skinsynth.models import tiny
 
-    if s == CPU:
+    if s != GPU:
         return tiny.WEIGHTS
     folder = s.folder / "model"
     if not (folder / "model_index.json").exists():
@@ -72,15 +97,20 @@ def model(s: Setting) -> Path:
 
 
 def prepare(s: Setting) -> None:
-    """Drawn images, prepared and encoded; kept."""
+    """Images, prepared and encoded; kept."""
     from skinsynth import config
     from skinsynth.data.phantom import write_dataset
     from skinsynth.run import Task
     from skinsynth.stages.encode import encode
     from skinsynth.stages.prepare import prepare as prepare_stage
 
-    if not (s.folder / "images" / "metadata.csv").exists():
-        write_dataset(s.folder / "images", images=s.images, malignant=0.35, seed=0)
+    table = s.tables / "metadata.csv"
+    if not table.exists() and s.real:
+        head, *rows = (REAL / "isic2017" / "metadata.csv").read_text().splitlines()
+        table.parent.mkdir(parents=True)
+        table.write_text("\n".join([head, *rows[::len(rows) // s.images]][: s.images + 1]) + "\n")
+    elif not table.exists():
+        write_dataset(s.tables, images=s.images, malignant=0.35, seed=0, width=s.size[0], height=s.size[1])
     run = make_run(s, ENCODED, {})
     for stage, node in ((prepare_stage, "prepare"), (encode, "encode")):
         if not run.is_done(node):
@@ -92,10 +122,10 @@ def make_run(s: Setting, name: str, keys: dict[str, Any]) -> Any:
     from skinsynth import config
     from skinsynth.run import RunDir
 
-    values = {"run": s.folder / name, "data.shards": s.folder / "shards", "data.name": "bench", "data.metadata": s.folder / "images/metadata.csv",
-              "data.images": s.folder / "images/images", "data.duplicates": s.folder / "images/duplicates.csv", "prepare.size": s.side,
+    values = {"run": s.folder / name, "data.shards": s.folder / "shards", "data.name": "bench", "data.metadata": s.tables / "metadata.csv",
+              "data.images": s.pictures, "data.duplicates": "null" if s.real else s.tables / "duplicates.csv", "prepare.size": s.side,
               "finetune.steps": s.steps, "finetune.precision": s.precision, "finetune.global_batch": s.batch, "finetune.log_every": s.window,
-              "finetune.checkpoint_every": 10**6, **({} if s == CPU else {"model.base": model(s)}), **keys}
+              "finetune.checkpoint_every": 10**6, **({"model.base": model(s)} if s == GPU else {}), **keys}
     run = RunDir(s.folder / name)
     if name != ENCODED:
         shutil.rmtree(run.path, ignore_errors=True)
@@ -143,7 +173,7 @@ def peer(s: Setting) -> dict[str, float]:
     vae, text_encoder = (part.requires_grad_(False).to(**frozen) for part in (pipe.vae, pipe.text_encoder))
     unet = pipe.unet.train()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=3e-4, weight_decay=1e-2)
-    files = sorted((s.folder / "images/images").glob("*.jpg"))
+    files = s.files
 
     class Folder(torch.utils.data.Dataset):
         def __len__(self) -> int:
@@ -188,20 +218,27 @@ SIDES: dict[str, Callable[[Setting], Any]] = {"ours": ours, "compiled": partial(
 
 
 def main() -> None:
-    s, last = setting(), {}
+    for name, s in settings().items():
+        compare(name, s)
+
+
+def compare(name: str, s: Setting) -> None:
+    last: dict[str, Any] = {}
     prepare(s)
 
     def measure(side: str) -> float:
-        last[side] = in_process("benchmarks.finetune", side)
+        last[side] = in_process("benchmarks.finetune", side, name, env={"TORCHINDUCTOR_CACHE_DIR": str(s.folder / "compiled")})
         return float(last[side]["samples_per_second"])
 
-    sides = {OURS: "ours", **({"skinsynth, compiled": "compiled"} if s == GPU else {}), PEER: "peer"}
-    rounds = alternate({name: partial(measure, side) for name, side in sides.items()}, rounds=7)
-    report("finetune", rounds, OURS, PEER, "samples/s",
+    sides = {OURS: "ours", **({f"{OURS}, compiled": "compiled"} if s == GPU else {}), PEER: "peer"}  # on a CPU compiling gains nothing
+    rounds = alternate({side: partial(measure, word) for side, word in sides.items()}, s.rounds)
+    pictures = f"{'ISIC 2017' if s.real else 'drawn'} JPEGs of {s.size[0]} x {s.size[1]}"
+    report(name, rounds, OURS, PEER, "samples/s",
            f"whole UNet, {s.model}, batch {s.batch}, {s.side} px, {s.precision}, SDPA, {s.steps} steps, median of windows of {s.window} steps, "
-           "the first left out; ours on latents and embeddings that encode made before, which is not counted",
-           device=gpu() or "cpu", last=last)
+           f"the first left out; {pictures}, which the peer decodes in the step; ours on latents and embeddings that encode made before, "
+           "which is not counted", device=gpu() or "cpu", last=last)
 
 
 if __name__ == "__main__":
-    print(json.dumps(SIDES[sys.argv[1]](setting())))
+    side, name = [*sys.argv[1:], "finetune"][:2]
+    print(json.dumps(SIDES[side](settings()[name])))
