@@ -115,7 +115,7 @@ class Campaign:
                 raise
             assert restarts(self.env, job) == before + 1 or self.held, "one disturbance, one restart"
             self.held = False
-        until(f"{self.node} ends", lambda: self.run.is_done(self.node), 120)
+        until(f"{self.node} ends", lambda: self.run.is_done(self.node), 400)  # the last restart may be from nothing, and 200 steps draw previews
 
 
 def pids_of(env: Environment, job: str) -> list[int]:
