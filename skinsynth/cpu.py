@@ -17,7 +17,6 @@ def before_torch(threads: int) -> None:
     # operations half as fast again as it could be. Some ten microseconds of spinning cost little and serve as well as the default.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors lie on large pages
     _keep_freed_memory()
 
 

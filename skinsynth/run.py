@@ -195,7 +195,8 @@ class RunDir:
             yield
         finally:
             ended.set()
-            path.unlink(missing_ok=True)
+            if _locked_by(path) == mine:  # else it was silent for too long, and another has taken it over
+                path.unlink()
 
 
 def _locked_by(path: Path) -> dict[str, Any]:

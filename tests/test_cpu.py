@@ -44,10 +44,11 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
 def test_what_the_environment_says_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_keep_freed_memory", lambda: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")
+    monkeypatch.delenv("GOMP_SPINCOUNT")
     cpu.before_torch(2)
     assert os.environ["OMP_NUM_THREADS"] == "7"
-    assert os.environ.pop("THP_MEM_ALLOC_ENABLE") == "1"
+    assert os.environ["GOMP_SPINCOUNT"] == "20000"
 
 
 class Node:

@@ -94,6 +94,14 @@ def test_a_lock_whose_owner_died_before_it_wrote_is_taken_over_too(tmp_path: Pat
             assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
+def test_a_lock_that_another_has_taken_over_stays(tmp_path: Path) -> None:
+    """As after a launch that was asleep for minutes."""
+    path, other = tmp_path / "launch.lock", {"pid": 1, "born": 1.0, "host": "another", "since": "just now"}
+    with RunDir(tmp_path).lock():
+        path.write_text(json.dumps(other))
+    assert json.loads(path.read_text()) == other
+
+
 def test_a_write_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
     runs.write_json(path, {"a": 1})
