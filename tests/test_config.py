@@ -20,7 +20,7 @@ def test_shipped_configurations_load_and_survive_a_round_trip(path: Path, tmp_pa
 
 def test_production_configuration_has_the_studys_settings() -> None:
     cfg = config.load("configs/isic2020-sd15.yaml")
-    assert (cfg.model.base, cfg.prepare.size) == ("runwayml/stable-diffusion-v1-5", 512)
+    assert (cfg.model.base, cfg.prepare.size) == ("stable-diffusion-v1-5/stable-diffusion-v1-5", 512)
     assert {(c.instance.count, c.class_.count) for c in cfg.finetune.concepts.values()} == {(25, 250)}
     classify = cfg.classify
     assert (classify.model, classify.lr, classify.global_batch, classify.weight_decay) == ("google/vit-base-patch16-224-in21k", 2e-5, 32, 0.01)

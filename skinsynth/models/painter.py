@@ -82,15 +82,9 @@ class Painter:
 
     def __init__(self, cfg: Config, weights: Weights, device: torch.device, train: Dataset | None = None):
         self.cfg, self.train = cfg.generate, train
-        pipe = weights.load().to(device)
-        attention.apply(pipe.unet, attention.choose(cfg.model.attention, device))
-        for network in (pipe.unet, pipe.vae):  # convolutions are faster so, on CPUs and GPUs
-            network.to(memory_format=torch.channels_last)
+        pipe = ready(weights.load().to(device), cfg, attention.choose(cfg.model.attention, device))
         if cfg.model.compile:
             compile_unet(pipe.unet, device)
-        if pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:  # SDXL's overflows in half precision
-            pipe.vae.float()
-        diffusion.set_scheduler(pipe, self.cfg.scheduler)
         self.shape, self.side = diffusion.latent_shape(pipe, cfg.prepare.size), cfg.prepare.size
         self.encoder, self.pipe = pipe, _pipeline(pipe, self.cfg.method)
         self.encode = lru_cache(4096)(lambda prompt: diffusion.encode_prompts(self.encoder, [prompt], self.side))
@@ -123,6 +117,17 @@ class Painter:
         assert self.train is not None
         assert image.source is not None
         return self.train.image(image.source)
+
+
+def ready(pipe: Any, cfg: Config, kind: str) -> Any:
+    """The same pipeline, made fit to draw as ``generate`` is configured to. ``kind``: the attention kernel."""
+    attention.apply(pipe.unet, kind)
+    for network in (pipe.unet, pipe.vae):  # convolutions are faster so, on CPUs and GPUs
+        network.to(memory_format=torch.channels_last)
+    if pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:  # SDXL's overflows in half precision
+        pipe.vae.float()
+    diffusion.set_scheduler(pipe, cfg.generate.scheduler)
+    return pipe
 
 
 def _pipeline(pipe: Any, method: str) -> Any:

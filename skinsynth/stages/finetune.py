@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler
 
 from skinsynth import config
 from skinsynth.knobs import Config
-from skinsynth.models import attention, denoiser, diffusion, hub
+from skinsynth.models import attention, denoiser, diffusion, hub, painter
 from skinsynth.models.compiler import compile_unet
 from skinsynth.run import RunDir, code_version, sha256_file, write_json
 from skinsynth.train.checkpoint import Checkpoints
@@ -25,7 +25,7 @@ from skinsynth.train.log import Clock, read_lines
 from skinsynth.train.loop import train
 from skinsynth.train.previews import Previews
 from skinsynth.train.samples import Samples
-from skinsynth.world import World
+from skinsynth.world import Stopped, World
 
 NODE = "finetune"
 
@@ -53,14 +53,17 @@ def finetune(cfg: Config, run: RunDir, world: World) -> None:
     clock.lap("finding and checking the checkpoint")
     engine = Engine(cfg.finetune, world, model, NODE, checkpoints.found)
     clock.lap("engine and its state")
-    previews = Previews(cfg, run, world, lambda: _base(cfg))
+    previews = Previews(cfg, run, world, lambda: painter.ready(_base(cfg, cfg.generate.precision), cfg, kind))
 
     def evaluate(step: int, state: dict[str, Any]) -> dict[str, np.ndarray] | None:
-        weights = engine.weights()
-        return previews.draw(step, weights) if world.is_main else None
+        return previews.draw(step, engine.weights())
 
     state = train(engine, run, NODE, checkpoints, clock, samples, _loss(cfg, pipe, world.device), evaluate, cfg.finetune.validate_every)
+    if world.max(int(world.stop)):
+        raise Stopped(f"{NODE} stopped after its last step; the same command draws the previews that lack and writes the weights")
     weights = engine.weights()
+    if not previews.there(cfg.finetune.steps):  # a stop signal came before they were drawn
+        previews.draw(cfg.finetune.steps, weights)
     if world.is_main:
         pipe = _base(cfg)  # a fresh one, free of wrappers and trained dtypes
         denoiser.put_back(pipe, cfg.finetune, weights)
@@ -72,9 +75,9 @@ def finetune(cfg: Config, run: RunDir, world: World) -> None:
     world.barrier()
 
 
-def _base(cfg: Config) -> Any:
+def _base(cfg: Config, precision: str = "fp32") -> Any:
     """The base on the CPU, as it is, but for what it predicts."""
-    pipe = diffusion.load_base(cfg.model)
+    pipe = diffusion.load_base(cfg.model, precision)
     if cfg.finetune.prediction != "model":
         pipe.scheduler.register_to_config(prediction_type=cfg.finetune.prediction)
     return pipe

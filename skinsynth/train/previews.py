@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,43 +27,83 @@ from skinsynth.world import World
 COLUMNS = 6  # images per prompt
 PROMPTS = 6  # rows at most
 IN_STRIP = 2  # of each prompt's images
+AT_ONCE = 2  # images a rank draws in one go, whatever the number of ranks: the batch shape decides the last bits
 
 
 class Previews:
-    """Draws on rank 0, with a pipeline of its own that stands on the host between times."""
+    """Drawn by all ranks, each its share, with pipelines of their own that stand on the host between times; written by rank 0.
+
+    ``fresh`` gives the base, ready to draw as ``generate`` would.
+    """
 
     def __init__(self, cfg: Config, run: RunDir, world: World, fresh: Callable[[], Any]):
         self.cfg, self.folder, self.world, self.fresh = cfg, run.node("finetune") / "previews", world, fresh
         self.pipe: Any = None
 
-    def draw(self, step: int, weights: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-        """Draws with the weights, and with the base where that is not there yet. Returns the picture for TensorBoard."""
+    def draw(self, step: int, weights: dict[str, torch.Tensor]) -> dict[str, np.ndarray] | None:
+        """Draws with the weights, and with the base where that is not there yet. A collective; on rank 0 it returns the picture for TensorBoard.
+
+        None there: left out, since a stop signal is not kept waiting, or a rank's memory does not hold a pipeline beside the training.
+        """
         self.pipe = self.pipe or self.fresh()
-        if not self._path(0).exists():
-            self._sheet(0)
+        if not self.there(0) and self._sheet(0) is None:
+            return None
         denoiser.put_back(self.pipe, self.cfg.finetune, weights)
         sheet = self._sheet(step)
+        if sheet is None or not self.world.is_main:
+            return None
         write_bytes(self.folder / "strip.png", _png(self._strip()))
         return {"previews": sheet}
+
+    def there(self, step: int) -> bool:
+        """Whether rank 0 has written that step's. A collective."""
+        return bool(self.world.gather(self._path(step).exists())[0])
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{step:08d}.png"
 
-    def _sheet(self, step: int) -> np.ndarray:
-        cfg, pipe = self.cfg, self.pipe.to(self.world.device)
-        trained_with = pipe.scheduler
-        diffusion.set_scheduler(pipe, cfg.generate.scheduler)
-        prompts = list(dict.fromkeys(p for g in cfg.generate.classes.values() for p in g.prompts))[:PROMPTS]
-        shape = diffusion.latent_shape(pipe, cfg.prepare.size)
-        noise = np.stack([sample_rng(cfg.seed, 2**40 + i).standard_normal(shape, np.float32) for i in range(COLUMNS)])
-        negative = diffusion.encode_prompts(pipe, [cfg.generate.negative_prompt], cfg.prepare.size)
-        rows = [diffusion.sample(pipe, diffusion.encode_prompts(pipe, [p], cfg.prepare.size), negative, noise, cfg.generate.steps,
-                                 cfg.generate.guidance) for p in prompts]
-        pipe.scheduler = trained_with
-        self.pipe = pipe.to("cpu")
-        sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
-        write_bytes(self._path(step), _png(sheet))
+    def _sheet(self, step: int) -> np.ndarray | None:
+        pieces = self._pieces(step)
+        if pieces is None:
+            return None
+        rows = [np.concatenate([image for piece in row for image in piece], axis=1) for row in pieces]
+        sheet = np.concatenate(rows, axis=0)
+        if self.world.is_main:
+            write_bytes(self._path(step), _png(sheet))
         return sheet
+
+    def _pieces(self, step: int) -> list[list[np.ndarray]] | None:
+        """Of each prompt its images, ``AT_ONCE`` at a time: uint8 (n, height, width, 3). A collective."""
+        prompts = list(dict.fromkeys(p for g in self.cfg.generate.classes.values() for p in g.prompts))[:PROMPTS]
+        todo = [(prompt, first) for prompt in prompts for first in range(0, COLUMNS, AT_ONCE)]
+        mine: dict[int, np.ndarray] = {}
+        memory = ""
+        for start in range(0, len(todo), self.world.size):
+            if self.world.max(int(self.world.stop)):
+                break
+            number = start + self.world.rank
+            if number < len(todo) and not memory:
+                try:
+                    mine[number] = self._piece(*todo[number])
+                except torch.OutOfMemoryError as error:
+                    memory = str(error).splitlines()[0]
+        self.pipe.to("cpu")
+        found = self.world.gather((mine, memory))
+        lacking = next((f"rank {rank}: {words}" for rank, (_, words) in enumerate(found) if words), "")
+        if lacking and self.world.is_main:
+            logging.warning("the previews of step %d are left out, for lack of memory beside the training (%s)", step, lacking)
+        done = {number: piece for part, _ in found for number, piece in part.items()}
+        if len(done) < len(todo):
+            return None
+        per_row = COLUMNS // AT_ONCE
+        return [[done[row * per_row + i] for i in range(per_row)] for row in range(len(prompts))]
+
+    def _piece(self, prompt: str, first: int) -> np.ndarray:
+        cfg, pipe = self.cfg, self.pipe.to(self.world.device)
+        shape = diffusion.latent_shape(pipe, cfg.prepare.size)
+        noise = np.stack([sample_rng(cfg.seed, 2**40 + first + i).standard_normal(shape, np.float32) for i in range(AT_ONCE)])
+        text, negative = (diffusion.encode_prompts(pipe, [words], cfg.prepare.size) for words in (prompt, cfg.generate.negative_prompt))
+        return diffusion.sample(pipe, text, negative, noise, cfg.generate.steps, cfg.generate.guidance)
 
     def _strip(self) -> np.ndarray:
         """Time goes to the right: the first images of each prompt, under the number of steps."""

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, free_port, overrides
 from gang import main as run_gang
+from PIL import Image
 
 from skinsynth import config
 from skinsynth.data import views
@@ -23,8 +24,9 @@ from skinsynth.knobs import Encode, Model
 from skinsynth.models import diffusion, hub, tiny
 from skinsynth.run import RunDir, Task, read_json
 from skinsynth.train.log import read_lines
+from skinsynth.train.previews import Previews
 from skinsynth.train.samples import Samples
-from skinsynth.world import World
+from skinsynth.world import Stopped, World
 
 METHODS = ("dreambooth", "text-to-image")
 PARTS = {"unet": {}, "unet and text": {"train_text_encoder": True}, "lora": {"lora_rank": 4, "lr": 1e-3},
@@ -106,6 +108,10 @@ def losses(run: RunDir) -> list[float]:
     return [row["loss"] for row in read_lines(run.node("finetune") / "metrics.jsonl")]
 
 
+def picture(run: RunDir, name: str) -> np.ndarray:
+    return np.asarray(Image.open(run.node("finetune") / "previews" / name), int)
+
+
 def from_checkpoint(other: RunDir, step: int, run: RunDir) -> RunDir:
     """``run`` as if it had been stopped at that step of ``other``."""
     node, theirs = run.node("finetune"), other.node("finetune")
@@ -169,6 +175,8 @@ def test_methods_save_resume_and_export_and_ranks_may_change(maker, damaged, tmp
         check(part, *pair)
     for run, step in ((grown, 3), (shrunk, 12)):
         assert losses(run)[step:] == pytest.approx(losses(alone)[step:], abs=1e-4)
+        for preview in ("00000000.png", "00000023.png"):  # two ranks draw half of each
+            assert np.abs(picture(run, preview) - picture(alone, preview)).max() <= 1
     assert losses(half) == pytest.approx(losses(found["dreambooth", "unet", 2][0]), rel=0.03)
     assert losses(half) != losses(found["dreambooth", "unet", 2][0])
     listed = (skip.node("finetune") / "bad-samples.csv").read_text().splitlines()[1:]
@@ -334,7 +342,6 @@ def test_fewer_images_than_a_global_batch(maker) -> None:  # type: ignore[no-unt
 
 def test_previews_over_time(maker) -> None:  # type: ignore[no-untyped-def]
     """A strip in the run folder and pictures in TensorBoard, each ``validate_every`` steps."""
-    from PIL import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = maker("previews", "dreambooth", validate_every=2, lr=1e-2)
@@ -347,3 +354,34 @@ def test_previews_over_time(maker) -> None:  # type: ignore[no-untyped-def]
     events.Reload()
     assert [picture.step for picture in events.Images("previews")] == [2, 4]
     assert {"loss", "samples_per_second", "data_wait", "peak_memory_gb"} <= set(events.Tags()["scalars"])
+
+
+def test_previews_keep_no_stop_signal_waiting(maker, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """They are left out then; those of the end are drawn when the same command comes again."""
+    run, world, draw = maker("previews-stopped", "dreambooth"), World(), Previews._piece
+
+    def signalled(self: Previews, prompt: str, first: int) -> np.ndarray:
+        world.stop = True
+        return draw(self, prompt, first)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Previews, "_piece", signalled)
+        with pytest.raises(Stopped, match="the same command"):
+            run_gang([str(run.path)], world)
+    assert not (run.node("finetune") / "previews").exists()
+    assert not run.is_done("finetune")
+    run_gang([str(run.path)], World())
+    assert run.is_done("finetune")
+    assert sorted(p.name for p in (run.node("finetune") / "previews").iterdir()) == ["00000000.png", "00000004.png", "strip.png"]
+
+
+def test_previews_that_do_not_fit_beside_the_training_are_left_out(maker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:  # type: ignore[no-untyped-def]
+    run = maker("previews-memory", "dreambooth")
+
+    def too_much(self: Previews, prompt: str, first: int) -> np.ndarray:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    monkeypatch.setattr(Previews, "_piece", too_much)
+    run_gang([str(run.path)], World())
+    assert run.is_done("finetune")
+    assert "the previews of step 0 are left out, for lack of memory beside the training (rank 0: CUDA out of memory" in caplog.text
