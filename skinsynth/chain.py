@@ -1,6 +1,6 @@
 """The chain of nodes: what must be done before what, and the job that does one. No torch here.
 
-What is pickled for a job is two strings, the node and the run folder (and its task numbers): the job reads the run's
+What is pickled for a job is two strings, the node and the run folder (and its task numbers and, without Slurm, its GPUs): the job reads the run's
 ``config.yaml`` itself.
 """
 
@@ -68,8 +68,11 @@ class StageJob:
     run: str
     task: int = 0
     tasks: int = 1
+    gpus: str | None = None  # those of this machine that are the job's, as CUDA_VISIBLE_DEVICES names them; None: as Slurm says
 
     def __call__(self) -> str:
+        if self.gpus is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus
         code = stages.run_node(self.node, self.run, Task(self.task, self.tasks))
         on_slurm = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
         if code == stages.FAILED or (code == stages.STOPPED and on_slurm):  # slurm/requeue.sh reads the status

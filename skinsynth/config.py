@@ -114,6 +114,12 @@ def check(config: Config) -> None:
             problems.append(f"{section}.offload=optimizer needs {section}.zero=1, 2 or 3")
         if training.optimizer == "adamw8bit" and training.zero:
             problems.append(f"{section}.optimizer=adamw8bit needs {section}.zero=0: its packed states cannot be sharded")
+        if training.optimizer == "adamw8bit" and training.ema_decay:
+            problems.append(f"{section}.optimizer=adamw8bit keeps no moving average of the weights: leave {section}.ema_decay at 0, or take adamw")
+        ranks = config.cluster.of(section)
+        if 0 < ranks.gpus_per_node < ranks.tasks_per_node:
+            problems.append(f"cluster.stages.{section} has tasks_per_node={ranks.tasks_per_node} and gpus_per_node={ranks.gpus_per_node}: each rank "
+                            "of a training needs a GPU of its own")
     for stage in config.cluster.stages:
         if stage not in ("default", *STAGES):
             near = difflib.get_close_matches(stage, STAGES, 1)

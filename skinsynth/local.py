@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,12 +26,27 @@ GRACE = 30  # seconds that a job has to save its state when the launch is stoppe
 
 
 def shares(cfg: Config, run: RunDir, node: Node) -> list[list[Task]]:
-    """The tasks that are started together: all of a unit stage, since its configuration says how many; of an arm's seeds, each a gang, those
-    that are not done, one by one as cores are free."""
+    """The tasks that are started together: all of a unit stage, since its configuration says how many; one by one as cores and GPUs are free
+    where they take GPUs, and of an arm's seeds, each a gang, those that are not done."""
     count = node.tasks(cfg)
-    if not stages.is_gang(cfg, node.stage):
+    if _together(cfg, node) > 1:
         return [[Task(i, count) for i in range(count)]]
-    return [[Task(i, count)] for i in run.unfinished(node.name, count) or range(count)]
+    left = run.unfinished(node.name, count) if stages.is_gang(cfg, node.stage) else []
+    return [[Task(i, count)] for i in left or range(count)]
+
+
+def _together(cfg: Config, node: Node) -> int:
+    """Tasks in a share."""
+    alone = stages.is_gang(cfg, node.stage) or cfg.cluster.of(node.stage).gpus_per_node
+    return 1 if alone else node.tasks(cfg)
+
+
+def machine_gpus() -> list[str]:
+    """This machine's GPUs, or those that it was told to use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if told is None and shutil.which("nvidia-smi"):
+        told = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True).stdout.replace("\n", ",")
+    return [name.strip() for name in (told or "").split(",") if name.strip()]
 
 
 @dataclass
@@ -43,6 +60,18 @@ class Local:
     jobs: dict[str, list[Any]] = field(default_factory=dict)  # node that was begun -> its submitit jobs
     waiting: dict[str, list[list[Task]]] = field(default_factory=dict)  # and the tasks that no cores were free for
     failed: dict[str, str] = field(default_factory=dict)
+    gpus: list[str] = field(default_factory=list)  # of this machine; looked for where a stage takes some
+    held: dict[str, list[str]] = field(default_factory=dict)  # a job's id -> its GPUs
+
+    def __post_init__(self) -> None:
+        """Raises ``UserError`` where a stage asks for more GPUs than there are."""
+        wanted = {node.stage: self._gpus(node) for node in self.nodes if self._gpus(node) and not self.run.is_done(node.name)}
+        self.gpus = machine_gpus() if wanted else []
+        for stage, count in wanted.items():
+            if count > len(self.gpus):
+                raise UserError(f"{stage} asks for {count} GPU{'s' * (count > 1)}, this machine shows {len(self.gpus) or 'none'}: set "
+                                f"cluster.stages.{stage}.gpus_per_node (and tasks_per_node of finetune and classify), or launch it on Slurm; "
+                                "0: on the CPU")
 
     def run_all(self) -> None:
         table = LiveTable(self.run, self.nodes, self.console)
@@ -85,10 +114,19 @@ class Local:
         return all(self.run.is_done(need) for need in node.needs) and self._room(node)
 
     def _room(self, node: Node) -> bool:
-        """Whether cores are free for a share of the node; where nothing runs, there is room for any."""
+        """Whether cores and GPUs are free for a share of the node; where nothing runs, there are cores for any."""
         busy = sum(self._cores(n) * sum(not job.done() for job in self.jobs.get(n.name, [])) for n in self.nodes)
-        count = 1 if stages.is_gang(self.cfg, node.stage) else node.tasks(self.cfg)
-        return not busy or busy + count * self._cores(node) <= self.cfg.cluster.all_cores
+        cores = not busy or busy + _together(self.cfg, node) * self._cores(node) <= self.cfg.cluster.all_cores
+        return cores and len(self._free_gpus()) >= self._gpus(node)
+
+    def _gpus(self, node: Node) -> int:
+        """Of one job of the node."""
+        return self.cfg.cluster.of(node.stage).gpus_per_node
+
+    def _free_gpus(self) -> list[str]:
+        alive = {job.job_id for jobs in self.jobs.values() for job in jobs if not job.done()}
+        taken = {name for job, names in self.held.items() if job in alive for name in names}
+        return [name for name in self.gpus if name not in taken]
 
     def _cores(self, node: Node) -> int:
         """Of one job of the node."""
@@ -101,10 +139,12 @@ class Local:
         wanted = self.cfg.cluster.of(node.stage)
         executor = LocalExecutor(self.run.node(node.name) / "submit")
         gang = stages.is_gang(self.cfg, node.stage)
-        executor.update_parameters(timeout_min=wanted.minutes, tasks_per_node=wanted.tasks_per_node if gang else 1,
-                                   gpus_per_node=wanted.gpus_per_node, stderr_to_stdout=True)
+        executor.update_parameters(timeout_min=wanted.minutes, tasks_per_node=wanted.tasks_per_node if gang else 1, stderr_to_stdout=True)
+        mine = self._free_gpus()[:self._gpus(node)]
         with _undisturbed():  # no job may run that is not on the list
-            started = {task.index: executor.submit(StageJob(node.name, str(self.run.path), task.index, task.count)) for task in tasks}
+            started = {task.index: executor.submit(StageJob(node.name, str(self.run.path), task.index, task.count, ",".join(mine)))
+                       for task in tasks}
+            self.held |= {job.job_id: mine for job in started.values()}
             self.jobs[node.name] += started.values()
             path = self.run.node(node.name) / "submit" / "tasks.json"  # whose log is which
             known = read_json(path) or {}

@@ -57,10 +57,13 @@ class World:
 
     @property
     def device(self) -> Any:
-        """``cuda:<local rank>`` where there is a GPU, else the CPU."""
+        """Where there is a GPU, that of the local rank (the site may show each rank its own alone), or of a process by itself the current one;
+        else the CPU."""
         import torch
 
-        return torch.device("cuda", self.local_rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count() if self.size > 1 else torch.cuda.current_device())
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -130,7 +133,11 @@ def _variables(world: World, host: str, job: str) -> dict[str, str]:
 
 @contextmanager
 def join(world: World, variables: dict[str, str]) -> Iterator[None]:
-    """Enters the gang: exports the variables, starts the process group, leaves it in the end."""
+    """Enters the gang: exports the variables, starts the process group, leaves it in the end.
+
+    Not where something was raised: NCCL's leave waits for peers that may sit in a collective, and the reason would be told to nobody. The
+    end of the process tells them.
+    """
     os.environ.update(variables)
     if world.size == 1:
         yield
@@ -140,12 +147,20 @@ def join(world: World, variables: dict[str, str]) -> Iterator[None]:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when it is imported
+    _take_gpu(world)
     # gloo carries the flags and the Python objects also where NCCL carries the gradients
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+def _take_gpu(world: World) -> None:
+    """Makes the rank's GPU the current one, for this process and for the libraries that take ``LOCAL_RANK`` for its number."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(world.device)
+        os.environ["LOCAL_RANK"] = str(world.device.index)
 
 
 @contextmanager
@@ -158,6 +173,7 @@ def take_turns(world: World, variables: dict[str, str]) -> Iterator[Callable[[],
         return
     from torch.distributed import rendezvous
 
+    _take_gpu(world)
     store, _, _ = next(rendezvous("env://", world.rank, world.size))
     yield lambda: store.add("turn", 1) - 1
     ended = store.add("ended", 1)
@@ -167,6 +183,8 @@ def take_turns(world: World, variables: dict[str, str]) -> Iterator[Callable[[],
 
 
 def lost_peer(error: BaseException) -> bool:
-    """True when a collective failed because another rank went away: no fault of this one."""
+    """True when a collective failed because another rank went away: no fault of this one. What NCCL says of a wrong set-up is none."""
+    if any(words in str(error) for words in ("invalid usage", "Duplicate GPU", "invalid argument")):
+        return False
     words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "TCPStore", "recvValue", "sendBytes")
     return type(error).__name__.startswith("Dist") or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from skinsynth import config
 from skinsynth.doctor.node import node_checks
 from skinsynth.errors import UserError
 from skinsynth.models import compiler
+from skinsynth.train.log import forward_flops
 
 CPU = torch.device("cpu")
 
@@ -43,3 +45,29 @@ def test_the_weights_keep_their_names() -> None:
     names = list(model.state_dict())
     compiler.compile_unet(model, CPU)
     assert list(model.state_dict()) == names
+
+
+def test_what_counts_the_operations_does_not_keep_it_from_compiling() -> None:
+    """torch.compile gives up for good a function that it first meets under a counter."""
+    compiled: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        compiled.append(True)
+        return graph.forward
+
+    class Network(torch.nn.Module):  # torch's own layers are never compiled by themselves
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x).relu()
+
+    inner = Network()
+    inner.compile(backend=backend)
+    model, x = torch.nn.Sequential(inner), torch.ones(2, 4)
+    with forward_flops(model) as counter:
+        model(x)
+    assert (counter.get_total_flops(), compiled) == (2 * 2 * 4 * 8, [])
+    model(x)
+    assert compiled == [True]

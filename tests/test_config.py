@@ -77,3 +77,13 @@ def test_a_cluster_file_and_single_keys_of_it_go_together() -> None:
         cluster = config.load("configs/demo.yaml", order).cluster
         assert (cluster.kind, cluster.partition) == ("slurm", "gpu")
         assert cluster.of("finetune").nodes == 2
+
+
+@pytest.mark.parametrize(("overrides", "words"), [
+    (["finetune.optimizer=adamw8bit", "finetune.zero=0", "finetune.ema_decay=0.9"], "finetune.optimizer=adamw8bit keeps no moving average"),
+    (["cluster.stages.classify.tasks_per_node=4", "cluster.stages.classify.gpus_per_node=2"],
+     "cluster.stages.classify has tasks_per_node=4 and gpus_per_node=2: each rank of a training needs a GPU of its own"),
+])
+def test_what_does_not_go_together_is_told(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        config.load("configs/demo.yaml", overrides)

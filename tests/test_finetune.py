@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, free_port, overrides
@@ -166,3 +167,24 @@ def test_min_snr_weights_follow_the_paper() -> None:
     assert snr[1] < 0.1 < 5 < snr[0]
     expected = (5 / snr[0] + 10).item() / 2
     assert diffusion.diffusion_loss(Zero(), scheduler, batch, 5.0, 1.0).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_vae_takes_a_batch_of_large_images_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it needs of a device's memory is bounded, and the parts follow from the size of the images alone."""
+    assert [diffusion.at_once(side, side) for side in (64, 512, 1024)] == [512, 8, 2]
+    vae = diffusion.load_vae(Model(base="builtin"))
+    images = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
+    whole = diffusion.encode_images(vae, images)
+    monkeypatch.setattr(diffusion, "at_once", lambda height, width: 2)
+    seen: list[int] = []
+    vae.encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    assert np.allclose(diffusion.encode_images(vae, images), whole, atol=1e-5)
+    assert seen == [2, 2, 1]
+
+
+def test_a_vae_that_overflows_in_half_precision_decodes_in_single() -> None:
+    """Image-to-image pipelines bring SDXL's back to the half after each use."""
+    vae = diffusion.load_vae(Model(base="builtin")).half()
+    vae.register_to_config(force_upcast=True)
+    diffusion.decode_latents(vae, torch.zeros(1, vae.config.latent_channels, 8, 8, dtype=torch.float16))
+    assert vae.dtype == torch.float32

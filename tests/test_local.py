@@ -14,8 +14,10 @@ import pytest
 from conftest import overrides
 from rich.console import Console
 
-from skinsynth import config, local
-from skinsynth.chain import chain
+from skinsynth import config, local, stages
+from skinsynth.chain import StageJob, chain
+from skinsynth.errors import UserError
+from skinsynth.knobs import Resources
 from skinsynth.local import Local, stop_processes
 from skinsynth.run import RunDir, birth, read_json
 
@@ -68,3 +70,50 @@ def test_a_second_ctrl_c_leaves_the_list_to_the_next_launch(launch: Local, start
     assert [job["pid"] for job in read_json(launch.run.path / "processes.json")] == [int(started[0].job_id)]
     stop_processes(launch.run, Console(quiet=True), "stopping")
     assert birth(int(started[0].job_id)) is None
+
+
+def test_each_job_has_gpus_of_its_own_and_waits_for_them(launch: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    from submitit import LocalExecutor
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5ab3")
+    launch.cfg.cluster.stages = {"prepare": Resources(array=3, gpus_per_node=1)}
+    given: list[tuple[int, str]] = []
+    submit = LocalExecutor.submit
+
+    def note(self: Any, job: Any) -> Any:
+        given.append((job.task, job.gpus))
+        assert len(launch.held.keys() & {j.job_id for jobs in launch.jobs.values() for j in jobs if not j.done()}) < 2
+        return submit(self, job)
+
+    monkeypatch.setattr(LocalExecutor, "submit", note)
+    Local.__post_init__(launch)
+    launch.nodes = launch.nodes[:1]
+    launch.run_all()
+    assert launch.run.is_done("prepare")
+    assert given[:2] == [(0, "4"), (1, "GPU-5ab3")]
+    assert given[2] in [(2, "4"), (2, "GPU-5ab3")]
+
+
+def test_more_gpus_than_there_are_is_told_at_once(launch: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch.cfg.cluster.stages = {"finetune": Resources(gpus_per_node=4, tasks_per_node=4)}
+    for shown, words in (("0,1", "shows 2"), ("", "shows none")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+        with pytest.raises(UserError, match=rf"finetune asks for 4 GPUs, this machine {words}: set cluster.stages.finetune.gpus_per_node"):
+            Local(launch.cfg, launch.run, launch.nodes, Console(quiet=True))
+
+
+def test_a_job_sees_the_gpus_that_it_was_given(launch: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(stages, "run_node", lambda *_: stages.OK)
+    StageJob("prepare", str(launch.run.path), gpus="2,3")()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
+    StageJob("prepare", str(launch.run.path))()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
+
+
+def test_the_gpus_of_the_machine_are_those_that_nvidia_smi_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf '0\\n1\\n'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert local.machine_gpus() == ["0", "1"]

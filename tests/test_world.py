@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from skinsynth.world import place
+from skinsynth import world
+from skinsynth.world import World, join, lost_peer, place
 
 
 @pytest.mark.parametrize(("nodes", "first"), [("gpu7", "gpu7"), ("a100-[003-005,011],v100-2", "a100-003"), ("login,node[1-2]", "login")])
@@ -23,3 +27,46 @@ def test_a_gang_finds_its_first_node_in_a_container_that_has_no_slurm(nodes: str
     assert place()[1]["MASTER_PORT"] == variables["MASTER_PORT"]
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
     assert place()[1]["MASTER_PORT"] != variables["MASTER_PORT"], "ranks of the last life may still hold it"
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``pretended(count)``: as if torch saw so many GPUs; gives the list of those that were made the current one."""
+    def make(count: int) -> list[Any]:
+        taken: list[Any] = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: taken[-1].index if taken else 0)
+        return taken
+
+    return make
+
+
+@pytest.mark.parametrize(("shown", "number"), [(4, 3), (1, 0)])
+def test_a_rank_takes_its_own_gpu_also_where_it_is_shown_no_other(shown: int, number: int, pretended: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries take LOCAL_RANK for the GPU's number; and what is done in the gang without its ``World`` must not go to GPU 0."""
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert pretended(shown) == []
+    world._take_gpu(World(7, 8, 3))
+    assert os.environ["LOCAL_RANK"] == str(number)
+    assert World().device == torch.device("cuda", number)
+
+
+def test_a_rank_that_fails_does_not_wait_for_the_others_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's end of a group waits for peers that sit in a collective."""
+    left: list[bool] = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(True))
+    with pytest.raises(MemoryError), join(World(0, 2), {}):
+        raise MemoryError
+    assert not left
+    with join(World(0, 2), {}):
+        pass
+    assert left == [True]
+
+
+def test_a_wrong_set_up_is_no_lost_peer() -> None:
+    assert lost_peer(RuntimeError("[gloo] Connection closed by peer [10.0.0.1]:123"))
+    assert lost_peer(RuntimeError("NCCL error: remote process exited or there was a network error"))
+    assert not lost_peer(RuntimeError("NCCL error: invalid usage: Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000"))

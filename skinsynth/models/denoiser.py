@@ -6,6 +6,7 @@ The names of the trained parameters (``unet.down_blocks...``) are those of the w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,14 @@ def add_adapters(model: Denoiser, cfg: Finetune) -> None:
         model.text_encoder.add_adapter(config(TEXT_TARGETS))
 
 
-def put_back(pipe: Any, cfg: Finetune, weights: dict[str, torch.Tensor]) -> None:
-    """Puts trained weights into a fresh pipeline of the same base; LoRA as adapters, which stay apart."""
+def put_back(pipe: Any, cfg: Finetune, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copies trained weights into a fresh pipeline of the same base; LoRA as adapters, which stay apart."""
     model = Denoiser(pipe.unet, pipe.text_encoder if cfg.train_text_encoder else None)
     if cfg.lora_rank and not getattr(pipe.unet, "peft_config", None):
         add_adapters(model, cfg)
-    odd = model.load_state_dict(weights, strict=False).unexpected_keys
-    if odd:
-        raise RuntimeError(f"trained weights that the pipeline does not have: {odd[:3]}")
+    own = dict(model.named_parameters())
+    for name, value in weights:
+        own[name].data.copy_(value)
 
 
 def save_lora(pipe: Any, cfg: Finetune, folder: Path) -> None:

@@ -155,8 +155,14 @@ def padded(items: Sequence[Any], size: int) -> Iterator[tuple[list[Any], int]]:
 def encode_images(vae: Any, images: np.ndarray) -> np.ndarray:
     """uint8 (n, height, width, 3) -> float32 (n, 2, channels, h, w): mean and standard deviation of the VAE's posterior, unscaled."""
     pixels = torch.from_numpy(images).to(vae.device).permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1
-    posterior = vae.encode(pixels).latent_dist
-    return torch.stack([posterior.mean, posterior.std], 1).float().cpu().numpy()
+    found = [vae.encode(part).latent_dist for part in pixels.split(at_once(*images.shape[1:3]))]
+    return torch.cat([torch.stack([posterior.mean, posterior.std], 1) for posterior in found]).float().cpu().numpy()
+
+
+def at_once(height: int, width: int) -> int:
+    """How many images of a batch go through a VAE's encoder together: its first layers hold 128 numbers a pixel, several times over. A
+    function of their size alone, since the batch shape decides the last bits of a result."""
+    return max(1, 2**21 // (height * width))  # 64 px: 512; 512 px: 8; 1,024 px: 2
 
 
 @torch.no_grad()
@@ -174,12 +180,13 @@ def encode_prompts(pipe: Any, prompts: list[str], size: int) -> dict[str, torch.
     (n, width of the second encoder) and ``time_ids`` (n, 6), which say that an image of ``size`` pixels is drawn uncut. One prompt at a
     time, so that a prompt's embedding does not depend on its neighbours.
     """
+    device = pipe.text_encoder.device
     if not is_xl(pipe):
-        text = [pipe.encode_prompt(p, pipe.device, 1, do_classifier_free_guidance=False)[0] for p in prompts]
+        text = [pipe.encode_prompt(p, device, 1, do_classifier_free_guidance=False)[0] for p in prompts]
         return {"text": torch.cat(text).float().cpu()}
     found = []
     for prompt in prompts:
-        hidden, _, pooled, _ = pipe.encode_prompt(prompt, device=pipe.device, do_classifier_free_guidance=False)
+        hidden, _, pooled, _ = pipe.encode_prompt(prompt, device=device, do_classifier_free_guidance=False)
         known = 0.0 if prompt == "" and pipe.config.force_zeros_for_empty_prompt else 1.0  # zeros are what SDXL was trained with
         found.append((hidden * known, pooled * known))
     time_ids = torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32)  # the image's own size, its crop, the size wanted
@@ -252,6 +259,8 @@ def denoise(pipe: Any, told: dict[str, torch.Tensor], steps: int, guidance: floa
 def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """(n, c, h, w) -> uint8 (n, height, width, 3) on the same device, some at a time: a whole batch of large images needs more memory
     than all of the denoising. Nothing here waits for the device."""
+    if vae.dtype == torch.float16 and vae.config.force_upcast:  # SDXL's overflows in half precision, which image pipelines bring it back to
+        vae.float()
     at_once = max(1, 2**18 // (latents.shape[-1] * latents.shape[-2] * 64))  # 64 px: 64; 512 px: 1
     parts = [vae.decode(part.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0] for part in latents.split(at_once)]
     pixels = ((torch.cat(parts).float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)

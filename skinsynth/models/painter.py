@@ -124,8 +124,6 @@ def ready(pipe: Any, cfg: Config, kind: str) -> Any:
     attention.apply(pipe.unet, kind)
     for network in (pipe.unet, pipe.vae):  # convolutions are faster so, on CPUs and GPUs
         network.to(memory_format=torch.channels_last)
-    if pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast:  # SDXL's overflows in half precision
-        pipe.vae.float()
     diffusion.set_scheduler(pipe, cfg.generate.scheduler)
     return pipe
 

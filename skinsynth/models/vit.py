@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,16 @@ def logits(model: Any, images: torch.Tensor, side: int, mean: tuple[float, ...] 
     if set(mean + std) == {0.5}:
         pixels = images.float() / 127.5 - 1
     else:
-        shift, scale = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (mean, std))
-        pixels = (images.float() / 255 - shift) / scale
+        pixels = (images.float() / 255 - _per_channel(mean, images.device)) / _per_channel(std, images.device)
     if pixels.shape[-1] != side:
         pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
     return model(pixel_values=pixels.to(next(model.parameters()).dtype)).logits.float()
+
+
+@lru_cache(8)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """(1, 3, 1, 1), brought to the device once: doing so makes the host wait for all that the device has to do."""
+    return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 def views(images: torch.Tensor, count: int) -> list[torch.Tensor]:

@@ -23,7 +23,7 @@ from skinsynth.data.withdrawn import withdrawn_keys
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config, Model
 from skinsynth.models import hub, inception
-from skinsynth.models.diffusion import load_vae
+from skinsynth.models.diffusion import at_once, load_vae
 from skinsynth.run import RunDir
 
 MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers of the ways to resize, as processors' files have them
@@ -67,6 +67,9 @@ class VaeFeatures(Extractor):
         self.pooled += [mean, std]
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self._encoded(part) for part in pixels.split(at_once(*pixels.shape[2:]))])
+
+    def _encoded(self, pixels: torch.Tensor) -> torch.Tensor:
         self.pooled.clear()
         self.encoder(pixels * 2 - 1)
         return torch.cat(self.pooled, 1)

@@ -34,7 +34,9 @@ def encode(cfg: Config, run: RunDir, task: Task) -> None:
     """
     skip = cfg.data.on_error == "skip"
     train = open_dataset(cfg, run, "train", tolerate=skip)
-    pipe = diffusion.load_base(cfg.model).to(World().device)
+    pipe = diffusion.load_base(cfg.model)
+    for name in {"vae", "text_encoder", "text_encoder_2"} & pipe.components.keys():  # the UNet, most of the bytes, is not needed
+        pipe.components[name].to(World().device)
     diffusion.latent_shape(pipe, cfg.prepare.size)
     sources = concepts.sources(cfg, train)
     wanted = sorted({i for source in sources for i in source.samples}) if cfg.finetune.cache_latents else []
@@ -54,7 +56,7 @@ def encode(cfg: Config, run: RunDir, task: Task) -> None:
             samples = _readable(train, samples, shard) if skip else samples
             batches = dict(enumerate(diffusion.padded(samples, cfg.encode.batch)))
             todo = ((number, [batch]) for number, (batch, _) in batches.items())
-            with Feed(drawn, todo, cfg.data.workers, turns=pipe.device.type == "cpu") as feed:  # the next batch is decoded beside this one
+            with Feed(drawn, todo, cfg.data.workers, turns=pipe.vae.device.type == "cpu") as feed:  # the next batch is decoded beside this one
                 for number, (images,) in feed:
                     batch, count = batches[number]
                     moments = np.stack([diffusion.encode_images(pipe.vae, view) for view in images], 1)

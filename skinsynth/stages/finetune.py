@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -61,10 +62,12 @@ def finetune(cfg: Config, run: RunDir, world: World) -> None:
     state = train(engine, run, NODE, checkpoints, clock, samples, _loss(cfg, pipe, world.device), evaluate, cfg.finetune.validate_every)
     if world.max(int(world.stop)):
         raise Stopped(f"{NODE} stopped after its last step; the same command draws the previews that lack and writes the weights")
-    weights = engine.weights()
     if not previews.there(cfg.finetune.steps):  # a stop signal came before they were drawn
-        previews.draw(cfg.finetune.steps, weights)
-    if world.is_main:
+        previews.draw(cfg.finetune.steps, engine.weights())
+    weights = engine.weights()
+    if not world.is_main:
+        deque(weights, maxlen=0)  # takes part in gathering them
+    else:
         pipe = _base(cfg)  # a fresh one, free of wrappers and trained dtypes
         denoiser.put_back(pipe, cfg.finetune, weights)
         export(cfg, run, pipe, samples, {"base": cfg.model.base, "base_sha256": base_sha256, "attention": kind, **config.binding(cfg.finetune)})

@@ -10,7 +10,7 @@ What there is to save is, per trained parameter, the float32 master weight and t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -87,6 +87,8 @@ class Engine:
                 p.data.copy_(found.tensor(WEIGHT, name))
         if not self.sharded:  # ZeRO flattens the weights
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # DeepSpeed casts the weights first and makes its float32 masters of those, which would begin rounded
+        exact = {name: p.detach().float().cpu() for name, p in self.trained.items()} if self.sharded and cfg.precision != "fp32" and not found else {}
         self.adam = build_optimizer(cfg, groups(self.trained, scales or {}))
         self.model, self.optimizer = self.accelerator.prepare(model, self.adam)
         if self.sharded:  # accelerate told transformers to shard, with collectives, whatever is loaded from now on: on rank 0 alone it would hang
@@ -96,6 +98,8 @@ class Engine:
         self._linked = not self.sharded or cfg.zero == 3 or len(self.adam.param_groups) == 1
         if found:
             self._go_on(found)
+        for name, value in exact.items():
+            self._set(WEIGHT, name, value)
 
     @importing()
     def _accelerator(self) -> Any:
@@ -168,7 +172,7 @@ class Engine:
     def _link(self) -> None:
         """DeepSpeed (ZeRO 1 and 2) notes where the optimizer's states lie after the first group's first step, when those of the other groups
         are not there yet; so it is told to note them once more."""
-        if not self._linked:
+        if not self._linked and all(self.adam.state.get(flat) for flat in self._flat()):  # none yet where fp16 overflowed
             self.model.optimizer._hp_optimizer_states_linked = False
             self.model.optimizer._lazy_init_hp_params_optimizer_state()
             self._linked = True
@@ -213,10 +217,11 @@ class Engine:
         state = self.adam.state[self.trained[name]]
         return [WEIGHT, *(key for key, value in state.items() if torch.is_tensor(value) and key != "step")]
 
-    def weights(self, key: str = "") -> dict[str, torch.Tensor]:
-        """The trained weights on the CPU, float32: their moving average where there is one. A collective under ZeRO."""
-        key = key or ("ema" if self.cfg.ema_decay else WEIGHT)
-        return {name: self.full(key, name).cpu().contiguous() for name in self.trained}
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The trained weights by name, float32, one after the other, since a host may not hold all of them for each of its ranks: their moving
+        average where there is one. Under ZeRO a collective, which every rank must go through to its end."""
+        key = "ema" if self.cfg.ema_decay else WEIGHT
+        return ((name, self.full(key, name)) for name in self.trained)
 
     def state_bytes(self) -> dict[str, int]:
         """What this rank holds between steps: the model's weights, float32 masters beside them, the optimizer's states."""

@@ -49,7 +49,9 @@ class Judge:
     def evaluate(self, step: int, state: dict[str, Any], engine: Engine) -> None:
         """One line in ``epochs.jsonl``; keeps the weights when validation AUROC is the best so far, and ends the training where it has not
         been for ``patience`` evaluations. A collective."""
-        self.model.load_state_dict({**self.model.state_dict(), **engine.weights()})
+        own = dict(self.model.named_parameters())
+        for name, weight in engine.weights():
+            own[name].data.copy_(weight)
         row = self._metrics("val", self.scores(self.data.splits["val"]))
         row = self.world.gather(row)[0]  # so that all ranks decide the same, whatever their last bits say
         if self.world.is_main:

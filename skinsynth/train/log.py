@@ -14,7 +14,8 @@ import re
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,8 +32,9 @@ from skinsynth.train.optimizer import learning_rate
 
 log = logging.getLogger(__name__)
 
-# Dense bf16 peak in FLOP/s, from the vendors' data sheets; of other devices no MFU is told.
-PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A40": 150e12, "A6000": 155e12, "V100": 125e12}
+# Dense bf16 peak in FLOP/s, from the vendors' data sheets; of other devices, and of parts of one (MIG), no MFU is told.
+PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+        "A100": 312e12, "L40S": 362e12, "A40": 150e12, "A6000": 155e12, "V100": 125e12}
 
 
 class Data(Protocol):
@@ -82,14 +84,12 @@ class TrainLog:
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=begin + 1)
 
     def counted(self, loss: Callable[[Any, Batch], torch.Tensor]) -> Callable[[Any, Batch], torch.Tensor]:
-        """The same loss; its first call counts the floating-point operations of a micro batch's forward pass."""
+        """The same loss; its first call counts the floating-point operations of the trained model's forward pass of a micro batch."""
 
         def first(model: Any, batch: Batch) -> torch.Tensor:
             if self.flops:
                 return loss(model, batch)
-            from torch.utils.flop_counter import FlopCounterMode
-
-            with FlopCounterMode(display=False) as counter:
+            with forward_flops(self.engine.bare) as counter:
                 value = loss(model, batch)
             self.flops = counter.get_total_flops() or 1
             return value
@@ -133,7 +133,7 @@ class TrainLog:
     def _speed(self, cfg: Training, steps: int, seconds: float, waited: float) -> dict[str, Any]:
         """Means over the steps since the last flush, and this rank's peak memory until now."""
         rate, size = steps * cfg.global_batch / seconds, self.engine.world.size
-        passes = 4 if getattr(cfg, "gradient_checkpointing", False) else 3  # forward, and backward at twice its cost; forward again
+        passes = 2 if getattr(cfg, "lora_rank", 0) else 3  # forward, and backward at twice its cost: LoRA has next to no gradients of weights
         flops = self.flops * passes / self.engine.micro * rate / size
         peak = peak_flops(self.engine.device)
         return {"samples_per_second": round(rate, 2), "samples_per_second_per_rank": round(rate / size, 2),
@@ -179,9 +179,31 @@ class TrainLog:
                 self.board.add_image(name, image, step, dataformats="HWC")
 
 
+@contextmanager
+def forward_flops(module: torch.nn.Module) -> Iterator[Any]:
+    """A counter of the floating-point operations of that module's forward passes inside the block, and of nothing round them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter, inside = FlopCounterMode(display=False), ExitStack()
+
+    def begin(*_: Any) -> None:
+        inside.enter_context(torch.compiler.set_stance("force_eager"))  # what torch.compile meets under a counter it never compiles any more
+        inside.enter_context(counter)
+
+    def end(*_: Any) -> None:
+        inside.close()
+
+    hooks = [module.register_forward_pre_hook(begin), module.register_forward_hook(end, always_call=True)]
+    try:
+        yield counter
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def peak_flops(device: torch.device) -> float | None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((value for known, value in PEAK.items() if re.search(rf"\b{known}\b", name)), None)  # an A4000 is no A40
+    return None if "MIG" in name else next((value for known, value in PEAK.items() if re.search(rf"\b{known}\b", name)), None)  # an A4000 is no A40
 
 
 def peak_memory(device: torch.device) -> int:

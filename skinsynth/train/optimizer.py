@@ -22,7 +22,8 @@ class AdamW(torch.optim.AdamW):
             decay = group.get("ema_decay", 0.0)
             updated = [p for p in group["params"] if p in self.state] if decay else []
             for p in updated:
-                self.state[p].setdefault("ema", p.detach().clone())
+                if "ema" not in self.state[p]:
+                    self.state[p]["ema"] = p.detach().clone()
             if updated:
                 torch._foreach_lerp_([self.state[p]["ema"] for p in updated], [p.detach() for p in updated], 1 - decay)
         return result
@@ -39,7 +40,7 @@ def groups(trained: dict[str, torch.nn.Parameter], scales: dict[str, float]) -> 
 def build_optimizer(cfg: Training, parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """``parameters``: as ``groups`` gives them. Raises ``UserError`` where adamw8bit is asked for and bitsandbytes is not to be had."""
     if cfg.optimizer == "adamw":
-        return AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=cfg.offload == "none" or None)  # on CPUs, too
+        return AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)  # on CPUs and offloaded, too
     try:
         import bitsandbytes
     except ImportError as error:

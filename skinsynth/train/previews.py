@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Previews:
         self.cfg, self.folder, self.world, self.fresh = cfg, run.node("finetune") / "previews", world, fresh
         self.pipe: Any = None
 
-    def draw(self, step: int, weights: dict[str, torch.Tensor]) -> dict[str, np.ndarray] | None:
+    def draw(self, step: int, weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, np.ndarray] | None:
         """Draws with the weights, and with the base where that is not there yet. A collective; on rank 0 it returns the picture for TensorBoard.
 
         None there: left out, since a stop signal is not kept waiting, or a rank's memory does not hold a pipeline beside the training.

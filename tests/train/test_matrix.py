@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, free_port, overrides
 from gang import main as run_gang
 from PIL import Image
+from safetensors.torch import load_file
 
 from skinsynth import config
 from skinsynth.data import views
@@ -132,7 +133,6 @@ def cases(chosen, maker):  # type: ignore[no-untyped-def]
 
 def check(part: str, whole: RunDir, resumed: RunDir) -> None:
     from diffusers import StableDiffusionPipeline
-    from safetensors.torch import load_file
 
     assert len(losses(whole)) == 4
     assert losses(resumed) == losses(whole)
@@ -166,7 +166,8 @@ def test_methods_save_resume_and_export_and_ranks_may_change(maker, damaged, tmp
     grown = from_checkpoint(alone, 3, maker("turn-1-to-2", "dreambooth", zero=2, **TURN))
     half = maker("half", "dreambooth", zero=2, precision="bf16")
     found = cases(SOME, maker)
-    on_two_ranks([*(whole for whole, _ in found.values()), grown, half], tmp_path)
+    still = maker("still", "dreambooth", zero=1, precision="bf16", lr=0.0, steps=1)
+    on_two_ranks([*(whole for whole, _ in found.values()), grown, half, still], tmp_path)
     skip = damaged("skip")
     on_two_ranks([*(from_checkpoint(whole, 2, resumed) for whole, resumed in found.values()), skip], tmp_path)
     shrunk = from_checkpoint(grown, 12, maker("turn-2-to-1", "dreambooth", **TURN))
@@ -179,6 +180,8 @@ def test_methods_save_resume_and_export_and_ranks_may_change(maker, damaged, tmp
             assert np.abs(picture(run, preview) - picture(alone, preview)).max() <= 1
     assert losses(half) == pytest.approx(losses(found["dreambooth", "unet", 2][0]), rel=0.03)
     assert losses(half) != losses(found["dreambooth", "unet", 2][0])
+    before, after = (load_file(folder / "unet/diffusion_pytorch_model.safetensors") for folder in (Path(still.config().model.base), still.weights))
+    assert all(torch.equal(before[name], after[name]) for name in before), "the float32 masters do not begin rounded to bf16"
     listed = (skip.node("finetune") / "bad-samples.csv").read_text().splitlines()[1:]
     assert listed
     assert {row.split(",")[0] for row in listed} <= set(damaged.keys)
