@@ -69,12 +69,13 @@ class Clock:
 
 
 class TrainLog:
-    """``flush`` and ``bad_samples`` are collectives; all else is each rank's own."""
+    """``flush`` and ``bad_samples`` are collectives; all else is each rank's own. ``state``: the training's own, in which the operations of a
+    sample are kept once they are counted."""
 
-    def __init__(self, folder: Path, engine: Engine, begin: int, clock: Clock, data: Data):
-        self.path, self.engine, self.data, self.begin, self.clock = folder / "metrics.jsonl", engine, data, begin, clock
+    def __init__(self, folder: Path, engine: Engine, begin: int, clock: Clock, data: Data, state: dict[str, Any]):
+        self.path, self.engine, self.data, self.begin, self.clock, self.state = folder / "metrics.jsonl", engine, data, begin, clock, state
         self.waiting: list[tuple[int, torch.Tensor]] = []
-        self.since, self.waited, self.flops = time.perf_counter(), 0.0, 0
+        self.since, self.waited = time.perf_counter(), 0.0
         self.usual = [row["loss"] for row in read_lines(self.path) if row["step"] <= begin]
         self.board: Any = None
         if engine.world.is_main:
@@ -84,17 +85,18 @@ class TrainLog:
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=begin + 1)
 
     def counted(self, loss: Callable[[Any, Batch], torch.Tensor]) -> Callable[[Any, Batch], torch.Tensor]:
-        """The same loss; its first call counts the floating-point operations of the trained model's forward pass of a micro batch."""
+        """The same loss; the first call of a training counts the floating-point operations of the trained model's forward pass. Not those of
+        its restarts: a step that is counted is not compiled, and rounds otherwise."""
 
         def first(model: Any, batch: Batch) -> torch.Tensor:
-            if self.flops:
+            if "flops" in self.state:
                 return loss(model, batch)
             with forward_flops(self.engine.bare) as counter:
                 value = loss(model, batch)
-            self.flops = counter.get_total_flops() or 1
+            self.state["flops"] = counter.get_total_flops() / self.engine.micro
             return value
 
-        return first if not self.flops else loss
+        return loss if "flops" in self.state else first
 
     def add(self, step: int, loss: torch.Tensor) -> None:
         self.waiting.append((step, loss))
@@ -134,7 +136,7 @@ class TrainLog:
         """Means over the steps since the last flush, and this rank's peak memory until now."""
         rate, size = steps * cfg.global_batch / seconds, self.engine.world.size
         passes = 2 if getattr(cfg, "lora_rank", 0) else 3  # forward, and backward at twice its cost: LoRA has next to no gradients of weights
-        flops = self.flops * passes / self.engine.micro * rate / size
+        flops = self.state.get("flops", 0) * passes * rate / size
         peak = peak_flops(self.engine.device)
         return {"samples_per_second": round(rate, 2), "samples_per_second_per_rank": round(rate / size, 2),
                 "tflops_per_rank": round(flops / 1e12, 4), "mfu": round(flops / peak, 4) if peak else None,
