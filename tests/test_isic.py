@@ -53,6 +53,14 @@ def test_tolerates_bom_crlf_and_the_columns_of_isic_cli(tmp_path: Path) -> None:
     assert "unknown target" in aside[0]["reason"]
 
 
+@pytest.mark.parametrize(("site", "words"), [("Head and neck", "on the head or neck"), ("Trunk", "on the trunk"),
+                                             ("Upper extremity", "on the upper extremity"), ("Anogenital region", "in the anogenital region")])
+def test_the_sites_of_the_archive_since_2026(tmp_path: Path, site: str, words: str) -> None:
+    (found,), _ = isic.read_metadata(csv(tmp_path, f"ISIC_1,{site},Anything finer,Benign", header="isic_id,anatom_site_1,anatom_site_2,diagnosis_1"))
+    assert found.site == site.lower()
+    assert isic.phrases(found)["site"] == words
+
+
 @pytest.mark.parametrize(("header", "missing"), [("image_name,sex", "'target'"), ("name,target", "'image_name'")])
 def test_a_missing_column_is_named_with_the_file_and_what_there_is(tmp_path: Path, header: str, missing: str) -> None:
     with pytest.raises(UserError) as caught:

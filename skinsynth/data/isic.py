@@ -28,7 +28,7 @@ COLUMNS = {  # ours -> theirs; the first that is filled counts
     "lesion_id": ("lesion_id",),
     "sex": ("sex",),
     "age": ("age_approx",),
-    "site": ("anatom_site_general_challenge", "anatom_site_general"),
+    "site": ("anatom_site_general_challenge", "anatom_site_general", "anatom_site_1"),  # the last: the archive's since May 2026
     "diagnosis": ("diagnosis", "diagnosis_3", "diagnosis_2"),
     "target": ("target", "label"),
     "malignancy": ("benign_malignant", "diagnosis_1"),
@@ -36,7 +36,8 @@ COLUMNS = {  # ours -> theirs; the first that is filled counts
 EMPTY = {"", "na", "n/a", "nan", "none", "null"}
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 MIN_SIDE = 16  # pixels
-SITES = {"head/neck": "on the head or neck", "palms/soles": "on the palm or sole", "oral/genital": "in the oral or genital area"}
+SITES = {"head/neck": "on the head or neck", "head and neck": "on the head or neck", "palms/soles": "on the palm or sole",
+         "oral/genital": "in the oral or genital area", "anogenital region": "in the anogenital region"}  # others: "on the ..."
 
 Aside = dict[str, str]  # {"key": image name, "reason": why it is left out}, as in the manifests
 
@@ -101,9 +102,9 @@ def _row(record: Mapping[str, str]) -> Row:
     name = _stem(_value(record, "image_name"))
     if not KEY.fullmatch(name):
         raise ValueError("the image name may hold letters, digits, '_' and '-' only" if name else "no image name")
-    sex, diagnosis = _value(record, "sex"), _value(record, "diagnosis")
+    sex, site, diagnosis = (_value(record, column) for column in ("sex", "site", "diagnosis"))
     return Row(name, _target(record), _value(record, "patient_id"), _value(record, "lesion_id"), sex and sex.lower(), _age(_value(record, "age")),
-               _value(record, "site"), diagnosis and re.sub(r",? NOS$", "", diagnosis).lower())
+               site and site.lower(), diagnosis and re.sub(r",? NOS$", "", diagnosis).lower())
 
 
 def _value(record: Mapping[str, str], ours: str) -> str | None:
