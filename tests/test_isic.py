@@ -70,6 +70,59 @@ def test_a_missing_column_is_named_with_the_file_and_what_there_is(tmp_path: Pat
     assert header.split(",")[1] in str(caught.value)
 
 
+OFFICIAL = {  # header as published, a row, and what is read of it
+    "lesion_id,image_id,dx,dx_type,age,sex,localization": ("HAM_0000118,ISIC_0027419,bkl,histo,80.0,male,scalp",
+                                                           Row("ISIC_0027419", 0, None, "HAM_0000118", "male", 80, "scalp", "benign keratosis")),
+    "lesion_id,image_id,dx,dx_type,age,sex,localization,dataset": ("HAM_0005678,ISIC_0031023,akiec,histo,60.0,unknown,unknown,vidir_modern",
+                                                                   Row("ISIC_0031023", 1, None, "HAM_0005678", None, 60, None, "actinic keratosis")),
+    "isic_id,malignant": ("ISIC_0015670,1.0", Row("ISIC_0015670", 1)),  # 2024
+    "image,MEL,NV,BCC,AK,BKL,DF,VASC,SCC,UNK": ("ISIC_0000002,0.0,0.0,0.0,0.0,0.0,0.0,0.0,1.0,0.0",  # 2019
+                                                Row("ISIC_0000002", 1, diagnosis="squamous cell carcinoma")),
+    "image,MEL,NV,BCC,AKIEC,BKL,DF,VASC": ("ISIC_0024306,0.0,1.0,0.0,0.0,0.0,0.0,0.0", Row("ISIC_0024306", 0, diagnosis="nevus")),  # 2018
+    "image_id,melanoma,seborrheic_keratosis": ("ISIC_0000002,1.0,0.0", Row("ISIC_0000002", 1, diagnosis="melanoma")),  # 2017
+    "image_name,patient_id,lesion_id,sex,age_approx,anatom_site_general_challenge,diagnosis,benign_malignant,target": (
+        "ISIC_2637011,IP_7279968,IL_7972535,male,45.0,head/neck,unknown,benign,0",
+        Row("ISIC_2637011", 0, "IP_7279968", "IL_7972535", "male", 45, "head/neck", "unknown")),  # 2020
+}
+
+
+@pytest.mark.parametrize("header", OFFICIAL)
+def test_the_official_tables_are_read_as_published(tmp_path: Path, header: str) -> None:
+    line, wanted = OFFICIAL[header]
+    assert isic.read_metadata(csv(tmp_path, line, header=header)) == ([wanted], [])
+
+
+def test_classes_that_no_table_says_or_that_are_unknown_are_set_aside(tmp_path: Path) -> None:
+    lines = ["a,0,0,0,0,0,0,0,0,1.0", "b,0,0,0,0,0,0,0,0,0", "c,1.0,1.0,0,0,0,0,0,0,0", "d,0,0,0,1,0,0,0,0,0"]
+    rows, aside = isic.read_metadata(csv(tmp_path, *lines, header="image,MEL,NV,BCC,AK,BKL,DF,VASC,SCC,UNK"))
+    assert rows == [Row("d", 1, diagnosis="actinic keratosis")]
+    assert [(a["key"], a["reason"].split(" (")[0]) for a in aside] == [("a", "unknown target 'UNK'"), ("b", "unknown target"),
+                                                                      ("c", "unknown target 'mel+nv'")]
+    rows, aside = isic.read_metadata(csv(tmp_path, "a,0.0,0.0", "b,0.0,1.0", header="image_id,melanoma,seborrheic_keratosis"))
+    assert [(r.target, r.diagnosis) for r in rows] == [(0, "nevus"), (0, "seborrheic keratosis")]
+    rows, aside = isic.read_metadata(csv(tmp_path, "a,xyz", header="image_id,dx"))
+    assert (rows, aside[0]["reason"]) == ([], "unknown target 'xyz' (expected 0 or 1)")
+
+
+def test_a_target_of_ones_own_counts_before_a_tables_code(tmp_path: Path) -> None:
+    rows, _ = isic.read_metadata(csv(tmp_path, "a,akiec,0", header="image_id,dx,target"))
+    assert rows == [Row("a", 0, diagnosis="actinic keratosis")]
+
+
+def test_the_tables_of_2016_have_no_header_and_those_of_2019_are_two(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no header: its first line is isic_0000000, benign; download .* with isic-cli, or give it a header"):
+        isic.read_metadata(csv(tmp_path, "ISIC_0000001,benign", header="ISIC_0000000,benign"))
+    with pytest.raises(UserError, match="join them by the image's name, or download the metadata with isic-cli"):
+        isic.read_metadata(csv(tmp_path, "ISIC_0000000,55,anterior torso,,female", header="image,age_approx,anatom_site_general,lesion_id,sex"))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="more than one column 'target'"):
+        isic.read_metadata(csv(tmp_path, "a,0,1", header="image_name,target,Target"))
+    rows, _ = isic.read_metadata(csv(tmp_path, "a,0,,", header="image_name,target,,"))  # as spreadsheets leave them
+    assert rows == [Row("a", 0)]
+
+
 def test_wrong_metadata_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere.csv does not exist"):
         isic.read_metadata(tmp_path / "nowhere.csv")

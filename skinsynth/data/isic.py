@@ -1,7 +1,7 @@
 """ISIC metadata and images as they come: rows, groups of images that must stay together, splits, captions.
 
-The metadata is a CSV in the columns of SIIM-ISIC 2020 (Rotemberg et al. 2021) or of ``isic-cli``. What cannot be used is
-not guessed: it is set aside, with the reason.
+The metadata is a CSV in the columns of SIIM-ISIC 2020 (Rotemberg et al. 2021) or of ``isic-cli``, or a table of HAM10000 or of the
+challenges as published (``labels.py``). What cannot be used is not guessed: it is set aside, with the reason.
 """
 
 from __future__ import annotations
@@ -19,25 +19,27 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from skinsynth.data import labels
 from skinsynth.data.shards import KEY
 from skinsynth.errors import UserError
 
 COLUMNS = {  # ours -> theirs; the first that is filled counts
-    "image_name": ("image_name", "isic_id", "file_name"),
+    "image_name": ("image_name", "isic_id", "file_name", "image_id", "image"),
     "patient_id": ("patient_id",),
     "lesion_id": ("lesion_id",),
     "sex": ("sex",),
-    "age": ("age_approx",),
-    "site": ("anatom_site_general_challenge", "anatom_site_general", "anatom_site_1"),  # the last: the archive's since May 2026
+    "age": ("age_approx", "age_approximate", "age"),
+    "site": ("anatom_site_general_challenge", "anatom_site_general", "anatom_site_1", "localization"),  # _1: the archive's since May 2026
     "diagnosis": ("diagnosis", "diagnosis_3", "diagnosis_2"),
-    "target": ("target", "label"),
+    "target": ("target", "label", "malignant"),
     "malignancy": ("benign_malignant", "diagnosis_1"),
 }
 EMPTY = {"", "na", "n/a", "nan", "none", "null"}
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 MIN_SIDE = 16  # pixels
 SITES = {"head/neck": "on the head or neck", "head and neck": "on the head or neck", "palms/soles": "on the palm or sole",
-         "oral/genital": "in the oral or genital area", "anogenital region": "in the anogenital region"}  # others: "on the ..."
+         "oral/genital": "in the oral or genital area", "anogenital region": "in the anogenital region", "genital": "in the genital area",
+         "acral": "on acral skin"}  # others: "on the ..."
 
 Aside = dict[str, str]  # {"key": image name, "reason": why it is left out}, as in the manifests
 
@@ -70,10 +72,8 @@ def read_metadata(path: Path) -> tuple[list[Row], list[Aside]]:
     records = _read_csv(path, "metadata")
     if not records:
         raise UserError(f"data.metadata: {path} holds no rows: expected a header line and one line per image")
-    for needed in (COLUMNS["image_name"], COLUMNS["target"] + COLUMNS["malignancy"]):
-        if not records[0].keys() & set(needed):
-            have = ", ".join(sorted(records[0]))
-            raise UserError(f"data.metadata: {path} has no column '{needed[0]}' (nor {', '.join(needed[1:])}); it has: {have}")
+    records = [labels.spelt_out(record) for record in records]
+    _check_columns(path, records[0])
     rows: list[Row] = []
     aside: list[Aside] = []
     for line, record in enumerate(records, 2):
@@ -84,6 +84,18 @@ def read_metadata(path: Path) -> tuple[list[Row], list[Aside]]:
     return _unique(rows, aside)
 
 
+def _check_columns(path: Path, first: Mapping[str, str]) -> None:
+    """``first``: the first row, under its column names."""
+    have = ", ".join(first)
+    if any(re.fullmatch(r"isic_\d+(\.jpe?g)?", name) for name in first):  # as the tables of 2016 are published
+        raise UserError(f"data.metadata: {path} has no header: its first line is {have}; download the metadata with isic-cli, or give it a header "
+                        "line, for example image_name,benign_malignant")
+    for needed in (COLUMNS["image_name"], COLUMNS["target"] + COLUMNS["malignancy"]):
+        if not first.keys() & set(needed):
+            raise UserError(f"data.metadata: {path} has no column '{needed[0]}' (nor {', '.join(needed[1:])}); it has: {have}. Where labels stand "
+                            "in another table (Metadata, GroundTruth), join them by the image's name, or download the metadata with isic-cli")
+
+
 def _read_csv(path: Path, what: str) -> list[dict[str, str]]:
     """Stripped strings under lower-case column names; a byte order mark and CRLF are fine."""
     if not path.is_file():
@@ -91,10 +103,17 @@ def _read_csv(path: Path, what: str) -> list[dict[str, str]]:
     try:
         lines = csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""))
         header = [name.strip().lower() for name in next(lines, [])]
+        _check_twice(path, what, header)
         empty = dict.fromkeys(header, "")
         return [empty | dict(zip(header, (sys.intern(v.strip()) for v in line), strict=False)) for line in lines if line]  # few values differ
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"data.{what}: {path} is not a CSV in UTF-8 ({error}): export it as one") from None
+
+
+def _check_twice(path: Path, what: str, header: list[str]) -> None:
+    twice = [name for name, count in Counter(header).items() if name and count > 1]
+    if twice:
+        raise UserError(f"data.{what}: {path} has more than one column '{twice[0]}' (upper and lower case are one): rename or remove all but one")
 
 
 def _row(record: Mapping[str, str]) -> Row:
@@ -102,9 +121,10 @@ def _row(record: Mapping[str, str]) -> Row:
     name = _stem(_value(record, "image_name"))
     if not KEY.fullmatch(name):
         raise ValueError("the image name may hold letters, digits, '_' and '-' only" if name else "no image name")
-    sex, site, diagnosis = (_value(record, column) for column in ("sex", "site", "diagnosis"))
-    return Row(name, _target(record), _value(record, "patient_id"), _value(record, "lesion_id"), sex and sex.lower(), _age(_value(record, "age")),
-               site and site.lower(), diagnosis and re.sub(r",? NOS$", "", diagnosis).lower())
+    sex, site = (value if (value := (_value(record, column) or "").lower()) not in ("", "unknown") else None for column in ("sex", "site"))
+    diagnosis = _value(record, "diagnosis")
+    return Row(name, _target(record), _value(record, "patient_id"), _value(record, "lesion_id"), sex, _age(_value(record, "age")), site,
+               diagnosis and re.sub(r",? NOS$", "", diagnosis).lower())
 
 
 def _value(record: Mapping[str, str], ours: str) -> str | None:
