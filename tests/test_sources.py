@@ -337,6 +337,28 @@ def test_a_file_that_is_no_whole_model_is_named(bases: Path, tmp_path: Path) -> 
     assert "no such file" in said(tmp_path / "none.safetensors", bases / "sd15-configs")
 
 
+@pytest.mark.parametrize("config", ["sd15", "sd15-configs"])  # with weights of its own, which diffusers would take, and without
+def test_a_file_in_novelais_layout_is_refused(config: str, bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {key.replace("transformer.text_model.", "transformer."): value for key, value in load_file(bases / "sd15.safetensors").items()}
+    save_file(state, tmp_path / "nai.safetensors")
+    assert "holds a text_encoder under names that are not known" in said(tmp_path / "nai.safetensors", bases / config)
+    if config == "sd15-configs":
+        monkeypatch.setattr(hub, "_check_fit", lambda *_: None)
+        assert "cannot be loaded: Failed to load CLIPTextModel" in said(tmp_path / "nai.safetensors", bases / config)
+
+
+def test_a_file_that_says_it_predicts_v_needs_a_configuration_that_does(bases: Path, tmp_path: Path) -> None:
+    save_file({**load_file(bases / "sdxl.safetensors"), "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "v.safetensors")
+    told = said(tmp_path / "v.safetensors", bases / "sdxl-configs")
+    assert "predicts v (it has the key v_pred)" in told
+    assert '"rescale_betas_zero_snr": true' in told
+    shutil.copytree(bases / "sdxl-configs", tmp_path / "configs")
+    schedule = tmp_path / "configs/scheduler/scheduler_config.json"
+    schedule.write_text(json.dumps({**json.loads(schedule.read_text()), "prediction_type": "v_prediction"}))
+    pipe = diffusion.load_base(Model(base=str(tmp_path / "v.safetensors"), config=str(tmp_path / "configs")))
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+
+
 @pytest.mark.parametrize("weight", ["model.diffusion_model.out.2.weight", "first_stage_model.decoder.conv_out.bias",
                                     "cond_stage_model.transformer.text_model.final_layer_norm.weight"])
 def test_a_file_that_lacks_one_weight(weight: str, bases: Path, tmp_path: Path) -> None:
