@@ -359,6 +359,21 @@ def test_a_file_that_says_it_predicts_v_needs_a_configuration_that_does(bases: P
     assert pipe.scheduler.config.prediction_type == "v_prediction"
 
 
+@pytest.mark.parametrize("halved", [("vae",), ("unet",), ("unet", "vae"), ("text_encoder",)])
+def test_a_folder_whose_parts_differ_in_precision_is_loaded(halved: tuple[str, ...], tmp_path: Path) -> None:
+    shutil.copytree(WEIGHTS, tmp_path / "mixed")
+    for part in halved:
+        for path in (tmp_path / "mixed" / part).glob("*.safetensors"):
+            save_file({key: value.half() for key, value in load_file(path).items()}, path.with_suffix(".fp16.safetensors"), {"format": "pt"})
+            path.unlink()
+    model = Model(base=str(tmp_path / "mixed"))
+    pipe, plain = diffusion.load_base(model), diffusion.load_pipeline(WEIGHTS)
+    for part in ("unet", "vae", "text_encoder"):
+        mine, theirs = (next(getattr(which, part).parameters()) for which in (pipe, plain))
+        assert torch.equal(mine, theirs.half().float() if part in halved else theirs)
+    assert all(torch.equal(value, pipe.vae.state_dict()[key]) for key, value in diffusion.load_vae(model).state_dict().items())
+
+
 @pytest.mark.parametrize("weight", ["model.diffusion_model.out.2.weight", "first_stage_model.decoder.conv_out.bias",
                                     "cond_stage_model.transformer.text_model.final_layer_norm.weight"])
 def test_a_file_that_lacks_one_weight(weight: str, bases: Path, tmp_path: Path) -> None:

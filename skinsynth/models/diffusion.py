@@ -73,7 +73,7 @@ def load_vae(model: Model) -> Any:
     try:
         if base.weights.is_dir():
             return AutoencoderKL.from_pretrained(base.weights, subfolder="vae", local_files_only=True, use_safetensors=True,
-                                                 variant=hub.variant(base.weights))
+                                                 variant=hub.variant(base.weights, "vae"))
         return AutoencoderKL.from_single_file(str(base.weights), config=str(base.config), subfolder="vae", local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
         raise UserError(f"the VAE in {base.weights} cannot be loaded: {str(error).splitlines()[0]}") from None

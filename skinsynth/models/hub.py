@@ -270,10 +270,12 @@ def pipeline_name(folder: Path) -> str:
     return kind
 
 
-def variant(folder: Path) -> str | None:
-    """``fp16`` where the folder holds half-precision weights and no others, as diffusers wants to be told."""
-    weights = [path.name for path in (folder / "unet").glob("*.safetensors")]
-    return "fp16" if weights and all(".fp16." in name for name in weights) else None
+def variant(folder: Path, part: str | None = None) -> str | None:
+    """``fp16`` where a network of the folder has half-precision weights and no others, as diffusers wants to be told: the pipeline as a whole,
+    which takes the others' full ones where they have no half ones, or for one part alone what the pipeline takes of it."""
+    half = {name: [".fp16." in path.name for path in (folder / name).glob("*.safetensors") if "non_ema" not in path.name] for name in NETWORKS}
+    needed = any(found and all(found) for found in half.values())
+    return "fp16" if needed and (part is None or any(half[part])) else None
 
 
 def parameters(folder: Path) -> int:
