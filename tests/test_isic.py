@@ -158,6 +158,20 @@ def test_dreambooth_folders(tmp_path: Path) -> None:
         isic.read_dreambooth(tmp_path / "melanoma", tmp_path / "empty")
 
 
+def test_dreambooth_names_differ_and_what_is_no_file_is_set_aside(tmp_path: Path) -> None:
+    for folder, names in (("melanoma", ["a-2.jpg", "a.jpg", "a.png", "a.jpeg", "a-3.png"]), ("nevus", ["b.jpg"])):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            jpeg(tmp_path / folder / name)
+    (tmp_path / "nevus/folder.jpg").mkdir()
+    (tmp_path / "nevus/link.jpg").symlink_to(tmp_path / "gone.jpg")
+    rows, aside = isic.read_dreambooth(tmp_path / "melanoma", tmp_path / "nevus")
+    assert {(r.image_name, Path(r.file or "").name) for r in rows} == {
+        ("melanoma_a-2", "a-2.jpg"), ("melanoma_a-3", "a-3.png"), ("melanoma_a", "a.jpeg"), ("melanoma_a-4", "a.jpg"), ("melanoma_a-5", "a.png"),
+        ("nevus_b", "b.jpg")}
+    assert aside == [{"key": f"nevus_{name}", "reason": "not a file (a folder, or a link to nothing)"} for name in ("folder", "link")]
+
+
 def test_pairs_are_the_first_two_columns_with_ids(tmp_path: Path) -> None:
     path = csv(tmp_path, "1,ISIC_0000001,same,b.jpg", "2,ISIC_0000003,same,b", header="no,ISIC_id,why,ISIC_id_paired")
     assert isic.read_pairs(path, ["b"]) == [("ISIC_0000001", "b"), ("ISIC_0000003", "b")]

@@ -179,21 +179,33 @@ def read_dreambooth(instance_dir: Path, class_dir: Path) -> tuple[list[Row], lis
     label = {1: instance_dir.resolve().name, 0: class_dir.resolve().name}
     if label[0] == label[1]:
         label = {1: "instance", 0: "class"}
-    rows = []
+    rows, aside = [], []
     for target, folder, key in ((1, instance_dir, "instance_data_dir"), (0, class_dir, "class_data_dir")):
-        files = sorted(p for p in folder.iterdir() if p.suffix in EXTENSIONS) if folder.is_dir() else []
-        if not files:
+        found = sorted(p for p in folder.iterdir() if p.suffix in EXTENSIONS) if folder.is_dir() else []
+        if not any(file.is_file() for file in found):
             what = "holds no .jpg or .png image" if folder.is_dir() else "is not a folder"
             raise UserError(f"data.{key}: {folder} {what}: give a folder of images")
-        for file in files:
+        for file in found:
             name = re.sub(r"[^A-Za-z0-9_-]", "_", f"{label[target]}_{file.stem}")[:120]
-            rows.append(Row(name, target, diagnosis=label[target], file=str(file)))
-    same: Counter[str] = Counter()
-    for i, row in enumerate(rows):  # "a.jpg" beside "a.png": two images, so two names
-        same[row.image_name] += 1
-        if same[row.image_name] > 1:
-            rows[i] = replace(row, image_name=f"{row.image_name[:112]}-{same[row.image_name]}")
-    return _unique(rows, [])
+            if file.is_file():
+                rows.append(Row(name, target, diagnosis=label[target], file=str(file)))
+            else:
+                aside.append({"key": name, "reason": "not a file (a folder, or a link to nothing)"})
+    return _distinct(rows), aside
+
+
+def _distinct(rows: list[Row]) -> list[Row]:
+    """"a.jpg" beside "a.png": two images, so two names, and neither that of "a-2.jpg"."""
+    taken, last, named = {row.image_name for row in rows}, dict[str, int](), []
+    for row in rows:
+        own = name = row.image_name
+        while own in last and name in taken:  # the first keeps its name
+            last[own] += 1
+            name = f"{own[:112]}-{last[own]}"
+        last.setdefault(own, 1)
+        taken.add(name)
+        named.append(replace(row, image_name=name))
+    return named
 
 
 def read_pairs(path: Path, names: Iterable[str]) -> list[tuple[str, str]]:
