@@ -116,6 +116,17 @@ def test_the_tables_of_2016_have_no_header_and_those_of_2019_are_two(tmp_path: P
         isic.read_metadata(csv(tmp_path, "ISIC_0000000,55,anterior torso,,female", header="image,age_approx,anatom_site_general,lesion_id,sex"))
 
 
+def test_only_dermoscopic_images_are_taken_where_the_archive_says_what_they_are(tmp_path: Path) -> None:
+    header = "isic_id,image_type,diagnosis_1"
+    lines = ["a,dermoscopic,Benign", "b,clinical: overview,Benign", "c,,Benign", "d,TBP tile: close-up,Benign"]
+    rows, aside = isic.read_metadata(csv(tmp_path, *lines, header=header))
+    assert [r.image_name for r in rows] == ["a", "c"]
+    assert aside == [{"key": "b", "reason": "not dermoscopic: image_type is 'clinical: overview'"},
+                     {"key": "d", "reason": "not dermoscopic: image_type is 'TBP tile: close-up'"}]
+    with pytest.raises(UserError, match=r"no image is dermoscopic \(TBP tile: close-up, clinical: overview\).*remove the column"):
+        isic.read_metadata(csv(tmp_path, lines[1], lines[3], header=header))
+
+
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="more than one column 'target'"):
         isic.read_metadata(csv(tmp_path, "a,0,1", header="image_name,target,Target"))

@@ -1,17 +1,15 @@
 """ISIC metadata and images as they come: rows, groups of images that must stay together, splits, captions.
 
 The metadata is a CSV in the columns of SIIM-ISIC 2020 (Rotemberg et al. 2021) or of ``isic-cli``, or a table of HAM10000 or of the
-challenges as published (``labels.py``). What cannot be used is not guessed: it is set aside, with the reason.
+challenges as published (``tables.py``). What cannot be used is not guessed: it is set aside, with the reason.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import re
-import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from skinsynth.data import labels
+from skinsynth.data import tables
 from skinsynth.data.shards import KEY
 from skinsynth.errors import UserError
 
@@ -34,7 +32,6 @@ COLUMNS = {  # ours -> theirs; the first that is filled counts
     "target": ("target", "label", "malignant"),
     "malignancy": ("benign_malignant", "diagnosis_1"),
 }
-EMPTY = {"", "na", "n/a", "nan", "none", "null"}
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 MIN_SIDE = 16  # pixels
 SITES = {"head/neck": "on the head or neck", "head and neck": "on the head or neck", "palms/soles": "on the palm or sole",
@@ -69,11 +66,12 @@ def read_metadata(path: Path) -> tuple[list[Row], list[Aside]]:
     Raises:
         UserError: no such file, not a UTF-8 CSV, a needed column is missing, or no row at all.
     """
-    records = _read_csv(path, "metadata")
+    records = tables.read_csv(path, "metadata")
     if not records:
         raise UserError(f"data.metadata: {path} holds no rows: expected a header line and one line per image")
-    records = [labels.spelt_out(record) for record in records]
+    records = [tables.spelt_out(record) for record in records]
     _check_columns(path, records[0])
+    tables.check_kind(path, records)
     rows: list[Row] = []
     aside: list[Aside] = []
     for line, record in enumerate(records, 2):
@@ -96,31 +94,13 @@ def _check_columns(path: Path, first: Mapping[str, str]) -> None:
                             "in another table (Metadata, GroundTruth), join them by the image's name, or download the metadata with isic-cli")
 
 
-def _read_csv(path: Path, what: str) -> list[dict[str, str]]:
-    """Stripped strings under lower-case column names; a byte order mark and CRLF are fine."""
-    if not path.is_file():
-        raise UserError(f"data.{what}: {path} does not exist or is not a file: give the path of the CSV")
-    try:
-        lines = csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""))
-        header = [name.strip().lower() for name in next(lines, [])]
-        _check_twice(path, what, header)
-        empty = dict.fromkeys(header, "")
-        return [empty | dict(zip(header, (sys.intern(v.strip()) for v in line), strict=False)) for line in lines if line]  # few values differ
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"data.{what}: {path} is not a CSV in UTF-8 ({error}): export it as one") from None
-
-
-def _check_twice(path: Path, what: str, header: list[str]) -> None:
-    twice = [name for name, count in Counter(header).items() if name and count > 1]
-    if twice:
-        raise UserError(f"data.{what}: {path} has more than one column '{twice[0]}' (upper and lower case are one): rename or remove all but one")
-
-
 def _row(record: Mapping[str, str]) -> Row:
     """Raises ``ValueError`` with the reason where the row cannot be used."""
     name = _stem(_value(record, "image_name"))
     if not KEY.fullmatch(name):
         raise ValueError("the image name may hold letters, digits, '_' and '-' only" if name else "no image name")
+    if kind := tables.other_kind(record):
+        raise ValueError(f"not dermoscopic: image_type is '{kind}'")
     sex, site = (value if (value := (_value(record, column) or "").lower()) not in ("", "unknown") else None for column in ("sex", "site"))
     diagnosis = _value(record, "diagnosis")
     return Row(name, _target(record), _value(record, "patient_id"), _value(record, "lesion_id"), sex, _age(_value(record, "age")), site,
@@ -128,7 +108,7 @@ def _row(record: Mapping[str, str]) -> Row:
 
 
 def _value(record: Mapping[str, str], ours: str) -> str | None:
-    return next((record[c] for c in COLUMNS[ours] if record.get(c, "").lower() not in EMPTY), None)
+    return next((record[c] for c in COLUMNS[ours] if record.get(c, "").lower() not in tables.EMPTY), None)
 
 
 def _stem(name: str | None) -> str:
@@ -214,7 +194,7 @@ def read_pairs(path: Path, names: Iterable[str]) -> list[tuple[str, str]]:
     Raises:
         UserError: no such file, or not two columns of ids.
     """
-    records, known = _read_csv(path, "duplicates"), set(names)
+    records, known = tables.read_csv(path, "duplicates"), set(names)
     columns = [c for c in (records[0] if records else []) if any(_stem(r[c]) in known or re.fullmatch(r"ISIC_\d+", _stem(r[c])) for r in records)]
     if records and len(columns) < 2:
         raise UserError(f"data.duplicates: {path} needs two columns of image names; it has: {', '.join(records[0])}")
