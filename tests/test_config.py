@@ -53,6 +53,13 @@ def test_bad_values_name_the_key_and_the_remedy(override: str, words: list[str])
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("path", [path for path in CONFIGS if "isic2020/duplicates.csv" in path.read_text()], ids=lambda path: path.stem)
+def test_how_the_list_of_duplicates_is_fetched_stands_where_it_is_asked_for(path: Path) -> None:
+    command = "curl -fo isic2020/duplicates.csv https://isic-challenge-data.s3.amazonaws.com/2020/ISIC_2020_Training_Duplicates.csv\n"
+    assert command in path.read_text()
+    assert command in (path.parent.parent / "README.md").read_text()
+
+
 def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere.yaml does not exist"):
         config.load(tmp_path / "nowhere.yaml")

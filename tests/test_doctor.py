@@ -17,7 +17,7 @@ from conftest import ROOT, overrides, skinsynth
 
 from skinsynth import config, knobs
 from skinsynth.data.shards import ShardWriter, write_manifest
-from skinsynth.doctor import cluster, login, node
+from skinsynth.doctor import check, cluster, login, node
 from skinsynth.doctor.check import Check
 from skinsynth.doctor.submit import job_parameters, together
 from skinsynth.estimate import Stage
@@ -57,6 +57,16 @@ def test_everything_that_is_not_there_is_told_at_once(tmp_path: Path) -> None:
         assert [one["state"] for one in found[name]] == ["fail"], name
     assert "skinsynth pull configs/demo.yaml" in found["model.base"][0]["todo"]
     assert "model.base=nobody/nothing" in found["model.base"][0]["todo"]
+
+
+def test_images_in_one_file_are_called_a_file(tmp_path: Path) -> None:
+    (tmp_path / "train-image.hdf5").write_bytes(b"x")
+    cfg = config.load("configs/demo.yaml", [f"data.metadata={tmp_path}", f"data.images={tmp_path}/train-image.hdf5", "data.duplicates=null"])
+    metadata, images = check.data(cfg)
+    assert (metadata.state, metadata.found) == ("fail", f"{tmp_path} is a folder")
+    assert (images.state, images.found) == ("fail", f"{tmp_path}/train-image.hdf5 is a file")
+    assert "folder of JPEGs" in images.todo
+    assert "unpacked" in images.todo
 
 
 def test_a_configuration_that_cannot_be_used() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, overrides, skinsynth
 
-from skinsynth import config, speeds
+from skinsynth import config, slurm, speeds
 from skinsynth.errors import UserError
 from skinsynth.estimate import Stage, estimate
 from skinsynth.run import RunDir, read_json
@@ -82,6 +82,15 @@ def test_a_gres_asks_for_gpus_too() -> None:
     for gres, count in (("gpu:4", 4), ("gpu", 1), ("gpu:a100:2", 2), ("gpu:a100", 1), ("nvme:1,gpu:3", 3), ("nvme:1", 0)):
         cfg.cluster.gres = gres
         assert speeds.gpus(cfg, "encode") == count, gres
+
+
+def test_a_gres_without_gpus_per_node_is_all_that_slurm_is_asked_for(tmp_path: Path) -> None:
+    cfg = config.load("configs/demo.yaml", ["cluster=configs/cluster/slurm.yaml"])
+    stage = cfg.cluster.stages["finetune"]
+    stage.gres, stage.gpus_per_node = "gpu:a100:4", 0
+    asked = slurm.parameters(cfg, RunDir(tmp_path), "finetune", [])
+    assert asked["gres"] == "gpu:a100:4"
+    assert "gpus_per_node" not in asked
 
 
 def test_real_images_that_cannot_be_counted(tmp_path: Path) -> None:

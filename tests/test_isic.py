@@ -53,6 +53,14 @@ def test_tolerates_bom_crlf_and_the_columns_of_isic_cli(tmp_path: Path) -> None:
     assert "unknown target" in aside[0]["reason"]
 
 
+@pytest.mark.parametrize(("site", "words"), [("Head and neck", "on the head or neck"), ("Trunk", "on the trunk"),
+                                             ("Upper extremity", "on the upper extremity"), ("Anogenital region", "in the anogenital region")])
+def test_the_sites_of_the_archive_since_2026(tmp_path: Path, site: str, words: str) -> None:
+    (found,), _ = isic.read_metadata(csv(tmp_path, f"ISIC_1,{site},Anything finer,Benign", header="isic_id,anatom_site_1,anatom_site_2,diagnosis_1"))
+    assert found.site == site.lower()
+    assert isic.phrases(found)["site"] == words
+
+
 @pytest.mark.parametrize(("header", "missing"), [("image_name,sex", "'target'"), ("name,target", "'image_name'")])
 def test_a_missing_column_is_named_with_the_file_and_what_there_is(tmp_path: Path, header: str, missing: str) -> None:
     with pytest.raises(UserError) as caught:
@@ -60,6 +68,70 @@ def test_a_missing_column_is_named_with_the_file_and_what_there_is(tmp_path: Pat
     assert missing in str(caught.value)
     assert "metadata.csv" in str(caught.value)
     assert header.split(",")[1] in str(caught.value)
+
+
+OFFICIAL = {  # header as published, a row, and what is read of it
+    "lesion_id,image_id,dx,dx_type,age,sex,localization": ("HAM_0000118,ISIC_0027419,bkl,histo,80.0,male,scalp",
+                                                           Row("ISIC_0027419", 0, None, "HAM_0000118", "male", 80, "scalp", "benign keratosis")),
+    "lesion_id,image_id,dx,dx_type,age,sex,localization,dataset": ("HAM_0005678,ISIC_0031023,akiec,histo,60.0,unknown,unknown,vidir_modern",
+                                                                   Row("ISIC_0031023", 1, None, "HAM_0005678", None, 60, None, "actinic keratosis")),
+    "isic_id,malignant": ("ISIC_0015670,1.0", Row("ISIC_0015670", 1)),  # 2024
+    "image,MEL,NV,BCC,AK,BKL,DF,VASC,SCC,UNK": ("ISIC_0000002,0.0,0.0,0.0,0.0,0.0,0.0,0.0,1.0,0.0",  # 2019
+                                                Row("ISIC_0000002", 1, diagnosis="squamous cell carcinoma")),
+    "image,MEL,NV,BCC,AKIEC,BKL,DF,VASC": ("ISIC_0024306,0.0,1.0,0.0,0.0,0.0,0.0,0.0", Row("ISIC_0024306", 0, diagnosis="nevus")),  # 2018
+    "image_id,melanoma,seborrheic_keratosis": ("ISIC_0000002,1.0,0.0", Row("ISIC_0000002", 1, diagnosis="melanoma")),  # 2017
+    "image_name,patient_id,lesion_id,sex,age_approx,anatom_site_general_challenge,diagnosis,benign_malignant,target": (
+        "ISIC_2637011,IP_7279968,IL_7972535,male,45.0,head/neck,unknown,benign,0",
+        Row("ISIC_2637011", 0, "IP_7279968", "IL_7972535", "male", 45, "head/neck", "unknown")),  # 2020
+}
+
+
+@pytest.mark.parametrize("header", OFFICIAL)
+def test_the_official_tables_are_read_as_published(tmp_path: Path, header: str) -> None:
+    line, wanted = OFFICIAL[header]
+    assert isic.read_metadata(csv(tmp_path, line, header=header)) == ([wanted], [])
+
+
+def test_classes_that_no_table_says_or_that_are_unknown_are_set_aside(tmp_path: Path) -> None:
+    lines = ["a,0,0,0,0,0,0,0,0,1.0", "b,0,0,0,0,0,0,0,0,0", "c,1.0,1.0,0,0,0,0,0,0,0", "d,0,0,0,1,0,0,0,0,0"]
+    rows, aside = isic.read_metadata(csv(tmp_path, *lines, header="image,MEL,NV,BCC,AK,BKL,DF,VASC,SCC,UNK"))
+    assert rows == [Row("d", 1, diagnosis="actinic keratosis")]
+    assert [(a["key"], a["reason"].split(" (")[0]) for a in aside] == [("a", "unknown target 'UNK'"), ("b", "unknown target"),
+                                                                      ("c", "unknown target 'mel+nv'")]
+    rows, aside = isic.read_metadata(csv(tmp_path, "a,0.0,0.0", "b,0.0,1.0", header="image_id,melanoma,seborrheic_keratosis"))
+    assert [(r.target, r.diagnosis) for r in rows] == [(0, "nevus"), (0, "seborrheic keratosis")]
+    rows, aside = isic.read_metadata(csv(tmp_path, "a,xyz", header="image_id,dx"))
+    assert (rows, aside[0]["reason"]) == ([], "unknown target 'xyz' (expected 0 or 1)")
+
+
+def test_a_target_of_ones_own_counts_before_a_tables_code(tmp_path: Path) -> None:
+    rows, _ = isic.read_metadata(csv(tmp_path, "a,akiec,0", header="image_id,dx,target"))
+    assert rows == [Row("a", 0, diagnosis="actinic keratosis")]
+
+
+def test_the_tables_of_2016_have_no_header_and_those_of_2019_are_two(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no header: its first line is isic_0000000, benign; download .* with isic-cli, or give it a header"):
+        isic.read_metadata(csv(tmp_path, "ISIC_0000001,benign", header="ISIC_0000000,benign"))
+    with pytest.raises(UserError, match="join them by the image's name, or download the metadata with isic-cli"):
+        isic.read_metadata(csv(tmp_path, "ISIC_0000000,55,anterior torso,,female", header="image,age_approx,anatom_site_general,lesion_id,sex"))
+
+
+def test_only_dermoscopic_images_are_taken_where_the_archive_says_what_they_are(tmp_path: Path) -> None:
+    header = "isic_id,image_type,diagnosis_1"
+    lines = ["a,dermoscopic,Benign", "b,clinical: overview,Benign", "c,,Benign", "d,TBP tile: close-up,Benign"]
+    rows, aside = isic.read_metadata(csv(tmp_path, *lines, header=header))
+    assert [r.image_name for r in rows] == ["a", "c"]
+    assert aside == [{"key": "b", "reason": "not dermoscopic: image_type is 'clinical: overview'"},
+                     {"key": "d", "reason": "not dermoscopic: image_type is 'TBP tile: close-up'"}]
+    with pytest.raises(UserError, match=r"no image is dermoscopic \(TBP tile: close-up, clinical: overview\).*remove the column"):
+        isic.read_metadata(csv(tmp_path, lines[1], lines[3], header=header))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="more than one column 'target'"):
+        isic.read_metadata(csv(tmp_path, "a,0,1", header="image_name,target,Target"))
+    rows, _ = isic.read_metadata(csv(tmp_path, "a,0,,", header="image_name,target,,"))  # as spreadsheets leave them
+    assert rows == [Row("a", 0)]
 
 
 def test_wrong_metadata_files(tmp_path: Path) -> None:
@@ -95,6 +167,20 @@ def test_dreambooth_folders(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"class_data_dir.*holds no .jpg"):
         isic.read_dreambooth(tmp_path / "melanoma", tmp_path / "empty")
+
+
+def test_dreambooth_names_differ_and_what_is_no_file_is_set_aside(tmp_path: Path) -> None:
+    for folder, names in (("melanoma", ["a-2.jpg", "a.jpg", "a.png", "a.jpeg", "a-3.png"]), ("nevus", ["b.jpg"])):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            jpeg(tmp_path / folder / name)
+    (tmp_path / "nevus/folder.jpg").mkdir()
+    (tmp_path / "nevus/link.jpg").symlink_to(tmp_path / "gone.jpg")
+    rows, aside = isic.read_dreambooth(tmp_path / "melanoma", tmp_path / "nevus")
+    assert {(r.image_name, Path(r.file or "").name) for r in rows} == {
+        ("melanoma_a-2", "a-2.jpg"), ("melanoma_a-3", "a-3.png"), ("melanoma_a", "a.jpeg"), ("melanoma_a-4", "a.jpg"), ("melanoma_a-5", "a.png"),
+        ("nevus_b", "b.jpg")}
+    assert aside == [{"key": f"nevus_{name}", "reason": "not a file (a folder, or a link to nothing)"} for name in ("folder", "link")]
 
 
 def test_pairs_are_the_first_two_columns_with_ids(tmp_path: Path) -> None:

@@ -318,7 +318,8 @@ def test_one_file_needs_a_configuration_of_its_kind(bases: Path, tmp_path: Path)
     assert "model.config=nobody/nothing" in said(file, "nobody/nothing")
     assert "skinsynth pull" in said(file, "nobody/nothing")
     assert "missing model_index.json" in said(file, tmp_path)
-    for name, usual in (("cond_stage_model.model.ln_final.bias", "stable-diffusion-2-1"), ("conditioner.embedders.1.x", "stable-diffusion-xl-base")):
+    for name, usual in (("cond_stage_model.model.ln_final.bias", "stable-diffusion-2-1-base, if the model predicts the noise and not v"),
+                        ("conditioner.embedders.1.x", "stable-diffusion-xl-base")):
         save_file({name: torch.zeros(1)}, tmp_path / "other.safetensors")
         assert usual in said(tmp_path / "other.safetensors")
 
@@ -334,6 +335,43 @@ def test_a_file_that_is_no_whole_model_is_named(bases: Path, tmp_path: Path) -> 
     assert "not a safetensors file" in said(text, bases / "sd15-configs")
     assert "may run any code" in said(pickled, bases / "sd15-configs")
     assert "no such file" in said(tmp_path / "none.safetensors", bases / "sd15-configs")
+
+
+@pytest.mark.parametrize("config", ["sd15", "sd15-configs"])  # with weights of its own, which diffusers would take, and without
+def test_a_file_in_novelais_layout_is_refused(config: str, bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {key.replace("transformer.text_model.", "transformer."): value for key, value in load_file(bases / "sd15.safetensors").items()}
+    save_file(state, tmp_path / "nai.safetensors")
+    assert "holds a text_encoder under names that are not known" in said(tmp_path / "nai.safetensors", bases / config)
+    if config == "sd15-configs":
+        monkeypatch.setattr(hub, "_check_fit", lambda *_: None)
+        assert "cannot be loaded: Failed to load CLIPTextModel" in said(tmp_path / "nai.safetensors", bases / config)
+
+
+def test_a_file_that_says_it_predicts_v_needs_a_configuration_that_does(bases: Path, tmp_path: Path) -> None:
+    save_file({**load_file(bases / "sdxl.safetensors"), "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "v.safetensors")
+    told = said(tmp_path / "v.safetensors", bases / "sdxl-configs")
+    assert "predicts v (it has the key v_pred)" in told
+    assert '"rescale_betas_zero_snr": true' in told
+    shutil.copytree(bases / "sdxl-configs", tmp_path / "configs")
+    schedule = tmp_path / "configs/scheduler/scheduler_config.json"
+    schedule.write_text(json.dumps({**json.loads(schedule.read_text()), "prediction_type": "v_prediction"}))
+    pipe = diffusion.load_base(Model(base=str(tmp_path / "v.safetensors"), config=str(tmp_path / "configs")))
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("halved", [("vae",), ("unet",), ("unet", "vae"), ("text_encoder",)])
+def test_a_folder_whose_parts_differ_in_precision_is_loaded(halved: tuple[str, ...], tmp_path: Path) -> None:
+    shutil.copytree(WEIGHTS, tmp_path / "mixed")
+    for part in halved:
+        for path in (tmp_path / "mixed" / part).glob("*.safetensors"):
+            save_file({key: value.half() for key, value in load_file(path).items()}, path.with_suffix(".fp16.safetensors"), {"format": "pt"})
+            path.unlink()
+    model = Model(base=str(tmp_path / "mixed"))
+    pipe, plain = diffusion.load_base(model), diffusion.load_pipeline(WEIGHTS)
+    for part in ("unet", "vae", "text_encoder"):
+        mine, theirs = (next(getattr(which, part).parameters()) for which in (pipe, plain))
+        assert torch.equal(mine, theirs.half().float() if part in halved else theirs)
+    assert all(torch.equal(value, pipe.vae.state_dict()[key]) for key, value in diffusion.load_vae(model).state_dict().items())
 
 
 @pytest.mark.parametrize("weight", ["model.diffusion_model.out.2.weight", "first_stage_model.decoder.conv_out.bias",

@@ -1,17 +1,15 @@
 """ISIC metadata and images as they come: rows, groups of images that must stay together, splits, captions.
 
-The metadata is a CSV in the columns of SIIM-ISIC 2020 (Rotemberg et al. 2021) or of ``isic-cli``. What cannot be used is
-not guessed: it is set aside, with the reason.
+The metadata is a CSV in the columns of SIIM-ISIC 2020 (Rotemberg et al. 2021) or of ``isic-cli``, or a table of HAM10000 or of the
+challenges as published (``tables.py``). What cannot be used is not guessed: it is set aside, with the reason.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import re
-import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,24 +17,26 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from skinsynth.data import tables
 from skinsynth.data.shards import KEY
 from skinsynth.errors import UserError
 
 COLUMNS = {  # ours -> theirs; the first that is filled counts
-    "image_name": ("image_name", "isic_id", "file_name"),
+    "image_name": ("image_name", "isic_id", "file_name", "image_id", "image"),
     "patient_id": ("patient_id",),
     "lesion_id": ("lesion_id",),
     "sex": ("sex",),
-    "age": ("age_approx",),
-    "site": ("anatom_site_general_challenge", "anatom_site_general"),
+    "age": ("age_approx", "age_approximate", "age"),
+    "site": ("anatom_site_general_challenge", "anatom_site_general", "anatom_site_1", "localization"),  # _1: the archive's since May 2026
     "diagnosis": ("diagnosis", "diagnosis_3", "diagnosis_2"),
-    "target": ("target", "label"),
+    "target": ("target", "label", "malignant"),
     "malignancy": ("benign_malignant", "diagnosis_1"),
 }
-EMPTY = {"", "na", "n/a", "nan", "none", "null"}
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 MIN_SIDE = 16  # pixels
-SITES = {"head/neck": "on the head or neck", "palms/soles": "on the palm or sole", "oral/genital": "in the oral or genital area"}
+SITES = {"head/neck": "on the head or neck", "head and neck": "on the head or neck", "palms/soles": "on the palm or sole",
+         "oral/genital": "in the oral or genital area", "anogenital region": "in the anogenital region", "genital": "in the genital area",
+         "acral": "on acral skin"}  # others: "on the ..."
 
 Aside = dict[str, str]  # {"key": image name, "reason": why it is left out}, as in the manifests
 
@@ -66,13 +66,12 @@ def read_metadata(path: Path) -> tuple[list[Row], list[Aside]]:
     Raises:
         UserError: no such file, not a UTF-8 CSV, a needed column is missing, or no row at all.
     """
-    records = _read_csv(path, "metadata")
+    records = tables.read_csv(path, "metadata")
     if not records:
         raise UserError(f"data.metadata: {path} holds no rows: expected a header line and one line per image")
-    for needed in (COLUMNS["image_name"], COLUMNS["target"] + COLUMNS["malignancy"]):
-        if not records[0].keys() & set(needed):
-            have = ", ".join(sorted(records[0]))
-            raise UserError(f"data.metadata: {path} has no column '{needed[0]}' (nor {', '.join(needed[1:])}); it has: {have}")
+    records = [tables.spelt_out(record) for record in records]
+    _check_columns(path, records[0])
+    tables.check_kind(path, records)
     rows: list[Row] = []
     aside: list[Aside] = []
     for line, record in enumerate(records, 2):
@@ -83,17 +82,16 @@ def read_metadata(path: Path) -> tuple[list[Row], list[Aside]]:
     return _unique(rows, aside)
 
 
-def _read_csv(path: Path, what: str) -> list[dict[str, str]]:
-    """Stripped strings under lower-case column names; a byte order mark and CRLF are fine."""
-    if not path.is_file():
-        raise UserError(f"data.{what}: {path} does not exist or is not a file: give the path of the CSV")
-    try:
-        lines = csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""))
-        header = [name.strip().lower() for name in next(lines, [])]
-        empty = dict.fromkeys(header, "")
-        return [empty | dict(zip(header, (sys.intern(v.strip()) for v in line), strict=False)) for line in lines if line]  # few values differ
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"data.{what}: {path} is not a CSV in UTF-8 ({error}): export it as one") from None
+def _check_columns(path: Path, first: Mapping[str, str]) -> None:
+    """``first``: the first row, under its column names."""
+    have = ", ".join(first)
+    if any(re.fullmatch(r"isic_\d+(\.jpe?g)?", name) for name in first):  # as the tables of 2016 are published
+        raise UserError(f"data.metadata: {path} has no header: its first line is {have}; download the metadata with isic-cli, or give it a header "
+                        "line, for example image_name,benign_malignant")
+    for needed in (COLUMNS["image_name"], COLUMNS["target"] + COLUMNS["malignancy"]):
+        if not first.keys() & set(needed):
+            raise UserError(f"data.metadata: {path} has no column '{needed[0]}' (nor {', '.join(needed[1:])}); it has: {have}. Where labels stand "
+                            "in another table (Metadata, GroundTruth), join them by the image's name, or download the metadata with isic-cli")
 
 
 def _row(record: Mapping[str, str]) -> Row:
@@ -101,13 +99,16 @@ def _row(record: Mapping[str, str]) -> Row:
     name = _stem(_value(record, "image_name"))
     if not KEY.fullmatch(name):
         raise ValueError("the image name may hold letters, digits, '_' and '-' only" if name else "no image name")
-    sex, diagnosis = _value(record, "sex"), _value(record, "diagnosis")
-    return Row(name, _target(record), _value(record, "patient_id"), _value(record, "lesion_id"), sex and sex.lower(), _age(_value(record, "age")),
-               _value(record, "site"), diagnosis and re.sub(r",? NOS$", "", diagnosis).lower())
+    if kind := tables.other_kind(record):
+        raise ValueError(f"not dermoscopic: image_type is '{kind}'")
+    sex, site = (value if (value := (_value(record, column) or "").lower()) not in ("", "unknown") else None for column in ("sex", "site"))
+    diagnosis = _value(record, "diagnosis")
+    return Row(name, _target(record), _value(record, "patient_id"), _value(record, "lesion_id"), sex, _age(_value(record, "age")), site,
+               diagnosis and re.sub(r",? NOS$", "", diagnosis).lower())
 
 
 def _value(record: Mapping[str, str], ours: str) -> str | None:
-    return next((record[c] for c in COLUMNS[ours] if record.get(c, "").lower() not in EMPTY), None)
+    return next((record[c] for c in COLUMNS[ours] if record.get(c, "").lower() not in tables.EMPTY), None)
 
 
 def _stem(name: str | None) -> str:
@@ -158,21 +159,33 @@ def read_dreambooth(instance_dir: Path, class_dir: Path) -> tuple[list[Row], lis
     label = {1: instance_dir.resolve().name, 0: class_dir.resolve().name}
     if label[0] == label[1]:
         label = {1: "instance", 0: "class"}
-    rows = []
+    rows, aside = [], []
     for target, folder, key in ((1, instance_dir, "instance_data_dir"), (0, class_dir, "class_data_dir")):
-        files = sorted(p for p in folder.iterdir() if p.suffix in EXTENSIONS) if folder.is_dir() else []
-        if not files:
+        found = sorted(p for p in folder.iterdir() if p.suffix in EXTENSIONS) if folder.is_dir() else []
+        if not any(file.is_file() for file in found):
             what = "holds no .jpg or .png image" if folder.is_dir() else "is not a folder"
             raise UserError(f"data.{key}: {folder} {what}: give a folder of images")
-        for file in files:
+        for file in found:
             name = re.sub(r"[^A-Za-z0-9_-]", "_", f"{label[target]}_{file.stem}")[:120]
-            rows.append(Row(name, target, diagnosis=label[target], file=str(file)))
-    same: Counter[str] = Counter()
-    for i, row in enumerate(rows):  # "a.jpg" beside "a.png": two images, so two names
-        same[row.image_name] += 1
-        if same[row.image_name] > 1:
-            rows[i] = replace(row, image_name=f"{row.image_name[:112]}-{same[row.image_name]}")
-    return _unique(rows, [])
+            if file.is_file():
+                rows.append(Row(name, target, diagnosis=label[target], file=str(file)))
+            else:
+                aside.append({"key": name, "reason": "not a file (a folder, or a link to nothing)"})
+    return _distinct(rows), aside
+
+
+def _distinct(rows: list[Row]) -> list[Row]:
+    """"a.jpg" beside "a.png": two images, so two names, and neither that of "a-2.jpg"."""
+    taken, last, named = {row.image_name for row in rows}, dict[str, int](), []
+    for row in rows:
+        own = name = row.image_name
+        while own in last and name in taken:  # the first keeps its name
+            last[own] += 1
+            name = f"{own[:112]}-{last[own]}"
+        last.setdefault(own, 1)
+        taken.add(name)
+        named.append(replace(row, image_name=name))
+    return named
 
 
 def read_pairs(path: Path, names: Iterable[str]) -> list[tuple[str, str]]:
@@ -181,7 +194,7 @@ def read_pairs(path: Path, names: Iterable[str]) -> list[tuple[str, str]]:
     Raises:
         UserError: no such file, or not two columns of ids.
     """
-    records, known = _read_csv(path, "duplicates"), set(names)
+    records, known = tables.read_csv(path, "duplicates"), set(names)
     columns = [c for c in (records[0] if records else []) if any(_stem(r[c]) in known or re.fullmatch(r"ISIC_\d+", _stem(r[c])) for r in records)]
     if records and len(columns) < 2:
         raise UserError(f"data.duplicates: {path} needs two columns of image names; it has: {', '.join(records[0])}")

@@ -57,10 +57,19 @@ def data(cfg: Config) -> Iterator[Check]:
         return
     pair = ("metadata", "images") if data.metadata or data.images else ("instance_data_dir", "class_data_dir")
     for key in (*pair, *(["duplicates"] if data.duplicates else [])):
-        path = getattr(data, key)
-        there = bool(path) and (Path(path).is_file() if key in ("metadata", "duplicates") else Path(path).is_dir())
-        found = f"{path} is there" if there else f"{path} is not there" if path else "is not set"
-        yield Check(OK if there else FAIL, f"data.{key}", found, "" if there else f"give data.{key}=...")
+        yield _there(f"data.{key}", getattr(data, key), file=key in ("metadata", "duplicates"))
+
+
+def _there(name: str, given: str | None, file: bool) -> Check:
+    """``file``: whether a file is wanted, or a folder."""
+    if not given:
+        return Check(FAIL, name, "is not set", f"give {name}=...")
+    path = Path(given)
+    if path.is_file() if file else path.is_dir():
+        return Check(OK, name, f"{given} is there")
+    if path.is_file():
+        return Check(FAIL, name, f"{given} is a file", "give the folder of JPEGs (what HDF5, zip or TFRecord files hold must be unpacked first)")
+    return Check(FAIL, name, f"{given} is a folder" if path.is_dir() else f"{given} is not there", f"give {name}=...")
 
 
 def remote(cfg: Config) -> Check:

@@ -67,14 +67,15 @@ def merge_lora(pipe: Any, path: Path, scale: float) -> None:
 def load_vae(model: Model) -> Any:
     """The base model's VAE alone, float32. Raises as ``load_base``."""
     from diffusers import AutoencoderKL
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     base = hub.find_base(model)
     try:
         if base.weights.is_dir():
             return AutoencoderKL.from_pretrained(base.weights, subfolder="vae", local_files_only=True, use_safetensors=True,
-                                                 variant=hub.variant(base.weights))
+                                                 variant=hub.variant(base.weights, "vae"))
         return AutoencoderKL.from_single_file(str(base.weights), config=str(base.config), subfolder="vae", local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
         raise UserError(f"the VAE in {base.weights} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
@@ -88,6 +89,7 @@ def load_pipeline(folder: Path, precision: str = "fp32") -> Any:
 @cpu.importing()
 def _load(config: Path, weights: Path, load: Callable[[Any, dict[str, Any]], Any]) -> Any:
     import diffusers
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -99,7 +101,7 @@ def _load(config: Path, weights: Path, load: Callable[[Any, dict[str, Any]], Any
         pipe = load(getattr(diffusers, name), {"feature_extractor": None, **extras})
     except NotImplementedError:  # from torch, on a weight without a value
         raise UserError(LACKS.format(weights)) from None
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
         raise UserError(f"base model {weights} cannot be loaded: {str(error).splitlines()[0]}") from None
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe, pipe.unet, pipe.vae):  # where the base lay on this machine must not be in the weights made from it, nor in their hash

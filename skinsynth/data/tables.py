@@ -1,0 +1,80 @@
+"""CSV tables of images as they are published.
+
+Some official ones name neither diagnosis nor target: HAM10000 has a code in ``dx``, the challenges of 2017 to 2019 a column of 0 and 1 for
+each class.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from skinsynth.errors import UserError
+
+EMPTY = {"", "na", "n/a", "nan", "none", "null"}
+CLASSES = {  # code -> diagnosis, and 1 for malignant; actinic keratosis (with intraepithelial carcinoma) counts as in configs/ham10000.yaml
+    "mel": ("melanoma", "1"), "bcc": ("basal cell carcinoma", "1"), "scc": ("squamous cell carcinoma", "1"), "akiec": ("actinic keratosis", "1"),
+    "ak": ("actinic keratosis", "1"), "nv": ("nevus", "0"), "bkl": ("benign keratosis", "0"), "df": ("dermatofibroma", "0"),
+    "vasc": ("vascular lesion", "0"), "melanoma": ("melanoma", "1"), "seborrheic_keratosis": ("seborrheic keratosis", "0"),
+    "unk": ("unknown", "UNK"),  # a target that is none, so that the row is set aside
+}
+ONE_HOT = (({"mel", "nv", "bcc"}, ""), ({"melanoma", "seborrheic_keratosis"}, "nv"))  # columns that tell such a table; the class where none is 1
+
+
+def read_csv(path: Path, what: str) -> list[dict[str, str]]:
+    """Stripped strings under lower-case column names; a byte order mark and CRLF are fine."""
+    if not path.is_file():
+        raise UserError(f"data.{what}: {path} does not exist or is not a file: give the path of the CSV")
+    try:
+        lines = csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""))
+        header = [name.strip().lower() for name in next(lines, [])]
+        _check_twice(path, what, header)
+        empty = dict.fromkeys(header, "")
+        return [empty | dict(zip(header, (sys.intern(v.strip()) for v in line), strict=False)) for line in lines if line]  # few values differ
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"data.{what}: {path} is not a CSV in UTF-8 ({error}): export it as one") from None
+
+
+def _check_twice(path: Path, what: str, header: list[str]) -> None:
+    twice = [name for name, count in Counter(header).items() if name and count > 1]
+    if twice:
+        raise UserError(f"data.{what}: {path} has more than one column '{twice[0]}' (upper and lower case are one): rename or remove all but one")
+
+
+def spelt_out(record: dict[str, str]) -> dict[str, str]:
+    """A row with ``diagnosis`` and ``target`` of what such a table says; columns of these names that it has itself count first."""
+    code = _code(record)
+    if code is None:
+        return record
+    diagnosis, target = CLASSES.get(code, ("", code))
+    return {"diagnosis": diagnosis, "target": target, **record}
+
+
+def _code(record: Mapping[str, str]) -> str | None:
+    """The class of a row; several, or one that is not known, as they are; None where the table is no such one."""
+    if "dx" in record:
+        return record["dx"].lower()
+    for columns, otherwise in ONE_HOT:
+        if columns <= record.keys():
+            return "+".join(name for name in CLASSES if record.get(name) in ("1", "1.0")) or otherwise
+    return None
+
+
+def check_kind(path: Path, records: list[dict[str, str]]) -> None:
+    """One by one such rows are set aside; where all are, the whole set is of another kind."""
+    other = [kind for record in records if (kind := other_kind(record))]
+    if len(other) == len(records):
+        kinds = ", ".join(sorted(set(other))[:3])
+        raise UserError(f"data.metadata: by the column image_type of {path} no image is dermoscopic ({kinds}), and captions, prompts and limits here "
+                        "are for dermoscopy images: take such images (to use these all the same, remove the column)")
+
+
+def other_kind(record: Mapping[str, str]) -> str | None:
+    """What ``image_type`` calls an image that is not dermoscopic."""
+    kind = record.get("image_type", "")
+    return kind if kind.lower() not in EMPTY and not re.search("derm(at)?oscop", kind.lower()) else None
