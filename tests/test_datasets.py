@@ -7,14 +7,16 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 from conftest import skinsynth
 
-from skinsynth.data.export import export
-from skinsynth.data.shards import Dataset, ShardWriter, part_path, write_manifest
+from skinsynth.data.codec import encode_jpeg
+from skinsynth.data.export import export, show
+from skinsynth.data.shards import BadSample, Dataset, ShardWriter, claim, part_path, write_manifest
 from skinsynth.data.verify import verify
 from skinsynth.errors import UserError
 from skinsynth.models.diffusion import read_lineage
@@ -154,6 +156,43 @@ def test_an_export_that_breaks_off_leaves_nothing(chain: Path, tmp_path: Path) -
     with pytest.raises(OSError, match="No space left"):
         export(chain / "shards/run-synthetic", tmp_path / "out", "siim", None, tell)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", [{"keys": ["../../../pwned", "b"]}, {"shard": "../elsewhere.tar"}])
+def test_a_name_that_could_leave_the_folder_is_neither_exported_nor_shown(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = small(tmp_path)
+    planted = {**read_json(part_path(folder, 0)), **change}
+    part_path(folder, 0).write_text(json.dumps(planted))
+    write_manifest(folder, 1, kind="real")
+    (folder.parent / "elsewhere.tar").write_bytes((folder / "00000.tar").read_bytes())
+    with pytest.raises(UserError, match=r"parts/00000.json: '\.\./.*' cannot be used as a name"):
+        export(folder, tmp_path / "a/b/out", "siim", None)
+    with pytest.raises(UserError, match=r"parts/00000.json: '\.\./.*' cannot be used as a name"):
+        show(folder, planted["keys"][0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shards"]
+
+
+def test_a_damaged_image_is_neither_exported_nor_shown(tmp_path: Path) -> None:
+    folder = small(tmp_path)
+    damaged(folder / "00000.tar", read_json(part_path(folder, 0))["members"][1]["jpg"][0] + 20)
+    for call in (lambda: export(folder, tmp_path / "out", "siim", None), lambda: show(folder, "b")):
+        with pytest.raises(BadSample, match=r"sample b in .*/a-train/00000.tar is damaged: its jpg has another checksum"):
+            call()
+    assert not (tmp_path / "out").exists()
+    assert show(folder, "a")[0]["target"] == 0
+    assert export(folder, tmp_path / "out", "siim", {"a"}) == 1
+
+
+def small(folder: Path) -> Path:
+    """A dataset of two real images, ``a`` and ``b``."""
+    found = folder / "shards/a-train"
+    claim(found, {"stage": "prepare"})
+    with ShardWriter(found, 0) as shard:
+        for key in ("a", "b"):
+            image = encode_jpeg(np.full((16, 16, 3), ord(key), np.uint8), 90)
+            shard.add(key, {"jpg": image, "json": json.dumps({"target": 0, "group": key, "origin": "real"}).encode()}, target=0, group=key)
+    write_manifest(found, 1, kind="real")
+    return found
 
 
 def test_what_was_exported_can_be_prepared_again(chain: Path, tmp_path: Path) -> None:
