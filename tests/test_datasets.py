@@ -67,6 +67,26 @@ def test_every_kind_of_damage_is_found_and_named(copied: Path) -> None:
     assert "00001.tar has another sha256" in done.stdout
 
 
+@pytest.mark.parametrize("name", ["parts/00000.json", "manifest.json", "request.json"])
+def test_a_file_of_the_index_that_is_cut_short_is_named(tmp_path: Path, name: str) -> None:
+    folder = small(tmp_path)
+    path = folder / name
+    path.write_text(path.read_text()[:-9])
+    said = f"{path} is damaged or cut short"
+    assert verify(folder).problems[0].startswith(said)
+    if name != "request.json":
+        with pytest.raises(UserError, match=f"^{said}"):
+            Dataset.open(folder)
+
+
+def test_a_part_without_all_of_its_fields_is_named(tmp_path: Path) -> None:
+    folder = small(tmp_path)
+    part_path(folder, 0).write_text('{"shard": "00000.tar"}')
+    with pytest.raises(UserError, match=r"parts/00000.json is missing or does not belong to the manifest"):
+        Dataset.open(folder)
+    assert "parts/00000.json is missing or does not belong to the manifest" in verify(folder).problems[0]
+
+
 def test_images_that_lack_are_double_or_unplanned_are_named(copied: Path) -> None:
     """Parts that fit their tars, but not the plan."""
     folder = copied / "shards/run-synthetic"

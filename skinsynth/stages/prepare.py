@@ -250,7 +250,7 @@ def _sample(plan: Plan, name: str, split: str) -> dict[str, Any]:
 
 def _finish(cfg: Config, run: RunDir, plan: Plan, folders: dict[str, Path]) -> None:
     """Checks what all tasks made, writes the manifests and says what is there."""
-    parts = {s: [json.loads(part_path(folders[s], i).read_text()) for i in range(plan.shards(s))] for s in SPLITS}
+    parts = {s: [read_json(part_path(folders[s], i)) for i in range(plan.shards(s))] for s in SPLITS}
     kept = {s: [key for part in parts[s] for key in part["keys"]] for s in SPLITS}
     aside = [{"split": "", **a} for a in plan.set_aside]
     aside += [{"split": s, **a} for s in SPLITS for part in parts[s] for a in part["set_aside"]]
