@@ -99,6 +99,12 @@ def test_lineage_names_the_groups_that_were_trained_on(chain: Path) -> None:
     train = Dataset.open(chain / "shards/small-train")
     assert set(lineage["group_ids"]) <= set(train.columns["group"])
     assert len(lineage["group_ids"]) > 5
+    plan, known = read_json(chain / "shards/small-train/plan.json")["samples"], lineage["trained_on"]
+    assert known["groups"] == lineage["group_ids"]
+    assert set(known["images"]) <= set(train.keys)
+    for kind, field in (("groups", "group"), ("patients", "patient_id"), ("lesions", "lesion_id")):
+        assert set(known[kind]) == {plan[key][field] for key in known["images"]} - {None}, kind
+    assert known["patients"]
     assert lineage["weights_sha256"] == diffusion.weights_sha256(chain / "run/finetune/weights")
 
 

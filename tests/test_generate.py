@@ -290,6 +290,7 @@ def test_from_training_images(chain: Path, drawn: Path, tmp_path: Path, method: 
         record = data.json(i)
         assert (group[record["source"]], target[record["source"]]) == (record["source_group"], record["target"])
         assert record["source_group"] in data.manifest["lineage"]["group_ids"]
+        assert record["source"] in data.manifest["lineage"]["drawn_over"]["images"]
         assert (record["method"], record["strength"]) == (method, 0.5)
         near, far = (np.abs(data.image(i).astype(int) - train.image(train.keys.index(key))).mean() for key in (record["source"], train.keys[0]))
         assert near > 0
@@ -318,11 +319,11 @@ def test_what_a_run_made_keeps_its_descent_as_another_runs_base(chain: Path, dra
     run = RunDir(Path(cfg.run))
     run.create(cfg)
     assert Weights(cfg, run).lineage["group_ids"] == groups
-    assert hub.inherited_groups(knobs.Model()) is None
+    assert hub.descent_of(knobs.Model())["group_ids"] is None
     (weights / "lora").mkdir()
     (weights / "lora/pytorch_lora_weights.safetensors").write_bytes(b"")
     beside = knobs.Model(lora=str(weights / "lora"))
-    assert hub.inherited_groups(beside) == groups
+    assert hub.descent_of(beside)["group_ids"] == groups
     mark(weights, groups[0], None, "trained on images of theirs")
     for model in (cfg.model, beside):
         with pytest.raises(UserError, match=f"weights is withdrawn: group {groups[0]}"):

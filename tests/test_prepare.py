@@ -152,7 +152,7 @@ def test_samples_columns_and_manifest_tell_what_is_there(drawn: Path, done: tupl
     assert (str(sample["target"]), sample["diagnosis"], sample["sex"]) == (row["target"], row["diagnosis"] or None, row["sex"] or None)
     assert sample["caption"].startswith("a dermoscopy image of a")
     assert set(sample) >= {"group", "age", "site"}
-    assert set(data.columns) == {"target", "group", "caption", "diagnosis", "sex", "age", "site"}
+    assert set(data.columns) == {"target", "group", "patient", "lesion", "caption", "diagnosis", "sex", "age", "site"}
     malignant = data.select({"target": 1})
     assert sorted({data.columns["caption"][i] for i in malignant}) == sorted({data.json(i)["caption"] for i in malignant})
     m = data.manifest

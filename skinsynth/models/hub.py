@@ -9,10 +9,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from skinsynth.data import descent
 from skinsynth.data.withdrawn import withdrawn_keys
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config, Model
 from skinsynth.models import tiny
+from skinsynth.run import read_json
 
 PARTS = {"unet": "config.json", "vae": "config.json", "text_encoder": "config.json", "scheduler": "scheduler_config.json",
          "tokenizer": "tokenizer_config.json"}
@@ -86,11 +88,13 @@ def _made_by_runs(model: Model, weights: Path) -> list[Path]:
     return [folder for folder in [weights, *lora] if (folder / "lineage.json").is_file()]
 
 
-def inherited_groups(model: Model) -> list[str] | None:
-    """The groups that a base was trained on, where it is a run's weights; None where nobody wrote that down."""
-    folders = _made_by_runs(model, _find("model.base", model.base))
-    found = [json.loads((folder / "lineage.json").read_text())["group_ids"] for folder in folders]
-    return None if not found or None in found else sorted({group for groups in found for group in groups})
+def descent_of(model: Model) -> dict[str, Any]:
+    """``group_ids`` and ``trained_on`` (see ``data.descent``) of a base and of a LoRA beside it, where they are a run's weights; ``group_ids`` is
+    None where nobody wrote that down."""
+    found = [read_json(folder / "lineage.json") for folder in _made_by_runs(model, _find("model.base", model.base))]
+    known = descent.union(*map(descent.trained_on, found))
+    unknown = not found or any(lineage["group_ids"] is None for lineage in found)
+    return {"group_ids": None if unknown else known["groups"], "trained_on": known}
 
 
 def lora_file(path: Path) -> Path:

@@ -235,6 +235,7 @@ def _make_unit(cfg: Config, plan: Plan, split: str, shard: int, folder: Path, pr
                 continue
             sample = _sample(plan, name, split)
             columns = {k: sample[k] for k in ("target", "group", "caption", *KNOWN)}
+            columns |= {k: plan.samples[name][f"{k}_id"] for k in ("patient", "lesion")}
             writer.add(name, {"jpg": made[0], "json": json.dumps(sample, sort_keys=True).encode()}, **columns)
             notes += [{"key": name, "note": made[1]}] if made[1] else []
         writer.extra["notes"] = notes
