@@ -53,6 +53,14 @@ def trained_on(lineage: dict[str, Any]) -> Names:
     return union(lineage.get("trained_on") or {}, {"groups": lineage.get("trained_group_ids", lineage.get("group_ids")) or []})
 
 
+def told(lineage: dict[str, Any]) -> str:
+    """How many groups it descends from, for a reader: ``137``, ``at least 137`` or ``unknown``."""
+    if lineage.get("group_ids") is not None:
+        return str(len(lineage["group_ids"]))
+    known = len(trained_on(lineage)["groups"])
+    return f"at least {known}" if known else "unknown"
+
+
 def seen(dataset: Dataset, lineage: dict[str, Any]) -> dict[str | None, list[str]]:
     """Group -> its samples that the lineage names, in whatever way: they were trained on, or drawn over."""
     named = union(trained_on(lineage), lineage.get("drawn_over") or {}, {"groups": lineage.get("group_ids") or []})

