@@ -19,8 +19,10 @@ from skinsynth.data.export import export, show
 from skinsynth.data.shards import BadSample, Dataset, ShardWriter, claim, part_path, write_manifest
 from skinsynth.data.verify import verify
 from skinsynth.errors import UserError
+from skinsynth.knobs import Arm, Config
 from skinsynth.models.diffusion import read_lineage
-from skinsynth.run import RunDir, read_json
+from skinsynth.run import RunDir, read_json, write_json
+from skinsynth.withdraw import find, withdraw
 
 
 @pytest.fixture
@@ -264,6 +266,56 @@ def original(copied: Path) -> str:
     """Where the chain was made: what its config says."""
     lines = (copied / "run/config.yaml").read_text().splitlines()
     return next(line.split(": ", 1)[1] for line in lines if line.startswith("run: ")).removesuffix("/run")
+
+
+@pytest.mark.parametrize("name", ["IP_2", "IL_2", "IP_1"])
+def test_a_patient_is_found_in_a_group_that_is_named_after_another(tmp_path: Path, name: str) -> None:
+    """Joined by a pair of duplicates; and in weights and a set that were made when the group had the other name."""
+    shards, run = tmp_path / "shards", RunDir(tmp_path / "runs/run")
+    rows = {"a": ("IP_1", "IP_1", None), "b": ("IP_1", "IP_2", "IL_2"), "c": ("IP_3", "IP_3", "IP_2")}  # a lesion of the same name
+    with ShardWriter(shards / "isic-train", 0) as shard:
+        for key, (group, patient, lesion) in rows.items():
+            shard.add(key, {"jpg": b"x"}, target=0, group=group, patient=patient, lesion=lesion)
+    write_manifest(shards / "isic-train", 1, kind="real", group_ids=["IP_1", "IP_3"])
+    then = {"groups": ["IP_2"], "images": ["b"], "patients": ["IP_2"], "lesions": ["IL_2"]}
+    for made, lineage in (("run", {"group_ids": ["IP_2"], "trained_on": then}), ("old", {"group_ids": ["IP_3"]})):
+        with ShardWriter(shards / f"{made}-synthetic", 0) as shard:
+            for i, source in enumerate("abc"):
+                shard.add(f"syn-{i:08d}", {"jpg": b"x"}, target=0, source=source, source_group="then")
+        write_manifest(shards / f"{made}-synthetic", 1, kind="synthetic", lineage=lineage)
+    run.create(Config(run=str(run.path)))
+    write_json(run.weights / "lineage.json", {"group_ids": ["IP_2"], "trained_on": then})
+    found = {Path(d.folder).name: d for d in find(name, shards, run.path.parent)}
+    assert found.keys() == {"isic-train", "run-synthetic", "old-synthetic", "weights"}
+    assert found["isic-train"].keys == ["a", "b"]
+    assert found["isic-train"].why == ("images of theirs" if name == "IP_1" else "images of theirs (of group IP_1)")
+    assert found["run-synthetic"].keys is found["weights"].keys is None
+    assert found["old-synthetic"].keys == ["syn-00000000", "syn-00000001"]
+    for path in shards.rglob("parts/*.json"):  # older parts have no such columns: the plan has
+        part = read_json(path)
+        part["columns"] = {name: values for name, values in part["columns"].items() if name not in ("patient", "lesion")}
+        path.write_text(json.dumps(part))
+    plan = {key: {"patient_id": patient, "lesion_id": lesion} for key, (_, patient, lesion) in rows.items()}
+    write_json(shards / "isic-train/plan.json", {"samples": plan})
+    assert {Path(d.folder).name: d for d in find(name, shards, run.path.parent)} == found
+
+
+def test_what_is_of_unknown_descent_is_told_and_not_marked(tmp_path: Path) -> None:
+    """Neither the set, nor its generator, nor the classifier that was trained on it."""
+    shards, cfg = tmp_path / "shards", Config(run=str(tmp_path / "runs/run"))
+    cfg.data.shards, cfg.classify.arms = str(shards), {"hybrid": Arm({"real": 1.0, "synthetic": 1.0})}
+    run = RunDir(tmp_path / "runs/run")
+    run.create(cfg)
+    with ShardWriter(shards / "run-synthetic", 0) as shard:
+        shard.add("syn-00000000", {"jpg": b"x"}, target=0)
+    write_manifest(shards / "run-synthetic", 1, kind="synthetic", lineage={"group_ids": None})
+    write_json(run.weights / "lineage.json", {"group_ids": None, "trained_on": {"groups": ["P1"], "images": ["a"]}})
+    (run.node("classify/hybrid") / "seed-0/weights").mkdir(parents=True)
+    found = find("nobody", shards, run.path.parent)
+    assert [(d.kind, d.why) for d in found] == [("synthetic images", None), ("weights of the generator", None), ("weights of a classifier", None)]
+    withdraw("nobody", found)
+    assert not list(tmp_path.rglob("withdrawn.json"))
+    assert [d.why for d in find("P1", shards, run.path.parent)] == [None, "trained on images of theirs", None]
 
 
 def test_of_images_drawn_over_a_patients_only_those_are_withdrawn(tmp_path: Path) -> None:
