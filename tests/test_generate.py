@@ -297,6 +297,18 @@ def test_from_training_images(chain: Path, drawn: Path, tmp_path: Path, method: 
         assert near < far or record["source"] == train.keys[0], "it looks more like its source than like another one"
 
 
+def test_a_withdrawal_before_the_end_is_not_gone_on_over(chain: Path, drawn: Path, tmp_path: Path) -> None:
+    """The images that were drawn already may be over those that are withdrawn, and all others would be drawn over other ones."""
+    shutil.copytree(chain / "shards/small-train", tmp_path / "shards/small-train", copy_function=os.link)
+    cfg, run = begin(chain, drawn, tmp_path, **{"generate.method": "image-to-image", "generate.weights": "base", "generate.shard_size": 5,
+                                                "generate.classes.benign.count": 5, "generate.classes.malignant.count": 5})
+    generate(cfg, run, Task(0, 2))
+    train = Dataset.open(tmp_path / "shards/small-train")
+    mark(train.folder, train.columns["group"][0], [train.keys[0]], "images of theirs")
+    with pytest.raises(UserError, match=r"(?s)was made from another request.*train_withdrawn: None -> 1\n.*delete the folder"):
+        generate(cfg, run, Task(1, 2))
+
+
 def test_straight_from_a_published_model(drawn: Path, tmp_path: Path) -> None:
     """Without fine-tuning: the chain has neither encode nor finetune, and the descent of the images is said to be unknown."""
     shutil.copytree(hub.find_base(knobs.Model()).weights, tmp_path / "published")
