@@ -16,6 +16,7 @@ from skinsynth.data.withdrawn import mark
 from skinsynth.errors import UserError
 from skinsynth.run import RunDir, read_json
 
+REAL = "real images"
 Table = dict[str, list[str | None]]
 
 
@@ -89,7 +90,7 @@ def _real(folder: Path, table: Table, gone: Gone) -> Descendant | None:
     keys = sorted(gone.images & {*table["images"]})
     joined = sorted(gone.groups & {*table["groups"]} - {gone.id})
     why = "images of theirs" + (f" (of group {', '.join(joined)})" if joined else "")
-    return Descendant("real images", str(folder), keys, why) if keys else None
+    return Descendant(REAL, str(folder), keys, why) if keys else None
 
 
 def _latents(folder: Path, manifest: dict[str, Any], gone: Gone) -> Descendant | None:
@@ -144,8 +145,11 @@ def _weights(run: RunDir, gone: Gone, datasets: dict[str, str | None]) -> list[D
     return found
 
 
-def withdraw(group: str, found: list[Descendant]) -> None:
-    """Marks all of it, the weights first, so that nothing new is made of them meanwhile."""
+def withdraw(group: str, found: list[Descendant], shards: Path) -> None:
+    """Marks all of it, the weights first, so that nothing new is made of them meanwhile; the home of the datasets, so that no later one has them."""
+    images = {key for descendant in found if descendant.kind == REAL for key in descendant.keys or ()}
+    if images:
+        mark(shards, group, sorted(images), "images of theirs")
     for descendant in sorted(found, key=lambda d: "weights" not in d.kind):
         if descendant.why:
             mark(Path(descendant.folder), group, descendant.keys, descendant.why)

@@ -313,7 +313,7 @@ def test_what_is_of_unknown_descent_is_told_and_not_marked(tmp_path: Path) -> No
     (run.node("classify/hybrid") / "seed-0/weights").mkdir(parents=True)
     found = find("nobody", shards, run.path.parent)
     assert [(d.kind, d.why) for d in found] == [("synthetic images", None), ("weights of the generator", None), ("weights of a classifier", None)]
-    withdraw("nobody", found)
+    withdraw("nobody", found, shards)
     assert not list(tmp_path.rglob("withdrawn.json"))
     assert [d.why for d in find("P1", shards, run.path.parent)] == [None, "trained on images of theirs", None]
 

@@ -143,7 +143,7 @@ def withdraw(group: Annotated[str, typer.Option("--group", metavar="ID", help="p
 
     found = withdrawing.find(group, path_of(shards), path_of(runs))
     if not dry_run:
-        withdrawing.withdraw(group, found)
+        withdrawing.withdraw(group, found, path_of(shards))
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in found], indent=1))
         return
