@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line and the jobs print the message alone, without a traceback, and exit with 1.
     """
+
+
+class DamagedFile(UserError, ValueError):
+    """A file that cannot be parsed; a ``ValueError`` too, as what the parser raises, for those who can do without the file."""

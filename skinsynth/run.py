@@ -33,7 +33,7 @@ import psutil
 
 import skinsynth
 from skinsynth import config as configs
-from skinsynth.errors import UserError
+from skinsynth.errors import DamagedFile, UserError
 from skinsynth.knobs import Config
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "deepspeed", "submitit", "webdataset", "xformers", "numpy", "opencv-python-headless")
@@ -325,11 +325,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content, or None where there is no such file."""
+    """The content, or None where there is no such file. Raises ``DamagedFile`` where it is no JSON, as a file that is cut short."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise DamagedFile(f"{path} is damaged or cut short ({error}): put it back from a copy, or delete it and run again what made it") from None
 
 
 def sync(path: Path) -> None:

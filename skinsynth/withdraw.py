@@ -5,19 +5,24 @@ Nothing is deleted here. A marked image is read by nobody any more; marked weigh
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skinsynth.data.shards import part_path
+from skinsynth.data import descent
+from skinsynth.data.shards import check_part, part_path
 from skinsynth.data.withdrawn import mark
 from skinsynth.errors import UserError
 from skinsynth.run import RunDir, read_json
 
+REAL = "real images"
+Table = dict[str, list[str | None]]
+
 
 @dataclass(frozen=True)
 class Descendant:
-    """``keys`` None: all of the folder. ``why`` None: whether it descends from the group is not known, so it is not marked."""
+    """``keys`` None: all of the folder. ``why`` None: whether it descends from them is not known, so it is not marked."""
 
     kind: str
     folder: str
@@ -25,80 +30,126 @@ class Descendant:
     why: str | None
 
 
+@dataclass(frozen=True)
+class Gone:
+    """What a patient's, lesion's or group's id stands for: the groups that it is part of, and their images."""
+
+    id: str
+    groups: set[str]
+    images: set[str]
+
+    def trained(self, lineage: dict[str, Any]) -> bool:
+        """Whether weights of that lineage are known to have been trained on any of it."""
+        known = descent.trained_on(lineage)
+        return bool(self.groups & {*known["groups"]} or self.images & {*known["images"]} or self.id in known["patients"])
+
+
 def find(group: str, shards: Path, runs: Path) -> list[Descendant]:
-    """All that descends from a patient or lesion group, in a folder of datasets and a folder of runs.
+    """All that descends from a patient or a lesion (with the whole group that either is part of), or from a group, in a folder of datasets and a
+    folder of runs.
 
     Raises:
-        UserError: no such folder.
+        UserError: no such folder, or a dataset in it with a damaged index.
     """
     for path in (shards, runs):
         if not path.is_dir():
             raise UserError(f"{path} is not a folder: give the one of the datasets (--shards) and the one of the runs (--runs)")
     folders = sorted(p.parent for p in shards.glob("*/manifest.json"))
     manifests = {folder: read_json(folder / "manifest.json") for folder in folders}
-    found = [d for folder in folders if (d := _real(folder, manifests[folder], group))]
-    images = {key for d in found for key in d.keys or []}
-    found += [d for folder in folders if (d := _latents(folder, manifests[folder], images))]
-    found += [d for folder in folders if (d := _synthetic(folder, manifests[folder], group))]
-    whole = {d.folder for d in found}
+    tables = {folder: _table(folder, manifests[folder]) for folder in folders if manifests[folder].get("kind") == "real"}
+    gone = _resolve(group, tables)
+    found = [d for folder, table in tables.items() if (d := _real(folder, table, gone))]
+    found += [d for folder in folders if (d := _latents(folder, manifests[folder], gone))]
+    found += [d for folder in folders if (d := _synthetic(folder, manifests[folder], gone))]
     for run in sorted(p.parent for p in runs.glob("*/config.yaml")):
-        found += _weights(RunDir(run), group, whole)
+        found += _weights(RunDir(run), gone, {d.folder: d.why for d in found})
     return found
 
 
-def _columns(folder: Path, manifest: dict[str, Any], name: str) -> dict[str, Any]:
-    """Key -> value, of all samples that have such a column."""
-    found: dict[str, Any] = {}
-    for number in range(len(manifest["shards"])):
+def _parts(folder: Path, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for number, shard in enumerate(manifest["shards"]):
         part = read_json(part_path(folder, number))
-        found |= dict(zip(part["keys"], part["columns"].get(name, []), strict=False))
-    return found
+        check_part(part_path(folder, number), shard, part)
+        yield part
 
 
-def _real(folder: Path, manifest: dict[str, Any], group: str) -> Descendant | None:
-    if manifest.get("kind") != "real" or group not in manifest.get("group_ids", []):
-        return None
-    keys = sorted(key for key, value in _columns(folder, manifest, "group").items() if value == group)
-    return Descendant("real images", str(folder), keys, "images of theirs")
+def _table(folder: Path, manifest: dict[str, Any]) -> Table:
+    """The names of all samples, marked ones included (see ``descent.table``)."""
+    tables = [descent.table(folder, part["keys"], part["columns"]) for part in _parts(folder, manifest)]
+    return {kind: [name for table in tables for name in table[kind]] for kind in descent.KINDS}
 
 
-def _latents(folder: Path, manifest: dict[str, Any], images: set[str]) -> Descendant | None:
+def _resolve(group: str, tables: dict[Path, Table]) -> Gone:
+    """A group is named after one of its members, and not the same in every dataset; an id is a lesion's only where no patient has it."""
+    rows = [row for table in tables.values() for row in zip(table["groups"], table["images"], table["patients"], table["lesions"], strict=True)]
+    groups = {name for name, _, patient, _ in rows if group in (name, patient)} or {name for name, _, _, lesion in rows if lesion == group}
+    return Gone(group, {group, *(str(name) for name in groups)}, {str(image) for name, image, *_ in rows if name in groups})
+
+
+def _real(folder: Path, table: Table, gone: Gone) -> Descendant | None:
+    keys = sorted(gone.images & {*table["images"]})
+    joined = sorted(gone.groups & {*table["groups"]} - {gone.id})
+    why = "images of theirs" + (f" (of group {', '.join(joined)})" if joined else "")
+    return Descendant(REAL, str(folder), keys, why) if keys else None
+
+
+def _latents(folder: Path, manifest: dict[str, Any], gone: Gone) -> Descendant | None:
     if manifest.get("kind") != "latents":
         return None
-    parts = (read_json(part_path(folder, number)) for number in range(len(manifest["shards"])))
-    keys = sorted(key for part in parts for key in part["keys"] if key in images)
+    keys = sorted(key for part in _parts(folder, manifest) for key in part["keys"] if key in gone.images)
     return Descendant("latents", str(folder), keys, "encoded from images of theirs") if keys else None
 
 
-def _synthetic(folder: Path, manifest: dict[str, Any], group: str) -> Descendant | None:
+def _synthetic(folder: Path, manifest: dict[str, Any], gone: Gone) -> Descendant | None:
     if manifest.get("kind") != "synthetic":
         return None
-    keys = sorted(key for key, value in _columns(folder, manifest, "source_group").items() if value == group)
-    trained = manifest["lineage"].get("trained_group_ids", manifest["lineage"].get("group_ids"))
-    if trained is not None and group in trained:
+    lineage = manifest.get("lineage") or {}
+    if gone.trained(lineage):
         return Descendant("synthetic images", str(folder), None, "drawn with weights that were trained on them")
+    keys = sorted(key for part in _parts(folder, manifest) for key in _drawn_over(part, gone))
     if keys:
         return Descendant("synthetic images", str(folder), keys, "drawn over images of theirs")
-    return Descendant("synthetic images", str(folder), None, None) if trained is None else None
+    return None if _is_known(lineage) else Descendant("synthetic images", str(folder), None, None)
 
 
-def _weights(run: RunDir, group: str, whole: set[str]) -> list[Descendant]:
-    """The generator, and classifiers that were trained on real images of the group or on synthetic ones that descend from it."""
+def _drawn_over(part: dict[str, Any], gone: Gone) -> Iterator[str]:
+    groups, images = (part["columns"].get(name, [None] * len(part["keys"])) for name in ("source_group", "source"))
+    for key, group, image in zip(part["keys"], groups, images, strict=True):
+        if group in gone.groups or image in gone.images:
+            yield key
+
+
+def _is_known(lineage: dict[str, Any]) -> bool:
+    """Whether all is known that the weights were trained on."""
+    return lineage.get("trained_group_ids", lineage.get("group_ids")) is not None
+
+
+def _weights(run: RunDir, gone: Gone, datasets: dict[str, str | None]) -> list[Descendant]:
+    """The generator, and classifiers that were trained on real images of the group or on synthetic ones that descend from it, or may do so.
+
+    ``datasets``: the folders that do, with the reason, or may do (None).
+    """
     found = []
     lineage = read_json(run.weights / "lineage.json")
-    if lineage and group in (lineage["group_ids"] or []):
+    if lineage and gone.trained(lineage):
         found.append(Descendant("weights of the generator", str(run.weights), None, "trained on images of theirs"))
+    elif lineage and not _is_known(lineage):
+        found.append(Descendant("weights of the generator", str(run.weights), None, None))
     cfg = run.config()
     for arm, wanted in cfg.classify.arms.items():
-        folders = {str(run.dataset(cfg, {"real": "train", "synthetic": "synthetic"}[name])) for name in wanted.used}
-        for weights in sorted(run.node(f"classify/{arm}").glob("**/weights")):
-            if folders & whole:
-                found.append(Descendant("weights of a classifier", str(weights), None, "trained on images that are withdrawn"))
+        folders = {str(run.dataset(cfg, {"real": "train", "synthetic": "synthetic"}[name])) for name in wanted.used} & datasets.keys()
+        why = "trained on images that are withdrawn" if any(datasets[folder] for folder in folders) else None
+        if folders:
+            paths = sorted(run.node(f"classify/{arm}").glob("**/weights"))
+            found += [Descendant("weights of a classifier", str(weights), None, why) for weights in paths]
     return found
 
 
-def withdraw(group: str, found: list[Descendant]) -> None:
-    """Marks all of it, the weights first, so that nothing new is made of them meanwhile."""
+def withdraw(group: str, found: list[Descendant], shards: Path) -> None:
+    """Marks all of it, the weights first, so that nothing new is made of them meanwhile; the home of the datasets, so that no later one has them."""
+    images = {key for descendant in found if descendant.kind == REAL for key in descendant.keys or ()}
+    if images:
+        mark(shards, group, sorted(images), "images of theirs")
     for descendant in sorted(found, key=lambda d: "weights" not in d.kind):
         if descendant.why:
             mark(Path(descendant.folder), group, descendant.keys, descendant.why)

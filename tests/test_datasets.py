@@ -7,18 +7,22 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 from conftest import skinsynth
 
-from skinsynth.data.export import export
-from skinsynth.data.shards import Dataset, ShardWriter, part_path, write_manifest
+from skinsynth.data.codec import encode_jpeg
+from skinsynth.data.export import export, show
+from skinsynth.data.shards import BadSample, Dataset, ShardWriter, claim, part_path, write_manifest
 from skinsynth.data.verify import verify
 from skinsynth.errors import UserError
+from skinsynth.knobs import Arm, Config
 from skinsynth.models.diffusion import read_lineage
-from skinsynth.run import RunDir, read_json
+from skinsynth.run import RunDir, read_json, write_json
+from skinsynth.withdraw import find, withdraw
 
 
 @pytest.fixture
@@ -63,6 +67,26 @@ def test_every_kind_of_damage_is_found_and_named(copied: Path) -> None:
     done = skinsynth("verify", str(folder))
     assert done.returncode == 1
     assert "00001.tar has another sha256" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["parts/00000.json", "manifest.json", "request.json"])
+def test_a_file_of_the_index_that_is_cut_short_is_named(tmp_path: Path, name: str) -> None:
+    folder = small(tmp_path)
+    path = folder / name
+    path.write_text(path.read_text()[:-9])
+    said = f"{path} is damaged or cut short"
+    assert verify(folder).problems[0].startswith(said)
+    if name != "request.json":
+        with pytest.raises(UserError, match=f"^{said}"):
+            Dataset.open(folder)
+
+
+def test_a_part_without_all_of_its_fields_is_named(tmp_path: Path) -> None:
+    folder = small(tmp_path)
+    part_path(folder, 0).write_text('{"shard": "00000.tar"}')
+    with pytest.raises(UserError, match=r"parts/00000.json is missing or does not belong to the manifest"):
+        Dataset.open(folder)
+    assert "parts/00000.json is missing or does not belong to the manifest" in verify(folder).problems[0]
 
 
 def test_images_that_lack_are_double_or_unplanned_are_named(copied: Path) -> None:
@@ -156,6 +180,43 @@ def test_an_export_that_breaks_off_leaves_nothing(chain: Path, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("change", [{"keys": ["../../../pwned", "b"]}, {"shard": "../elsewhere.tar"}])
+def test_a_name_that_could_leave_the_folder_is_neither_exported_nor_shown(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = small(tmp_path)
+    planted = {**read_json(part_path(folder, 0)), **change}
+    part_path(folder, 0).write_text(json.dumps(planted))
+    write_manifest(folder, 1, kind="real")
+    (folder.parent / "elsewhere.tar").write_bytes((folder / "00000.tar").read_bytes())
+    with pytest.raises(UserError, match=r"parts/00000.json: '\.\./.*' cannot be used as a name"):
+        export(folder, tmp_path / "a/b/out", "siim", None)
+    with pytest.raises(UserError, match=r"parts/00000.json: '\.\./.*' cannot be used as a name"):
+        show(folder, planted["keys"][0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shards"]
+
+
+def test_a_damaged_image_is_neither_exported_nor_shown(tmp_path: Path) -> None:
+    folder = small(tmp_path)
+    damaged(folder / "00000.tar", read_json(part_path(folder, 0))["members"][1]["jpg"][0] + 20)
+    for call in (lambda: export(folder, tmp_path / "out", "siim", None), lambda: show(folder, "b")):
+        with pytest.raises(BadSample, match=r"sample b in .*/a-train/00000.tar is damaged: its jpg has another checksum"):
+            call()
+    assert not (tmp_path / "out").exists()
+    assert show(folder, "a")[0]["target"] == 0
+    assert export(folder, tmp_path / "out", "siim", {"a"}) == 1
+
+
+def small(folder: Path) -> Path:
+    """A dataset of two real images, ``a`` and ``b``."""
+    found = folder / "shards/a-train"
+    claim(found, {"stage": "prepare"})
+    with ShardWriter(found, 0) as shard:
+        for key in ("a", "b"):
+            image = encode_jpeg(np.full((16, 16, 3), ord(key), np.uint8), 90)
+            shard.add(key, {"jpg": image, "json": json.dumps({"target": 0, "group": key, "origin": "real"}).encode()}, target=0, group=key)
+    write_manifest(found, 1, kind="real")
+    return found
+
+
 def test_what_was_exported_can_be_prepared_again(chain: Path, tmp_path: Path) -> None:
     """The table is one that prepare reads."""
     from skinsynth.data import isic
@@ -205,6 +266,56 @@ def original(copied: Path) -> str:
     """Where the chain was made: what its config says."""
     lines = (copied / "run/config.yaml").read_text().splitlines()
     return next(line.split(": ", 1)[1] for line in lines if line.startswith("run: ")).removesuffix("/run")
+
+
+@pytest.mark.parametrize("name", ["IP_2", "IL_2", "IP_1"])
+def test_a_patient_is_found_in_a_group_that_is_named_after_another(tmp_path: Path, name: str) -> None:
+    """Joined by a pair of duplicates; and in weights and a set that were made when the group had the other name."""
+    shards, run = tmp_path / "shards", RunDir(tmp_path / "runs/run")
+    rows = {"a": ("IP_1", "IP_1", None), "b": ("IP_1", "IP_2", "IL_2"), "c": ("IP_3", "IP_3", "IP_2")}  # a lesion of the same name
+    with ShardWriter(shards / "isic-train", 0) as shard:
+        for key, (group, patient, lesion) in rows.items():
+            shard.add(key, {"jpg": b"x"}, target=0, group=group, patient=patient, lesion=lesion)
+    write_manifest(shards / "isic-train", 1, kind="real", group_ids=["IP_1", "IP_3"])
+    then = {"groups": ["IP_2"], "images": ["b"], "patients": ["IP_2"], "lesions": ["IL_2"]}
+    for made, lineage in (("run", {"group_ids": ["IP_2"], "trained_on": then}), ("old", {"group_ids": ["IP_3"]})):
+        with ShardWriter(shards / f"{made}-synthetic", 0) as shard:
+            for i, source in enumerate("abc"):
+                shard.add(f"syn-{i:08d}", {"jpg": b"x"}, target=0, source=source, source_group="then")
+        write_manifest(shards / f"{made}-synthetic", 1, kind="synthetic", lineage=lineage)
+    run.create(Config(run=str(run.path)))
+    write_json(run.weights / "lineage.json", {"group_ids": ["IP_2"], "trained_on": then})
+    found = {Path(d.folder).name: d for d in find(name, shards, run.path.parent)}
+    assert found.keys() == {"isic-train", "run-synthetic", "old-synthetic", "weights"}
+    assert found["isic-train"].keys == ["a", "b"]
+    assert found["isic-train"].why == ("images of theirs" if name == "IP_1" else "images of theirs (of group IP_1)")
+    assert found["run-synthetic"].keys is found["weights"].keys is None
+    assert found["old-synthetic"].keys == ["syn-00000000", "syn-00000001"]
+    for path in shards.rglob("parts/*.json"):  # older parts have no such columns: the plan has
+        part = read_json(path)
+        part["columns"] = {name: values for name, values in part["columns"].items() if name not in ("patient", "lesion")}
+        path.write_text(json.dumps(part))
+    plan = {key: {"patient_id": patient, "lesion_id": lesion} for key, (_, patient, lesion) in rows.items()}
+    write_json(shards / "isic-train/plan.json", {"samples": plan})
+    assert {Path(d.folder).name: d for d in find(name, shards, run.path.parent)} == found
+
+
+def test_what_is_of_unknown_descent_is_told_and_not_marked(tmp_path: Path) -> None:
+    """Neither the set, nor its generator, nor the classifier that was trained on it."""
+    shards, cfg = tmp_path / "shards", Config(run=str(tmp_path / "runs/run"))
+    cfg.data.shards, cfg.classify.arms = str(shards), {"hybrid": Arm({"real": 1.0, "synthetic": 1.0})}
+    run = RunDir(tmp_path / "runs/run")
+    run.create(cfg)
+    with ShardWriter(shards / "run-synthetic", 0) as shard:
+        shard.add("syn-00000000", {"jpg": b"x"}, target=0)
+    write_manifest(shards / "run-synthetic", 1, kind="synthetic", lineage={"group_ids": None})
+    write_json(run.weights / "lineage.json", {"group_ids": None, "trained_on": {"groups": ["P1"], "images": ["a"]}})
+    (run.node("classify/hybrid") / "seed-0/weights").mkdir(parents=True)
+    found = find("nobody", shards, run.path.parent)
+    assert [(d.kind, d.why) for d in found] == [("synthetic images", None), ("weights of the generator", None), ("weights of a classifier", None)]
+    withdraw("nobody", found, shards)
+    assert not list(tmp_path.rglob("withdrawn.json"))
+    assert [d.why for d in find("P1", shards, run.path.parent)] == [None, "trained on images of theirs", None]
 
 
 def test_of_images_drawn_over_a_patients_only_those_are_withdrawn(tmp_path: Path) -> None:

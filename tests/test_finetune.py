@@ -16,12 +16,14 @@ import torch
 from conftest import ROOT, free_port, overrides
 
 from skinsynth import config, knobs
+from skinsynth.data import descent
 from skinsynth.data.codec import from_npy
 from skinsynth.data.shards import Dataset
 from skinsynth.errors import UserError
 from skinsynth.knobs import Model
 from skinsynth.models import diffusion, hub
 from skinsynth.run import RunDir, read_json
+from skinsynth.stages.finetune import _descent
 from skinsynth.train.engine import micro_batch
 from skinsynth.train.log import read_lines
 from skinsynth.train.optimizer import learning_rate
@@ -100,7 +102,27 @@ def test_lineage_names_the_groups_that_were_trained_on(chain: Path) -> None:
     train = Dataset.open(chain / "shards/small-train")
     assert set(lineage["group_ids"]) <= set(train.columns["group"])
     assert len(lineage["group_ids"]) > 5
+    plan, known = read_json(chain / "shards/small-train/plan.json")["samples"], lineage["trained_on"]
+    assert known["groups"] == lineage["group_ids"]
+    assert set(known["images"]) <= set(train.keys)
+    for kind, field in (("groups", "group"), ("patients", "patient_id"), ("lesions", "lesion_id")):
+        assert set(known[kind]) == {plan[key][field] for key in known["images"]} - {None}, kind
+    assert known["patients"]
     assert lineage["weights_sha256"] == diffusion.weights_sha256(chain / "run/finetune/weights")
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_of_a_base_of_unknown_descent_the_weights_are_so_too(chain: Path, drawn: Path, tmp_path: Path, published: bool) -> None:
+    """What is known of them is compared all the same."""
+    base = tmp_path / "published"
+    shutil.copytree(hub.find_base(Model()).weights, base)
+    cfg = config.load("configs/demo.yaml", overrides(drawn, tmp_path, **({"model.base": base} if published else {})))
+    train = Dataset.open(chain / "shards/small-train")
+    lineage = _descent(cfg, descent.names(train, range(4)))
+    assert lineage["group_ids"] == (None if published else sorted(set(train.columns["group"][:4])))
+    assert descent.seen(train, lineage).keys() == set(train.columns["group"][:4])
+    count = len(set(train.columns["group"][:4]))
+    assert descent.told(lineage) == (f"at least {count}" if published else str(count))
 
 
 def test_latent_cache_holds_what_the_vae_gives(chain: Path) -> None:

@@ -290,15 +290,29 @@ def test_from_training_images(chain: Path, drawn: Path, tmp_path: Path, method: 
         record = data.json(i)
         assert (group[record["source"]], target[record["source"]]) == (record["source_group"], record["target"])
         assert record["source_group"] in data.manifest["lineage"]["group_ids"]
+        assert record["source"] in data.manifest["lineage"]["drawn_over"]["images"]
         assert (record["method"], record["strength"]) == (method, 0.5)
         near, far = (np.abs(data.image(i).astype(int) - train.image(train.keys.index(key))).mean() for key in (record["source"], train.keys[0]))
         assert near > 0
         assert near < far or record["source"] == train.keys[0], "it looks more like its source than like another one"
 
 
+def test_a_withdrawal_before_the_end_is_not_gone_on_over(chain: Path, drawn: Path, tmp_path: Path) -> None:
+    """The images that were drawn already may be over those that are withdrawn, and all others would be drawn over other ones."""
+    shutil.copytree(chain / "shards/small-train", tmp_path / "shards/small-train", copy_function=os.link)
+    cfg, run = begin(chain, drawn, tmp_path, **{"generate.method": "image-to-image", "generate.weights": "base", "generate.shard_size": 5,
+                                                "generate.classes.benign.count": 5, "generate.classes.malignant.count": 5})
+    generate(cfg, run, Task(0, 2))
+    train = Dataset.open(tmp_path / "shards/small-train")
+    mark(train.folder, train.columns["group"][0], [train.keys[0]], "images of theirs")
+    with pytest.raises(UserError, match=r"(?s)was made from another request.*train_withdrawn: None -> 1\n.*delete the folder"):
+        generate(cfg, run, Task(1, 2))
+
+
 def test_straight_from_a_published_model(drawn: Path, tmp_path: Path) -> None:
     """Without fine-tuning: the chain has neither encode nor finetune, and the descent of the images is said to be unknown."""
-    cfg = config.load("configs/demo.yaml", overrides(drawn, tmp_path, **{"generate.weights": "base"}))
+    shutil.copytree(hub.find_base(knobs.Model()).weights, tmp_path / "published")
+    cfg = config.load("configs/demo.yaml", overrides(drawn, tmp_path, **{"generate.weights": "base", "model.base": tmp_path / "published"}))
     assert [n.name for n in nodes(cfg)][:3] == ["prepare", "generate", "screen"]
     run = RunDir(tmp_path / "run")
     run.create(cfg)
@@ -318,11 +332,10 @@ def test_what_a_run_made_keeps_its_descent_as_another_runs_base(chain: Path, dra
     run = RunDir(Path(cfg.run))
     run.create(cfg)
     assert Weights(cfg, run).lineage["group_ids"] == groups
-    assert hub.inherited_groups(knobs.Model()) is None
     (weights / "lora").mkdir()
     (weights / "lora/pytorch_lora_weights.safetensors").write_bytes(b"")
     beside = knobs.Model(lora=str(weights / "lora"))
-    assert hub.inherited_groups(beside) == groups
+    assert hub.descent_of(beside)["group_ids"] == groups
     mark(weights, groups[0], None, "trained on images of theirs")
     for model in (cfg.model, beside):
         with pytest.raises(UserError, match=f"weights is withdrawn: group {groups[0]}"):

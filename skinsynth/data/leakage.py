@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+from skinsynth.data import descent
 from skinsynth.data.shards import Dataset
 from skinsynth.data.stream import Source
 from skinsynth.errors import UserError
@@ -31,14 +32,14 @@ def check(splits: dict[str, Dataset], synthetic: Source | None) -> str | None:
             raise UserError(f"{splits[name].folder} is of kind '{kind}': only real images may be in the {name} split")
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
         _check_groups(splits, one, other)
-    groups = synthetic.dataset.manifest.get("lineage", {}).get("group_ids") if synthetic else None
+    lineage = (synthetic.dataset.manifest.get("lineage") or {}) if synthetic else {}
     for name in HELD_OUT:
         if synthetic:
-            _check_descent(splits[name], name, synthetic, groups)
+            _check_descent(splits[name], name, synthetic, lineage)
         others = [splits["train"], *([splits["val"]] if name == "test" else [])]
         for elsewhere in [*(Source(other, range(len(other))) for other in others), *([synthetic] if synthetic else [])]:
             _check_bytes(splits[name], name, elsewhere)
-    return None if synthetic is None else "unknown" if groups is None else "known"
+    return None if synthetic is None else "unknown" if lineage.get("group_ids") is None else "known"
 
 
 def _check_groups(splits: dict[str, Dataset], one: str, other: str) -> None:
@@ -49,17 +50,19 @@ def _check_groups(splits: dict[str, Dataset], one: str, other: str) -> None:
         raise _leak(f"{len(shared)} groups (patients or lesions) are in both {splits[one].folder} and {splits[other].folder}", found)
 
 
-def _check_descent(held_out: Dataset, name: str, synthetic: Source, groups: list[str] | None) -> None:
+def _check_descent(held_out: Dataset, name: str, synthetic: Source, lineage: dict[str, Any]) -> None:
     members, dataset = _by_group(held_out), synthetic.dataset
-    parents = dataset.columns.get("source_group", [None] * len(dataset))
-    children = [(dataset.keys[i], parents[i]) for i in synthetic.samples if parents[i] in members]
+    group_of = {key: group for group, keys in members.items() for key in keys}
+    sources, parents = (dataset.columns.get(column, [None] * len(dataset)) for column in ("source", "source_group"))
+    drawn_over = [(dataset.keys[i], group_of.get(sources[i], parents[i])) for i in synthetic.samples]  # its name here, not the one of that time
+    children = [(key, group) for key, group in drawn_over if group in members]
     if children:
         raise _leak(f"{len(children)} synthetic images of {dataset.folder} were drawn over images of groups of the {name} split",
                     (f"{key} from group {group} ({_some(members[group])})" for key, group in children))
-    trained = sorted(set(groups or []) & members.keys())
+    trained = descent.seen(held_out, lineage)
     if trained:
-        raise _leak(f"{len(trained)} groups of the {name} split are among those that the generator of {dataset.folder} was trained on",
-                    (f"{group}: {_some(members[group])}" for group in trained))
+        raise _leak(f"{len(trained)} groups of the {name} split are, by name or by an image, patient or lesion of theirs, among what the generator "
+                    f"of {dataset.folder} was trained on", (f"{group}: {_some(keys)}" for group, keys in sorted(trained.items())))
 
 
 def _check_bytes(held_out: Dataset, name: str, elsewhere: Source) -> None:

@@ -131,8 +131,14 @@ class Plan:
         """All of the plan that decides what the images are, as plain values."""
         g = self.cfg.generate
         classes = {c.name: {**asdict(g.classes[c.name]), "count": c.count} for c in self.classes}
-        train = {"train_sha256": sha256_file(self.train.folder / "manifest.json")} if self.train and needs_train(self.cfg) else {}
-        return {"planned": self.total, "shard_size": self.size, "seed": self.cfg.seed, "classes": classes, **train}
+        return {"planned": self.total, "shard_size": self.size, "seed": self.cfg.seed, "classes": classes, **self._train()}
+
+    def _train(self) -> dict[str, Any]:
+        """The training split, as far as the plan depends on it: a withdrawal leaves the manifest as it is, and takes samples away."""
+        if not self.train or not needs_train(self.cfg):
+            return {}
+        gone = self.train.manifest["count"] - len(self.train)
+        return {"train_sha256": sha256_file(self.train.folder / "manifest.json"), **({"train_withdrawn": gone} if gone else {})}
 
 
 def key(number: int) -> str:

@@ -41,6 +41,7 @@ KEY = re.compile(r"[A-Za-z0-9_-]{1,120}")  # no dots (webdataset's separator), n
 SHARD = re.compile(r"[0-9]{5,9}\.tar")
 HANDLES = 64  # shards of a dataset that are open at once; canonical streams times the shards in a window should fit
 BLANK = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)  # a tar header (mode 644) with no name, of an empty file
+PART = {"shard", "sha256", "keys", "members", "columns"}  # what a part has at least
 T = TypeVar("T")
 
 
@@ -202,7 +203,7 @@ def write_manifest(folder: Path, shards: int, **facts: Any) -> dict[str, Any]:
     targets: Counter[str] = Counter()
     rows, aside = [], []
     for number in range(shards):
-        part = json.loads(part_path(folder, number).read_text())
+        part = read_json(part_path(folder, number))
         targets.update(map(str, part["columns"].get("target", [])))
         rows.append({k: part[k] for k in ("shard", "count", "bytes", "sha256")})
         aside += part["set_aside"]
@@ -245,7 +246,8 @@ class Dataset:
         """With ``tolerate`` a shard that is missing or of another size is found out when its samples are read (``BadSample``).
 
         Raises:
-            UserError: the dataset is missing, unfinished or withdrawn, has lost a shard, or its index holds names that could leave the folder.
+            UserError: the dataset is missing, unfinished or withdrawn, has lost a shard, or its index is damaged or holds names that could leave
+                the folder.
         """
         manifest = read_json(folder / "manifest.json")
         if manifest is None:
@@ -363,7 +365,8 @@ def read_member(tar: IO[bytes], place: list[int]) -> bytes:
 
 def check_part(path: Path, shard: dict[str, Any], part: Any) -> None:
     """Raises ``UserError`` where a part is missing, does not belong to the manifest's shard, or holds names that could leave a folder."""
-    if not isinstance(part, dict) or (part["shard"], part["sha256"], len(part["keys"])) != (shard["shard"], shard["sha256"], shard["count"]):
+    whole = isinstance(part, dict) and part.keys() >= PART
+    if not whole or (part["shard"], part["sha256"], len(part["keys"])) != (shard["shard"], shard["sha256"], shard["count"]):
         raise UserError(f"{path} is missing or does not belong to the manifest beside it: delete the dataset and make it again")
     bad = [key for key in part["keys"] if not KEY.fullmatch(key)]
     if not SHARD.fullmatch(part["shard"]) or bad:

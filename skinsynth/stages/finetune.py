@@ -16,6 +16,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from skinsynth import config
+from skinsynth.data import descent
 from skinsynth.knobs import Config
 from skinsynth.models import attention, denoiser, diffusion, hub, painter
 from skinsynth.models.compiler import compile_unet
@@ -110,8 +111,14 @@ def export(cfg: Config, run: RunDir, pipe: Any, samples: Samples, made_by: dict[
         pipe.components[name].init_kwargs.pop("local_files_only", None)  # whether the hub could be reached must not be in the weights' hash
     pipe.save_pretrained(temp, safe_serialization=True)
     lineage = {**made_by, "weights_sha256": diffusion.weights_sha256(temp), "train": samples.train.folder.name,
-               "train_sha256": sha256_file(samples.train.folder / "manifest.json"), "code": code_version(),
-               "group_ids": sorted({*samples.groups(), *(hub.inherited_groups(cfg.model) or [])})}
+               "train_sha256": sha256_file(samples.train.folder / "manifest.json"), "code": code_version(), **_descent(cfg, samples.names())}
     write_json(temp / "lineage.json", lineage)
     shutil.rmtree(run.weights, ignore_errors=True)
     os.replace(temp, run.weights)
+
+
+def _descent(cfg: Config, names: descent.Names) -> dict[str, Any]:
+    """What the weights were trained on, and the base before them: where nobody knows that of the base, nobody knows all of it of the weights."""
+    base = hub.descent_of(cfg.model)
+    known = descent.union(names, descent.trained_on(base))
+    return {"group_ids": None if base["group_ids"] is None else known["groups"], "trained_on": known}

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from skinsynth.data import descent
 from skinsynth.data.cache import open_dataset
 from skinsynth.data.codec import encode_jpeg
 from skinsynth.data.plan import Plan, Planned, key, needs_train
@@ -76,7 +77,7 @@ def _settings(cfg: Config) -> dict[str, Any]:
 
 def _finish(cfg: Config, run: RunDir, plan: Plan, weights: Weights) -> None:
     folder = run.dataset(cfg, "synthetic")
-    lineage = {**weights.lineage, "trained_group_ids": weights.lineage["group_ids"], "group_ids": _groups(plan, weights)}
+    lineage = {**weights.lineage, "trained_group_ids": weights.lineage["group_ids"], **_parents(plan, weights)}
     classes = {c.name: {"target": c.target, "count": c.count, "prompts": list(c.prompts)} for c in plan.classes}
     manifest = write_manifest(folder, plan.units, kind="synthetic", lineage=lineage, planned=plan.total, settings=_settings(cfg), class_names=classes)
     if not manifest["count"]:
@@ -86,13 +87,13 @@ def _finish(cfg: Config, run: RunDir, plan: Plan, weights: Weights) -> None:
                [folder / "manifest.json"])
 
 
-def _groups(plan: Plan, weights: Weights) -> list[str] | None:
-    """The patients or lesions that the images descend from, by the weights or by an image that one was made from; None: unknown."""
+def _parents(plan: Plan, weights: Weights) -> dict[str, Any]:
+    """Of images that are made from others: what these are called, and the groups that they descend from by the weights or by them (None: unknown)."""
     known = weights.lineage["group_ids"]
-    if plan.cfg.generate.method == "text-to-image" or plan.train is None or known is None:
-        return known
-    used = {plan.train.columns["group"][i] for c in plan.classes for samples in c.samples for i in samples}
-    return sorted({*known, *used})
+    if plan.cfg.generate.method == "text-to-image" or plan.train is None:
+        return {}
+    used = descent.names(plan.train, {i for c in plan.classes for samples in c.samples for i in samples})
+    return {"drawn_over": used, "group_ids": None if known is None else sorted({*known, *used["groups"]})}
 
 
 class Maker:

@@ -25,7 +25,7 @@ import cv2
 from rich.console import Console
 from rich.table import Table
 
-from skinsynth.data import cache, external, isic, summary
+from skinsynth.data import cache, external, isic, summary, withdrawn
 from skinsynth.data.codec import encode_jpeg
 from skinsynth.data.isic import Aside, BadImage, Row
 from skinsynth.data.lesion import square
@@ -36,6 +36,7 @@ from skinsynth.run import Progress, RunDir, Task, read_json, sha256_file, write_
 
 SPLITS = ("train", "val", "test")
 KNOWN = ("sex", "age", "site", "diagnosis")
+WITHDRAWN = "withdrawn: see withdrawn.json beside the datasets"
 AT_ONCE = 4096  # calls handed to the threads at a time: each takes a kilobyte while it waits
 
 
@@ -142,6 +143,7 @@ def make_plan(cfg: Config, request: dict[str, Any]) -> Plan:
     else:
         rows, aside = isic.read_dreambooth(Path(data.instance_data_dir or ""), Path(data.class_data_dir or ""))
     count = len(rows) + len(aside)
+    rows = _without_withdrawn(rows, Path(data.shards), aside)
     rows, hashes = _hash_images(rows, data.images, aside)
     rows = _contradictions(rows, hashes, aside)
     _check_bad(cfg, count, [{"split": "", **a} for a in aside])
@@ -152,6 +154,14 @@ def make_plan(cfg: Config, request: dict[str, Any]) -> Plan:
     content = hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
     return Plan({**request, "content": content}, count, aside, {r.image_name: {**vars(r), "group": group_of[r.image_name]} for r in rows},
                 {split: [name for name in order if split_of[name] == split] for split in SPLITS}, _duplicates(pairs, hashes))
+
+
+def _without_withdrawn(rows: list[Row], shards: Path, aside: list[Aside]) -> list[Row]:
+    """Drops what was withdrawn from any dataset in this home, before an image is read; of a patient who did, new images too."""
+    ids, keys = withdrawn.at_home(shards)
+    gone = {row.image_name for row in rows if row.image_name in keys or row.patient_id in ids}
+    aside += [{"key": name, "reason": WITHDRAWN} for name in sorted(gone)]
+    return [row for row in rows if row.image_name not in gone]
 
 
 def _duplicates(pairs: list[tuple[str, str]], hashes: dict[str, str]) -> dict[str, int]:
@@ -235,6 +245,7 @@ def _make_unit(cfg: Config, plan: Plan, split: str, shard: int, folder: Path, pr
                 continue
             sample = _sample(plan, name, split)
             columns = {k: sample[k] for k in ("target", "group", "caption", *KNOWN)}
+            columns |= {k: plan.samples[name][f"{k}_id"] for k in ("patient", "lesion")}
             writer.add(name, {"jpg": made[0], "json": json.dumps(sample, sort_keys=True).encode()}, **columns)
             notes += [{"key": name, "note": made[1]}] if made[1] else []
         writer.extra["notes"] = notes
@@ -250,7 +261,7 @@ def _sample(plan: Plan, name: str, split: str) -> dict[str, Any]:
 
 def _finish(cfg: Config, run: RunDir, plan: Plan, folders: dict[str, Path]) -> None:
     """Checks what all tasks made, writes the manifests and says what is there."""
-    parts = {s: [json.loads(part_path(folders[s], i).read_text()) for i in range(plan.shards(s))] for s in SPLITS}
+    parts = {s: [read_json(part_path(folders[s], i)) for i in range(plan.shards(s))] for s in SPLITS}
     kept = {s: [key for part in parts[s] for key in part["keys"]] for s in SPLITS}
     aside = [{"split": "", **a} for a in plan.set_aside]
     aside += [{"split": s, **a} for s in SPLITS for part in parts[s] for a in part["set_aside"]]
@@ -290,10 +301,11 @@ def _facts(cfg: Config, plan: Plan, split: str, names: list[str], notes: list[di
 
 
 def _check_bad(cfg: Config, rows: int, aside: list[dict[str, str]]) -> None:
-    """Stops where more of the rows are unusable than the user allows."""
+    """Stops where more of the rows are unusable than the user allows; that a patient withdrew is no fault of the data."""
+    listed, aside = aside, [a for a in aside if a["reason"] != WITHDRAWN]
     if len(aside) <= cfg.prepare.max_bad * rows:
         return
-    path = write_aside(Path(cfg.data.shards) / f"{cfg.data.name}-train", aside)
+    path = write_aside(Path(cfg.data.shards) / f"{cfg.data.name}-train", listed)
     reasons = "; ".join(f"{n} x {reason}" for reason, n in Counter(a["reason"] for a in aside).most_common(6))
     first = ", ".join(a["key"] for a in aside[:5])
     raise UserError(f"{len(aside)} of {rows} images cannot be used, more than prepare.max_bad={cfg.prepare.max_bad:g} allows: {reasons}. "

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from skinsynth.data import descent
 from skinsynth.data.cache import open_dataset
 from skinsynth.data.shards import Dataset
 from skinsynth.errors import UserError
@@ -64,13 +65,13 @@ def check_lineage(sets: dict[str, Dataset]) -> bool:
     Raises:
         UserError: a patient or lesion group of the validation or test split did.
     """
-    groups = (sets["synthetic"].manifest.get("lineage") or {}).get("group_ids")
+    lineage = sets["synthetic"].manifest.get("lineage") or {}
     for kind in ("val", "test"):
-        shared = sorted(set(groups or ()) & set(sets[kind].columns.get("group", ())))
+        shared = [f"{group}: {keys[0]}{' ...' * (len(keys) > 1)}" for group, keys in sorted(descent.seen(sets[kind], lineage).items())]
         if shared:
             raise UserError(f"leakage: the generator of {sets['synthetic'].folder} was trained on {len(shared)} groups of the {kind} split "
                             f"({', '.join(shared[:5])}); its images must not be used with this split. Fine-tune again on the present training split")
-    return groups is not None
+    return lineage.get("group_ids") is not None
 
 
 def _up_to_date(run: RunDir, parts: Parts) -> bool:

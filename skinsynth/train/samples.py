@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from skinsynth.data import concepts, views
+from skinsynth.data import concepts, descent, views
 from skinsynth.data.cache import open_dataset
 from skinsynth.data.order import sample_rng
 from skinsynth.data.shards import BadSample, Dataset
@@ -122,6 +122,6 @@ class Samples:
         lines = (f"{self.train.keys[i]} {prompt}\n" for s in self.sources for i, prompt in zip(s.samples, s.prompts, strict=True))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
-    def groups(self) -> list[str]:
-        """The patient or lesion groups whose images are trained on."""
-        return sorted({self.train.columns["group"][i] for source in self.sources for i in source.samples})
+    def names(self) -> descent.Names:
+        """Those of the images that are trained on, their patients, lesions and groups."""
+        return descent.names(self.train, (i for source in self.sources for i in source.samples))
