@@ -119,6 +119,27 @@ def test_a_changed_checkpoint_is_passed_over_and_said(tmp_path: Path, caplog: py
     assert losses(run) == before
 
 
+def test_damaged_checkpoints_do_not_count_as_those_that_are_kept(tmp_path: Path) -> None:
+    run, _ = go(tmp_path / "run", keep=3)
+    before, world = losses(run), World()
+    for name in ("step-00000050", "step-00000060"):
+        (run.node("it") / "checkpoints" / name / "complete.json").write_text("")
+
+    def stopping(model: Any, batch: Batch) -> torch.Tensor:
+        if int(batch["position"][0]) == 4 * 44:
+            world.note_stop(signal.SIGUSR2, None)
+        return square(model, batch)
+
+    with pytest.raises(Stopped, match="at step 45 of 60"):
+        go(tmp_path / "run", stopping, world, keep=1)
+    assert steps_of(run) == [45], "the one that is whole, not one that is newer and damaged"
+    with pytest.raises(Stopped, match="at step 45 of 60"):
+        go(tmp_path / "run", world=world, keep=1)
+    go(tmp_path / "run", keep=1)
+    assert steps_of(run) == [60]
+    assert losses(run) == before
+
+
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
     go(tmp_path / "run")
     with pytest.raises(UserError, match=r"(?s)made with another configuration:\n  lr: 0.001 -> 0.01\n.*delete"):
