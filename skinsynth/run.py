@@ -65,7 +65,7 @@ class RunDir:
 
     def failures(self, node: str) -> dict[int, str]:
         """Task number -> why it failed the last time it ran."""
-        found = {int(path.stem): read_json(path) for path in (self.node(node) / "failed").glob("*.json")}
+        found = {int(path.stem): read_hint(path) for path in (self.node(node) / "failed").glob("*.json")}
         return {task: why["message"] for task, why in sorted(found.items()) if why}
 
     def progress_path(self, node: str, task: int) -> Path:
@@ -135,7 +135,7 @@ class RunDir:
         if not restarts:
             path.unlink(missing_ok=True)
             return
-        progress, before = read_json(self.progress_path(node, task)) or {}, read_json(path) or {"left": None, "stalled": 0}
+        progress, before = read_hint(self.progress_path(node, task)) or {}, read_hint(path) or {"left": None, "stalled": 0}
         left = progress["total"] - progress["begun_at"] if progress else None  # when it was last begun, so of committed work alone
         stalled = before["stalled"] + 1 if left == before["left"] else 0
         write_json(path, {"restarts": restarts, "left": left, "stalled": stalled})
@@ -148,11 +148,11 @@ class RunDir:
         path = self.progress_path(node, task.index)
         now = time.time()
         idle = {"done": 0, "total": 0, "unit": "units", "begun_at": 0, "start": now, "now": now}
-        write_json(path, {**(read_json(path) or idle), "finished_of": task.count})
+        write_json(path, {**(read_hint(path) or idle), "finished_of": task.count})
 
     def unfinished(self, node: str, count: int) -> list[int]:
         """The tasks, of so many, that did not do their share yet."""
-        states = (read_json(self.progress_path(node, task)) for task in range(count))
+        states = (read_hint(self.progress_path(node, task)) for task in range(count))
         return [task for task, state in enumerate(states) if not state or state.get("finished_of") != count]
 
     def metrics(self, node: str) -> dict[str, Any]:
@@ -201,10 +201,7 @@ class RunDir:
 
 def _locked_by(path: Path) -> dict[str, Any]:
     """{} where there is no lock, or one whose owner has not written, or died before it did."""
-    try:
-        return read_json(path) or {}
-    except ValueError:
-        return {}
+    return read_hint(path) or {}
 
 
 def _take_away(path: Path, dead: dict[str, Any]) -> None:
@@ -329,6 +326,14 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
+        return None
+
+
+def read_hint(path: Path) -> Any:
+    """The same of a file that one can do without, None also where it is torn: progress is not fsynced, and a power cut may leave it empty."""
+    try:
+        return read_json(path)
+    except ValueError:
         return None
 
 

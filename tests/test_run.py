@@ -153,6 +153,21 @@ def test_progress_is_a_file_that_a_watcher_reads(tmp_path: Path) -> None:
     assert (progress_of(run, "screen") or {})["total"] == 37, "of which one has ended three before its time"
 
 
+@pytest.mark.parametrize("torn", ["", '{"done": 3, "to', "\0" * 40])
+def test_torn_progress_is_none_and_stops_nobody(tmp_path: Path, torn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a power cut may leave what is not fsynced."""
+    run = RunDir(tmp_path)
+    for path in (run.progress_path("generate", 0), run.failed_path("generate", 1)):
+        path.parent.mkdir(parents=True)
+        path.write_text(torn)
+    assert run.unfinished("generate", 2) == [0, 1]
+    assert run.failures("generate") == {}
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    run.begin_task("generate", 0, patience=3)
+    run.finish_task("generate", Task(0, 2))
+    assert run.unfinished("generate", 2) == [1]
+
+
 def test_a_task_that_tells_nothing_any_more_counts_for_no_speed(tmp_path: Path) -> None:
     from skinsynth.status import progress_of
 
