@@ -113,12 +113,15 @@ class RunDir:
 
     def is_done(self, node: str) -> bool:
         """True when the node finished and what it made is still there."""
-        done = read_json(self.done_path(node))
-        return done is not None and all(Path(output).exists() for output in done["outputs"])
+        done, here = read_json(self.done_path(node)), self.path.resolve()
+        # without the mark, of an older run: relative to where that was run from
+        return done is not None and all((here / output if done.get("relative") else Path(output)).exists() for output in done["outputs"])
 
     def finish(self, node: str, metrics: dict[str, Any], outputs: list[Path]) -> None:
         """The last write of a node: from now on it is skipped."""
-        write_json(self.done_path(node), {"node": node, "metrics": metrics, "outputs": [str(p) for p in outputs]})
+        here = self.path.resolve()
+        paths = [os.path.relpath(output.resolve(), here) for output in outputs]
+        write_json(self.done_path(node), {"node": node, "metrics": metrics, "outputs": paths, "relative": True})
         shutil.rmtree(self.node(node) / "failed", ignore_errors=True)
 
     def begin_task(self, node: str, task: int, patience: int) -> None:

@@ -36,6 +36,24 @@ def test_done_means_that_the_outputs_are_there(tmp_path: Path) -> None:
     assert not run.is_done("finetune")
 
 
+def test_done_is_done_seen_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "far/runs/isic").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/runs").symlink_to(tmp_path / "far/runs")
+    monkeypatch.chdir(tmp_path / "here")
+    run, shards = RunDir(Path("runs/isic")), Path("shards/isic-train/manifest.json")
+    write_json(shards, {})
+    run.finish("prepare", {}, [shards])
+    assert run.is_done("prepare")
+    monkeypatch.chdir(tmp_path)
+    assert RunDir(tmp_path / "here/runs/isic").is_done("prepare")
+    write_json(run.done_path("encode"), {"node": "encode", "metrics": {}, "outputs": ["here/shards/isic-train/manifest.json"]})
+    assert run.is_done("encode"), "as it was written before: relative to where it was run from"
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here/shards/isic-train/manifest.json").unlink()
+    assert not run.is_done("prepare")
+
+
 def test_a_second_launch_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     with run.lock(), pytest.raises(UserError, match=f"process {os.getpid()} on "), run.lock():
