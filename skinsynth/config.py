@@ -97,6 +97,24 @@ def binding(section: Any) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if name not in unbound}
 
 
+def needs(config: Config) -> dict[str, tuple[str, ...]]:
+    """Node -> the nodes that must be done before it, in an order in which they may run. An arm without synthetic images needs only ``prepare``,
+    as does generation straight from a published model; and synthetic images from elsewhere come in there."""
+    found: dict[str, tuple[str, ...]] = {"prepare": ()}
+    if config.generate.weights == "finetuned" and not config.data.synthetic:
+        found |= {"encode": ("prepare",), "finetune": ("encode",)}
+    if not config.data.synthetic:
+        found["generate"] = (list(found)[-1],)
+    before = [list(found)[-1]]
+    if config.screen.features == "classifier" and config.real_arm is not None:  # it looks with that arm's eyes
+        before.append(f"classify/{config.real_arm}")
+        found[before[-1]] = ("prepare",)
+    found["screen"] = tuple(before)
+    for arm, wanted in config.classify.arms.items():
+        found.setdefault(f"classify/{arm}", ("screen",) if "synthetic" in wanted.used else ("prepare",))
+    return {**found, "report": tuple(node for node in found if node.split("/")[0] in ("screen", "classify"))}
+
+
 def check(config: Config) -> None:
     """Ranges, choices and what must fit together. Raises ``UserError`` with every problem found."""
     problems = list(_check_fields("", config))

@@ -112,17 +112,29 @@ class RunDir:
             raise UserError(f"the run folder {self.path} cannot be written: {error.strerror}") from None
 
     def is_done(self, node: str) -> bool:
-        """True when the node finished and what it made is still there."""
+        """True when the node finished, what it made is still there, and the nodes that it needs are done and have made nothing else since."""
         done, here = read_json(self.done_path(node)), self.path.resolve()
         # without the mark, of an older run: relative to where that was run from
-        return done is not None and all((here / output if done.get("relative") else Path(output)).exists() for output in done["outputs"])
+        if done is None or not all((here / output if done.get("relative") else Path(output)).exists() for output in done["outputs"]):
+            return False
+        needs = done.get("needs", {})  # None: that was not done when this was run by hand
+        return all(self._made(need) == made and (made is None or self.is_done(need)) for need, made in needs.items())
 
     def finish(self, node: str, metrics: dict[str, Any], outputs: list[Path]) -> None:
         """The last write of a node: from now on it is skipped."""
         here = self.path.resolve()
         paths = [os.path.relpath(output.resolve(), here) for output in outputs]
-        write_json(self.done_path(node), {"node": node, "metrics": metrics, "outputs": paths, "relative": True})
+        made = _sha256_of([metrics, [sha256_file(path) for path in outputs if path.is_file()]])
+        needs = configs.needs(self.config()).get(node, ()) if self.config_path.exists() else ()
+        write_json(self.done_path(node), {"node": node, "metrics": metrics, "outputs": paths, "relative": True, "made": made,
+                                          "needs": {need: self._made(need) for need in needs}})
         shutil.rmtree(self.node(node) / "failed", ignore_errors=True)
+
+    def _made(self, node: str) -> str | None:
+        """A hash of what a node made when it finished last: made again with the same bytes it is the same, and nothing need follow. None: it
+        did not finish. An older run has no such hash; one of what is noted does."""
+        done = read_json(self.done_path(node))
+        return None if done is None else done.get("made") or _sha256_of(done)
 
     def begin_task(self, node: str, task: int, patience: int) -> None:
         """Forgets an earlier failure, and counts the restarts that Slurm made of this job, those in a row that got no further.
@@ -352,6 +364,10 @@ def sync(path: Path) -> None:
 def sha256_file(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _sha256_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_folder(path: Path, pattern: str = "**/*") -> str:

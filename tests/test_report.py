@@ -86,13 +86,6 @@ def make(folder: Path, gain: float = 2.5, classes: int = 2, arms: tuple[str, ...
     run.create(cfg)
     train = dataset(folder / "shards/isic-train", "train", 30)
     synthetic = dataset(run.dataset(cfg, "synthetic"), "syn", 15)
-    target = np.arange(80) % classes
-    rng = np.random.default_rng(0)
-    for name, strength in zip(arms, strengths, strict=True):
-        seeded(run, name, [scores_of(target, strength, seed) for seed in range(3)], target)
-    for name, strength in (("baseline", 0.5), ("hybrid", 0.5 + gain)) if not arms else ():
-        score = 1 / (1 + np.exp(-(strength * (target - 0.5) + rng.normal(size=80) * 0.5)))
-        arm(run, name, score, target, {"real": 30} if name == "baseline" else {"real": 30, "synthetic": 12})
     write_json(run.node("screen") / "accepted.json", {"keys": synthetic[:12]})
     write_json(run.node("screen") / "pairs.json", [{"key": synthetic[14], "train_key": train[3], "similarity": 0.97, "nearness": 0.91,
                                                     "rejected": "copy"}])
@@ -105,6 +98,13 @@ def make(folder: Path, gain: float = 2.5, classes: int = 2, arms: tuple[str, ...
     write_json(run.weights / "lineage.json", {"base": "builtin", "weights_sha256": "ab" * 32, "train": "isic-train", "group_ids": ["g1", "g2"]})
     split = {"images": 80, "classes": {"0": 40, "1": 40}, "groups": 40, "patients": 0}
     run.finish("prepare", {"train": split, "val": split, "test": split, "set_aside": {"total": 2, "reasons": {"cannot be decoded": 2}}}, [])
+    target = np.arange(80) % classes
+    rng = np.random.default_rng(0)
+    for name, strength in zip(arms, strengths, strict=True):
+        seeded(run, name, [scores_of(target, strength, seed) for seed in range(3)], target)
+    for name, strength in (("baseline", 0.5), ("hybrid", 0.5 + gain)) if not arms else ():
+        score = 1 / (1 + np.exp(-(strength * (target - 0.5) + rng.normal(size=80) * 0.5)))
+        arm(run, name, score, target, {"real": 30} if name == "baseline" else {"real": 30, "synthetic": 12})
     return cfg, run
 
 

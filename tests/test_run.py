@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from skinsynth import config, status
 from skinsynth import run as runs
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config
@@ -52,6 +53,58 @@ def test_done_is_done_seen_from_any_folder(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path / "here")
     (tmp_path / "here/shards/isic-train/manifest.json").unlink()
     assert not run.is_done("prepare")
+
+
+def finished(folder: Path) -> RunDir:
+    """A run of the demo in which every node is done; what one makes is a file that holds its name."""
+    run = RunDir(folder)
+    run.create(config.load("configs/demo.yaml"))
+    for node in config.needs(run.config()):
+        remake(run, node, node)
+    return run
+
+
+def remake(run: RunDir, node: str, what: str) -> None:
+    write_json(run.node(node) / "made.json", what)
+    run.finish(node, {"images": 1}, [run.node(node) / "made.json"])
+
+
+def undone(run: RunDir) -> list[str]:
+    return [node for node in config.needs(run.config()) if not run.is_done(node)]
+
+
+def test_what_needs_a_node_that_made_something_else_since_is_not_done(tmp_path: Path) -> None:
+    run = finished(tmp_path)
+    assert undone(run) == []
+    run.done_path("generate").unlink()
+    assert undone(run) == ["generate", "screen", "classify/hybrid", "report"]
+    remake(run, "generate", "generate")
+    assert undone(run) == [], "it made the same again"
+    remake(run, "generate", "another set")
+    assert undone(run) == ["screen", "classify/hybrid", "report"]
+    assert {row.node for row in status.rows(run)[0] if row.state == "done"} == {"prepare", "encode", "finetune", "generate", "classify/baseline"}
+    for node in ("screen", "classify/hybrid", "report"):
+        remake(run, node, node)
+    assert undone(run) == []
+
+
+def test_a_stage_by_hand_is_done_though_nothing_before_it_is(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.create(config.load("configs/demo.yaml"))
+    remake(run, "classify/baseline", "by hand")
+    assert run.is_done("classify/baseline")
+
+
+def test_a_run_that_noted_no_needs_stays_done(tmp_path: Path) -> None:
+    run = finished(tmp_path)
+    for node in config.needs(run.config()):
+        done = json.loads(run.done_path(node).read_text())
+        write_json(run.done_path(node), {key: done[key] for key in ("node", "metrics", "outputs", "relative")})
+    assert undone(run) == []
+    remake(run, "report", "report")
+    assert undone(run) == []
+    remake(run, "screen", "anew")
+    assert undone(run) == ["report"], "hybrid did not say what it was made from"
 
 
 def test_a_second_launch_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path: Path) -> None:
