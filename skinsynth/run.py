@@ -112,21 +112,26 @@ class RunDir:
             raise UserError(f"the run folder {self.path} cannot be written: {error.strerror}") from None
 
     def is_done(self, node: str) -> bool:
-        """True when the node finished, what it made is still there, and the nodes that it needs are done and have made nothing else since."""
+        """True when the node finished, what it made is still there, what it named as read is unchanged, and the nodes that it needs are done and
+        have made nothing else since."""
         done, here = read_json(self.done_path(node)), self.path.resolve()
         # without the mark, of an older run: relative to where that was run from
         if done is None or not all((here / output if done.get("relative") else Path(output)).exists() for output in done["outputs"]):
             return False
+        if any(_sha256_or_none(here / path) != sha256 for path, sha256 in done.get("reads", {}).items()):
+            return False
         needs = done.get("needs", {})  # None: that was not done when this was run by hand
         return all(self._made(need) == made and (made is None or self.is_done(need)) for need, made in needs.items())
 
-    def finish(self, node: str, metrics: dict[str, Any], outputs: list[Path]) -> None:
-        """The last write of a node: from now on it is skipped."""
+    def finish(self, node: str, metrics: dict[str, Any], outputs: list[Path], reads: list[Path] | None = None) -> None:
+        """The last write of a node: from now on it is skipped. ``reads``: small files, there or not, that no node of this run alone decides on;
+        when one of them changes the node is done no more."""
         here = self.path.resolve()
         paths = [os.path.relpath(output.resolve(), here) for output in outputs]
+        read = {os.path.relpath(path.resolve(), here): _sha256_or_none(path) for path in reads or []}
         made = _sha256_of([metrics, [sha256_file(path) for path in outputs if path.is_file()]])
         needs = configs.needs(self.config()).get(node, ()) if self.config_path.exists() else ()
-        write_json(self.done_path(node), {"node": node, "metrics": metrics, "outputs": paths, "relative": True, "made": made,
+        write_json(self.done_path(node), {"node": node, "metrics": metrics, "outputs": paths, "relative": True, "made": made, "reads": read,
                                           "needs": {need: self._made(need) for need in needs}})
         shutil.rmtree(self.node(node) / "failed", ignore_errors=True)
 
@@ -364,6 +369,10 @@ def sync(path: Path) -> None:
 def sha256_file(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _sha256_or_none(path: Path) -> str | None:
+    return sha256_file(path) if path.is_file() else None
 
 
 def _sha256_of(value: Any) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Setup, plant
+from conftest import Setup, plant, take_as_screened
 
 from skinsynth import config, knobs, stages
 from skinsynth.data.augment import augment, blend, partner
@@ -21,7 +21,7 @@ from skinsynth.errors import UserError
 from skinsynth.knobs import Arm, Phase
 from skinsynth.models import vit
 from skinsynth.quality.metrics import METRICS, binary_metrics
-from skinsynth.run import Task, read_json
+from skinsynth.run import Task, read_json, write_json
 from skinsynth.stages.classify import classify
 from skinsynth.train.arms import Data
 from skinsynth.train.judge import loss
@@ -207,6 +207,22 @@ def test_augmentation_is_the_samples_own() -> None:
 
 
 # ---- what is wrong with the data ----
+
+def test_a_synthetic_set_that_was_made_anew_is_not_trained_on_unscreened(make: Setup) -> None:
+    cfg, run = make(steps=2, evaluate_every=2, checkpoint_every=2, warmup_steps=0, seeds="[0]")
+    classify(cfg, run, World(), "hybrid")
+    classify(cfg, run, World(), "hybrid")  # nothing has changed, nothing is said
+    manifest = run.dataset(cfg, "synthetic") / "manifest.json"
+    write_json(manifest, read_json(manifest) | {"made": "anew"})
+    with pytest.raises(UserError, match=r"run-synthetic was made anew after it was screened, .*accepted.json .* delete .*screen/done.json"):
+        Data(cfg, run, "hybrid", 0)
+    take_as_screened(run, cfg)
+    with pytest.raises(UserError, match=r"seed-0 was trained on other images than there are now: delete .*classify/hybrid and launch again"):
+        classify(cfg, run, World(), "hybrid")
+    shutil.rmtree(run.node("classify/hybrid"))
+    classify(cfg, run, World(), "hybrid")
+    assert run.is_done("classify/hybrid")
+
 
 def test_what_is_missing_is_named(make: Setup) -> None:
     cfg, run = make()

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from skinsynth.data import withdrawn
 from skinsynth.data.cache import open_dataset
 from skinsynth.data.shards import Dataset
 from skinsynth.errors import UserError
@@ -135,7 +136,9 @@ class Verdict:
             "dataset": str(self.synthetic.folder), "manifest_sha256": sha256_file(self.synthetic.folder / "manifest.json"),
             "screened": self.parts.screened(),
             "count": len(self.keep), "classes": dict(sorted(classes.items())), "keys": [self.synthetic.keys[i] for i in self.keep]})
-        self.run.finish(NODE, metrics, [self.folder / "accepted.json", self.folder / "rejected.json"])
+        sets = [dataset.folder for dataset in self.parts.sets.values()]  # as ``_up_to_date`` looks at them, for who knows no datasets
+        self.run.finish(NODE, metrics, [self.folder / "accepted.json", self.folder / "rejected.json"],
+                        [folder / name for folder in sets for name in ("manifest.json", withdrawn.NAME)])
 
     def _judge(self, metrics: dict[str, Any]) -> None:
         """The set as a whole."""

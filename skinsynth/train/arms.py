@@ -21,7 +21,7 @@ from skinsynth.data.stream import Source
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config
 from skinsynth.knobs import Phase as PhaseKnobs
-from skinsynth.run import RunDir, read_json
+from skinsynth.run import RunDir, read_json, sha256_file
 from skinsynth.train.engine import Batch
 
 CLASSES = 2
@@ -72,6 +72,9 @@ class Data:
         if accepted is None:
             raise UserError(f"{run.node('screen')} has no accepted.json: the synthetic images were not screened")
         synthetic, keys = open_dataset(self.cfg, run, "synthetic", self.cfg.data.on_error == "skip"), set(accepted["keys"])
+        if accepted["manifest_sha256"] != sha256_file(synthetic.folder / "manifest.json"):
+            raise UserError(f"{synthetic.folder} was made anew after it was screened, and {run.node('screen') / 'accepted.json'} says nothing of "
+                            f"these images: delete {run.node('screen') / 'done.json'} and launch again, which screens them")
         return Source(synthetic, [i for i, key in enumerate(synthetic.keys) if key in keys], self.cfg.data.on_error)
 
     # ---- which sample comes when ----
