@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -260,9 +261,8 @@ def owner() -> str:
 
 def is_spare(temp: Path) -> bool:
     """Whether a file named by ``owner`` (``.name.<owner>.tmp``) was surely left by a process that died: of another host nobody can tell."""
-    host, _, rest = temp.name.removesuffix(".tmp").rpartition(f"{platform.node()}-")
-    pid, _, born = rest.partition("-")
-    return bool(host) and pid.isdigit() and f"{birth(int(pid)) or 0:.0f}" != born
+    found = re.search(rf"\.{re.escape(platform.node())}-(\d+)-(\d+)\.tmp$", temp.name)
+    return found is not None and f"{birth(int(found[1])) or 0:.0f}" != found[2]
 
 
 def birth(pid: int) -> float | None:

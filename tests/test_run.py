@@ -252,6 +252,15 @@ def test_a_task_that_tells_nothing_any_more_counts_for_no_speed(tmp_path: Path) 
     assert found["left"] == pytest.approx(80, rel=0.01)
 
 
+def test_only_a_file_of_this_very_host_can_be_told_to_be_a_dead_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.node", lambda: "node1")
+    alive = f"{os.getpid()}-{runs.birth(os.getpid()):.0f}"
+    assert runs.is_spare(Path(f".00000.tar.node1-{os.getpid()}-12.tmp"))
+    assert not runs.is_spare(Path(f".00000.tar.node1-{alive}.tmp"))
+    for other in ("gpunode1", "gpu-node1", "node12", "node1-gpu"):
+        assert not runs.is_spare(Path(f".00000.tar.{other}-{os.getpid()}-12.tmp")), other
+
+
 def test_processes_of_the_same_number_on_two_nodes_do_not_share_a_temp_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second node writes the same file while the first is about to rename its own, as tasks of one array may."""
     replace, wrote = os.replace, []
