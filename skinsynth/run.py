@@ -357,6 +357,16 @@ def read_hint(path: Path) -> Any:
         return None
 
 
+def put_in_place(temp: Path, final: Path) -> None:
+    """A whole folder that was written under another name. It is on the disk before it gets its own: who finds it there after a power cut finds
+    it whole."""
+    for path in (*temp.rglob("*"), temp):
+        sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temp, final)
+    sync(final.parent)
+
+
 def sync(path: Path) -> None:
     """Makes a file's content, or a rename in a folder, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)

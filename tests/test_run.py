@@ -187,6 +187,28 @@ def test_a_write_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monke
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_folder_gets_its_name_once_all_of_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As weights do, which are written by other libraries: a score that was chosen by them is durable, so they must be."""
+    temp, final, synced, fsync, replace = tmp_path / ".weights.tmp", tmp_path / "weights", set(), os.fsync, os.replace
+    for folder in (temp / "unet", final):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text(folder.name)
+
+    def note(handle: int) -> None:
+        synced.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def rename(old: Path, new: Path) -> None:
+        assert synced == {path.stat().st_ino for path in (temp, *temp.rglob("*"))}
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", rename)
+    runs.put_in_place(temp, final)
+    assert [path.name for path in final.iterdir()] == ["unet"]
+    assert tmp_path.stat().st_ino in synced, "the rename too"
+
+
 def test_tasks_share_the_units_without_overlap() -> None:
     units = [0, 2, 3, 4, 7, 9]
     shares = [Task(i, 3).mine(units) for i in range(3)]

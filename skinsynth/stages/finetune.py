@@ -5,7 +5,6 @@ The VAE is never trained, and the text encoder only when asked for, which is why
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,7 @@ from skinsynth import config
 from skinsynth.knobs import Config
 from skinsynth.models import attention, denoiser, diffusion, hub, painter
 from skinsynth.models.compiler import compile_unet
-from skinsynth.run import RunDir, code_version, sha256_file, write_json
+from skinsynth.run import RunDir, code_version, put_in_place, sha256_file, write_json
 from skinsynth.train.checkpoint import Checkpoints
 from skinsynth.train.engine import Batch, Engine
 from skinsynth.train.log import Clock, read_lines
@@ -110,5 +109,4 @@ def export(cfg: Config, run: RunDir, pipe: Any, samples: Samples, made_by: dict[
                "train_sha256": sha256_file(samples.train.folder / "manifest.json"), "code": code_version(),
                "group_ids": sorted({*samples.groups(), *(hub.inherited_groups(cfg.model) or [])})}
     write_json(temp / "lineage.json", lineage)
-    shutil.rmtree(run.weights, ignore_errors=True)
-    os.replace(temp, run.weights)
+    put_in_place(temp, run.weights)
