@@ -16,7 +16,7 @@ from conftest import Setup, plant, take_as_screened
 from skinsynth import config, knobs, stages
 from skinsynth.data.augment import augment, blend, partner
 from skinsynth.data.order import sample_rng
-from skinsynth.data.shards import Dataset
+from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
 from skinsynth.errors import UserError
 from skinsynth.knobs import Arm, Phase
 from skinsynth.models import vit
@@ -24,7 +24,7 @@ from skinsynth.quality.metrics import METRICS, binary_metrics
 from skinsynth.run import Task, read_json, write_json
 from skinsynth.stages.classify import classify
 from skinsynth.train.arms import Data
-from skinsynth.train.judge import loss
+from skinsynth.train.judge import Judge, loss, predictions
 from skinsynth.train.log import read_lines
 from skinsynth.world import Stopped, World
 
@@ -204,6 +204,35 @@ def test_augmentation_is_the_samples_own() -> None:
     turned = turned[:, ::-1] if rng.random() < 0.5 else turned
     gain, offset = rng.uniform(0.9, 1.1), rng.uniform(-12, 12)
     assert np.array_equal(augment(image, sample_rng(0, 5)), np.clip(turned * gain + offset, 0, 255).astype(np.uint8))
+
+
+# ---- what is written down ----
+
+def test_a_score_is_written_as_it_is(tmp_path: Path) -> None:
+    """A confident model's differ in the seventh decimal: without it, images that it ranks become alike."""
+    scores = np.array([1e-7, 2e-7, 1e-38, 1 - 6e-8, 1 / 3], np.float32)
+    with ShardWriter(tmp_path / "set", 0) as shard:
+        for number in range(len(scores)):
+            shard.add(f"k{number}", {"jpg": b"x"}, group="g", target=number % 2)
+    write_manifest(tmp_path / "set", 1, kind="real")
+    (tmp_path / "predictions.csv").write_bytes(predictions(Dataset.open(tmp_path / "set"), scores))
+    assert np.array_equal(score(tmp_path).astype(np.float32), scores)
+
+
+def test_the_best_weights_are_on_the_disk_before_they_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, fsync, synced = knobs.Classify(model="small", hidden_size=16, layers=1, heads=2, patch=8), os.fsync, set()
+
+    def note(handle: int) -> None:
+        synced.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    judge = object.__new__(Judge)
+    judge.folder, judge.model = tmp_path, vit.build(cfg, 32, 0)
+    judge.inputs = vit.Inputs.of(cfg, judge.model, 32)
+    monkeypatch.setattr(os, "fsync", note)
+    judge._keep(7)
+    assert {path.name for path in (tmp_path / "best-00000007").iterdir()} >= {"model.safetensors", "config.json", "preprocessor_config.json"}
+    assert {path.stat().st_ino for path in (tmp_path, *tmp_path.rglob("*"))} <= synced
 
 
 # ---- what is wrong with the data ----

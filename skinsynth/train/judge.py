@@ -131,10 +131,10 @@ class Judge:
 
 
 def predictions(test: Dataset, scores: np.ndarray) -> bytes:
-    """The CSV: key, group, target, score and what is known of each image."""
+    """The CSV: key, group, target, score (nine digits tell all float32) and what is known of each image."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["key", "group", "target", "score", *COLUMNS])
     known = [["" if value is None else value for value in test.columns.get(name, [None] * len(test))] for name in COLUMNS]
-    rows.writerows(zip(test.keys, test.columns["group"], test.columns["target"], (f"{s:.6f}" for s in scores), *known, strict=True))
+    rows.writerows(zip(test.keys, test.columns["group"], test.columns["target"], (f"{s:.9g}" for s in scores), *known, strict=True))
     return text.getvalue().encode()
