@@ -66,7 +66,7 @@ class Prepare:
     hair_removal: bool = True
     shard_size: int = at_least(1000, 1)  # images per shard
     quality: int = at_least(95, 50, 100)  # JPEG quality
-    max_bad: float = at_least(0.05, 0, 1)  # share of images that may be set aside before the stage stops
+    max_bad: float = free(at_least(0.05, 0, 1))  # share of images that may be set aside before the stage stops
 
 
 @dataclass

@@ -67,6 +67,7 @@ def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
 def test_difference_leaves_out_what_changes_no_result() -> None:
     one, other = Config(), Config(run="elsewhere")
     other.cluster.cores = 5
+    other.prepare.max_bad = 0.5  # whether to go on, not what comes out: the refusal says "raise prepare.max_bad"
     assert config.difference(one, other) == []
     other.finetune.steps = 17
     assert config.difference(one, other) == ["finetune.steps: 17 -> 1000"]
