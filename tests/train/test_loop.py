@@ -106,6 +106,25 @@ def test_a_stop_goes_on_at_that_very_step(tmp_path: Path) -> None:
     assert losses(run) == losses(whole)
 
 
+def test_the_list_of_bad_samples_outlives_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process knows only of those that it met itself."""
+    world = World()
+
+    def stopping(model: Any, batch: Batch) -> torch.Tensor:
+        if int(batch["position"][0]) == 4 * 16:
+            world.note_stop(signal.SIGUSR2, None)
+        return square(model, batch)
+
+    monkeypatch.setattr(Numbers, "bad", [BadSample("set", "00001.tar", "b", "is torn"), BadSample("set", "00002.tar", "c", "is torn")])
+    with pytest.raises(Stopped):
+        go(tmp_path / "run", stopping, world)
+    monkeypatch.setattr(Numbers, "bad", [BadSample("set", "00000.tar", "a", "is gone, or so"), BadSample("set", "00002.tar", "c", "is torn")])
+    run, state = go(tmp_path / "run")
+    lines = (run.node("it") / "bad-samples.csv").read_text().splitlines()
+    assert lines == ["key,shard,reason", 'a,set/00000.tar,"is gone, or so"', "b,set/00001.tar,is torn", "c,set/00002.tar,is torn"]
+    assert state["bad_samples"] == 3
+
+
 def test_a_changed_checkpoint_is_passed_over_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run, _ = go(tmp_path / "run")
     newest = run.node("it") / "checkpoints/step-00000060/rank-00000.safetensors"
