@@ -21,7 +21,7 @@ from skinsynth.data.codec import encode_jpeg
 from skinsynth.data.shards import ShardWriter, write_manifest
 from skinsynth.errors import UserError
 from skinsynth.knobs import Arm, Config, GeneratedClass
-from skinsynth.pages import pictures, several
+from skinsynth.pages import figures, pictures, several
 from skinsynth.quality.metrics import METRICS, binary_metrics
 from skinsynth.run import RunDir, Task, read_json, write_json
 from skinsynth.stages import report as stage
@@ -338,6 +338,12 @@ def test_the_card_does_not_change_the_weights_hash(tmp_path: Path) -> None:
     stage.report(cfg, run, Task())
     assert (run.weights / "MODEL_CARD.md").is_file()
     assert weights_sha256(run.weights) == before
+
+
+def test_a_name_with_dollars_is_no_formula() -> None:
+    drawn = figures.intervals([("runs/$x^$/baseline", 0.5, [0.4, 0.6])], "AUROC of $x^$")
+    assert drawn is not None
+    assert drawn.startswith("data:image/svg+xml")
 
 
 def test_several_runs_on_one_page(made: tuple[Config, RunDir], many: tuple[Config, RunDir], tmp_path: Path) -> None:
