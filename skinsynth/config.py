@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from skinsynth.errors import UserError
-from skinsynth.knobs import PROMPT_FIELDS, Arm, Classify, Cluster, Concept, Config, Finetune, Generate, GeneratedClass, Resources
+from skinsynth.knobs import PROMPT_FIELDS, Arm, Classify, Cluster, Concept, Config, Finetune, Generate, GeneratedClass, Resources, proportion
 
 STAGES = ("prepare", "encode", "finetune", "generate", "screen", "classify", "report")
 CLUSTERS = Path(__file__).resolve().parent.parent / "configs" / "cluster"
@@ -150,6 +150,8 @@ def _check_arms(c: Classify) -> Iterator[str]:
             where, given = f"classify.arms.{name}" + (f".phases[{number}]" if arm.phases else ""), part.sources
             if set(given) - {"real", "synthetic"} or not given or min(given.values()) < 0 or sum(given.values()) <= 0:
                 yield f"{where}.sources is {given}: give 'real' and 'synthetic' positive weights"
+            elif not all(proportion([weight for weight in given.values() if weight > 0])):
+                yield f"{where}.sources is {given}: a source of less than a thousandth would never be drawn: leave it out, or raise its weight"
             if round(part.share / (sum(p.share for p in arm.parts) or 1) * c.steps) < 1:
                 yield f"{where}.share={part.share} of classify.steps={c.steps} is no step at all: raise one of them"
     if len(set(c.seeds)) < len(c.seeds) or not all(0 <= seed < 2**31 for seed in c.seeds):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from math import gcd, lcm
 from typing import Any
 
 
@@ -207,6 +210,16 @@ class Screen:
     max_copies: float | None = at_least(None, 0, 1)  # with a larger share of copies among the generated,
     max_kid_ratio: float | None = at_least(None, 0)  # or with a KID so many times that of real images to real images, or of its spread
     on_fail: str = free(one_of("stop", "warn"))  # a set that fails stops the chain, or is only told
+
+
+def proportion(weights: Sequence[float]) -> list[int]:
+    """The smallest whole numbers in the weights' proportion, of weights or else of shares to a thousandth: a smaller one is 0, as all of none are."""
+    for scale in (Fraction(1), Fraction(sum(map(Fraction, weights))) or Fraction(1)):
+        shares = [(Fraction(weight) / scale).limit_denominator(1000) for weight in weights]
+        if all(share or not weight for share, weight in zip(shares, weights, strict=True)):
+            break
+    whole = [int(share * lcm(*(s.denominator for s in shares))) for share in shares]
+    return [number // (gcd(*whole) or 1) for number in whole]
 
 
 @dataclass

@@ -40,6 +40,7 @@ def test_override_reaches_the_key_and_class_is_spelt_class() -> None:
     ("prepare.crop=lesoin", ["prepare.crop is 'lesoin'", "did you mean lesion"]),
     ("prepare.size=4", ["prepare.size is 4", "16 to 2048"]),
     ("finetune.lr=-1", ["finetune.lr is -1", "0 or more"]),
+    ("classify.arms.hybrid.sources.synthetic=0.0004", ["classify.arms.hybrid.sources", "0.0004", "leave it out, or raise its weight"]),
     ("classify.arms.hybrid.sources.sythetic=1", ["classify.arms.hybrid.sources", "sythetic"]),
     ("finetune.concepts.melanoma.class.cuont=3", ["finetune.concepts.melanoma.class.cuont"]),
     ("cluster=slrum", ["cluster=slrum", "local"]),
