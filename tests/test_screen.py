@@ -170,10 +170,11 @@ def sets_of(folder: Path) -> dict[str, Dataset]:
 
 
 def outcome(folder: Path) -> dict[str, bytes]:
-    """But for the folder's name, and the hash of what holds it."""
-    made = read_json(folder / "run/screen/done.json")["made"]
-    return {name: (folder / "run/screen" / name).read_bytes().replace(str(folder).encode(), b"").replace(made.encode(), b"")
-            for name in ("accepted.json", "rejected.json", "metrics.json", "pairs.json", "worst-pairs.png", "spectrum.png", "done.json")}
+    """But for the folder's name and hashes of what holds it, and whether the folder has a configuration."""
+    done = {name: value for name, value in read_json(folder / "run/screen/done.json").items() if name not in ("made", "needs")}
+    return {"done.json": json.dumps(done).encode()} | {
+        name: (folder / "run/screen" / name).read_bytes().replace(str(folder).encode(), b"")
+        for name in ("accepted.json", "rejected.json", "metrics.json", "pairs.json", "worst-pairs.png", "spectrum.png")}
 
 
 def test_three_tasks_in_any_order_decide_the_same_to_the_byte(screened: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ measured of its images, the search for copies and near-duplicates included. The 
 the real images (``quality.evidence``) and writes the lists; that needs no image but those of the worst pairs, and depends on the parts alone.
 
 Memory: pictures and features are read a part at a time, and features kept of ``screen.max_features`` images a class. What grows with the set is its
-index, which every stage holds that opens it, and beside it 0.2 kB of keys and measures an image (measured at 800 to 80,000); with the training set,
-its thumbnails (4 kB each), in which each task searches.
+index, which every stage holds that opens it, and beside it 0.2 kB of keys and measures an image (measured at 800 to 80,000), and its print as well
+(0.3 kB) where one has more near-duplicates than are noted; with the training set, its thumbnails (4 kB each), in which each task searches.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ class Verdict:
         near, pairs = self.cfg.screen.duplicate, np.empty((0, 2), np.int64)
         self.measured = gate.Measured(parts.broken("synthetic"), parts.column("synthetic", "measures"), self._matches("synthetic"),
                                       self.evidence.agreement(), pairs if near is None else parts.pairs(near),
-                                      {} if self.cfg.screen.held_out is None else parts.held_out(self.cfg.screen.held_out))
+                                      {} if self.cfg.screen.held_out is None else parts.held_out(self.cfg.screen.held_out),
+                                      lambda: np.concatenate([parts.read(unit, "prints") for unit in parts.of("synthetic")]), near)
         self.reasons = self.measured.reasons(self.limits, self.copy_limit, self.cfg.screen.agreement)
         self.keep = np.array([i for i, reason in enumerate(self.reasons) if reason is None], np.int64)
 
