@@ -142,8 +142,10 @@ class RunDir:
         done = read_json(self.done_path(node))
         return None if done is None else done.get("made") or _sha256_of(done)
 
-    def begin_task(self, node: str, task: int, patience: int) -> None:
+    def begin_task(self, node: str, task: int, patience: int, of: int | None = None) -> None:
         """Forgets an earlier failure, and counts the restarts that Slurm made of this job, those in a row that got no further.
+
+        ``of``: how many tasks tell of their progress; what is left of an earlier launch with more of them is none of this one's.
 
         Raises:
             UserError: more than ``patience`` of those.
@@ -152,6 +154,9 @@ class RunDir:
         for temp in self.progress_path(node, task).parent.glob(f".{task}.json.*.tmp"):
             if is_spare(temp):
                 temp.unlink(missing_ok=True)
+        for old in self.progress_path(node, task).parent.glob("[0-9]*.json"):
+            if of is not None and int(old.stem) >= of:
+                old.unlink(missing_ok=True)
         restarts, path = int(os.environ.get("SLURM_RESTART_COUNT", 0)), self.node(node) / "restarts" / f"{task}.json"
         if not restarts:
             path.unlink(missing_ok=True)

@@ -261,6 +261,18 @@ def test_torn_progress_is_none_and_stops_nobody(tmp_path: Path, torn: str, monke
     assert run.unfinished("generate", 2) == [1]
 
 
+def test_progress_of_more_tasks_than_there_are_now_does_not_count(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for task in range(8):
+        Progress(run, "generate", task, 125, "images").set(125)
+    for task in range(4):
+        run.begin_task("generate", task, 3, of=4)
+        Progress(run, "generate", task, 250, "images").set(250)
+    found = status.progress_of(run, "generate")
+    assert found is not None
+    assert (found["done"], found["total"]) == (1000, 1000)
+
+
 def test_a_task_that_tells_nothing_any_more_counts_for_no_speed(tmp_path: Path) -> None:
     from skinsynth.status import progress_of
 
