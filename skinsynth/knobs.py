@@ -230,6 +230,15 @@ class Phase:
     share: float = at_least(1.0, 0)
 
 
+def phase_starts(parts: Sequence[Phase], steps: int) -> list[int]:
+    """The step at which each phase begins, and the end of the last."""
+    whole, done, found = sum(part.share for part in parts) or 1, 0.0, [0]
+    for part in parts:
+        done += part.share
+        found.append(round(done / whole * steps))
+    return found
+
+
 @dataclass
 class Arm:
     """A training mix: the weights of the sources ``real`` and ``synthetic`` in each batch, the same all the time or in ``phases``."""

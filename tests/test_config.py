@@ -6,7 +6,7 @@ import pytest
 
 from skinsynth import config
 from skinsynth.errors import UserError
-from skinsynth.knobs import Config
+from skinsynth.knobs import Arm, Config, GeneratedClass, Phase
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -52,6 +52,33 @@ def test_bad_values_name_the_key_and_the_remedy(override: str, words: list[str])
         config.load("configs/demo.yaml", [override])
     for word in words:
         assert word in str(caught.value)
+
+
+def test_names_that_are_no_folders_are_refused() -> None:
+    for name in ("a/b", "..", ".hidden", "it's", "two words", "-x", "", "a\n", "$(rm)"):
+        for section, one in (("arms", {"sources": {"real": 1}}), ("classes", {"count": 0})):
+            cfg = config.load("configs/demo.yaml")
+            if section == "arms":
+                cfg.classify.arms[name] = Arm(**one)  # type: ignore[arg-type]
+            else:
+                cfg.generate.classes[name] = GeneratedClass(**one)  # type: ignore[arg-type]
+            with pytest.raises(UserError, match=rf"{section}: .* cannot be a name: letters, digits"):
+                config.check(cfg)
+    cfg.classify.arms = {"half-0.5_synthetic.v2": Arm({"real": 1.0}), "Hälfte": Arm({"real": 1.0})}
+    cfg.generate.classes = {}
+    config.check(cfg)
+
+
+def test_a_phase_that_rounding_leaves_no_step_is_refused() -> None:
+    cfg = config.load("configs/demo.yaml")
+    cfg.classify.arms["staged"] = Arm(phases=[Phase({"real": 1.0}) for _ in range(5)])
+    for steps, fits in ((3, False), (4, False), (5, True), (1000, True)):
+        cfg.classify.steps = steps
+        if fits:
+            config.check(cfg)
+        else:
+            with pytest.raises(UserError, match=r"staged.phases\[\d\].share=1.0 of classify.steps=\d is no step at all"):
+                config.check(cfg)
 
 
 def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
