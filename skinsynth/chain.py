@@ -10,7 +10,7 @@ import os
 import sys
 from dataclasses import dataclass
 
-from skinsynth import stages
+from skinsynth import config, stages
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config
 from skinsynth.run import Task
@@ -35,29 +35,14 @@ class Node:
 
 
 def chain(cfg: Config) -> list[Node]:
-    """The nodes in an order in which they may run. An arm without synthetic images needs only ``prepare``, as does generation straight
-    from a published model; and synthetic images from elsewhere come in there.
+    """The nodes in an order in which they may run.
 
     Raises:
         UserError: no arm to train.
     """
     if not cfg.classify.arms:
         raise UserError("classify.arms is empty: give at least one arm, such as baseline: {sources: {real: 1}}")
-    nodes = [Node("prepare", ())]
-    if cfg.generate.weights == "finetuned" and not cfg.data.synthetic:
-        nodes += [Node("encode", ("prepare",)), Node("finetune", ("encode",))]
-    if not cfg.data.synthetic:
-        nodes.append(Node("generate", (nodes[-1].name,)))
-    before = [nodes[-1].name]
-    if cfg.screen.features == "classifier" and cfg.real_arm is not None:  # it looks with that arm's eyes
-        before.append(f"classify/{cfg.real_arm}")
-        nodes.append(Node(before[-1], ("prepare",)))
-    nodes.append(Node("screen", tuple(before)))
-    for arm, wanted in cfg.classify.arms.items():
-        if f"classify/{arm}" in before:
-            continue
-        nodes.append(Node(f"classify/{arm}", ("screen",) if "synthetic" in wanted.used else ("prepare",)))
-    return [*nodes, Node("report", tuple(n.name for n in nodes if n.stage in ("screen", "classify")))]
+    return [Node(name, needs) for name, needs in config.needs(cfg).items()]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from string import Formatter
@@ -18,9 +19,23 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from skinsynth.errors import UserError
-from skinsynth.knobs import PROMPT_FIELDS, Arm, Classify, Cluster, Concept, Config, Finetune, Generate, GeneratedClass, Resources
+from skinsynth.knobs import (
+    PROMPT_FIELDS,
+    Arm,
+    Classify,
+    Cluster,
+    Concept,
+    Config,
+    Finetune,
+    Generate,
+    GeneratedClass,
+    Resources,
+    phase_starts,
+    proportion,
+)
 
 STAGES = ("prepare", "encode", "finetune", "generate", "screen", "classify", "report")
+NAME = re.compile(r"\w[\w.-]*")
 CLUSTERS = Path(__file__).resolve().parent.parent / "configs" / "cluster"
 
 
@@ -97,12 +112,32 @@ def binding(section: Any) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if name not in unbound}
 
 
+def needs(config: Config) -> dict[str, tuple[str, ...]]:
+    """Node -> the nodes that must be done before it, in an order in which they may run. An arm without synthetic images needs only ``prepare``,
+    as does generation straight from a published model; and synthetic images from elsewhere come in there."""
+    found: dict[str, tuple[str, ...]] = {"prepare": ()}
+    if config.generate.weights == "finetuned" and not config.data.synthetic:
+        found |= {"encode": ("prepare",), "finetune": ("encode",)}
+    if not config.data.synthetic:
+        found["generate"] = (list(found)[-1],)
+    before = [list(found)[-1]]
+    if config.screen.features == "classifier" and config.real_arm is not None:  # it looks with that arm's eyes
+        before.append(f"classify/{config.real_arm}")
+        found[before[-1]] = ("prepare",)
+    found["screen"] = tuple(before)
+    for arm, wanted in config.classify.arms.items():
+        found.setdefault(f"classify/{arm}", ("screen",) if "synthetic" in wanted.used else ("prepare",))
+    return {**found, "report": tuple(node for node in found if node.split("/")[0] in ("screen", "classify"))}
+
+
 def check(config: Config) -> None:
     """Ranges, choices and what must fit together. Raises ``UserError`` with every problem found."""
     problems = list(_check_fields("", config))
     for name, concept in config.finetune.concepts.items():
         if not concept.instance_prompt:
             problems.append(f"finetune.concepts.{name}.instance_prompt is empty")
+    problems += _check_names("generate.classes", config.generate.classes)
+    problems += _check_names("classify.arms", config.classify.arms)
     problems += _check_generate(config.generate)
     problems += _check_arms(config.classify)
     for section, training in (("finetune", config.finetune), ("classify", config.classify)):
@@ -129,17 +164,27 @@ def check(config: Config) -> None:
         raise UserError("the configuration cannot be used:\n  " + "\n  ".join(problems))
 
 
+def _check_names(where: str, names: Iterable[str]) -> Iterator[str]:
+    """They become folders and words of shell lines."""
+    for name in names:
+        if not NAME.fullmatch(name):
+            yield f"{where}: {name!r} cannot be a name: letters, digits, '_', '-' and '.' only, the first one a letter, a digit or '_'"
+
+
 def _check_arms(c: Classify) -> Iterator[str]:
     for name, arm in c.arms.items():
         if arm.phases and arm.sources:
             yield f"classify.arms.{name} has both sources and phases: give one of them"
             continue
+        starts = phase_starts(arm.parts, c.steps)
         for number, part in enumerate(arm.parts):
             where, given = f"classify.arms.{name}" + (f".phases[{number}]" if arm.phases else ""), part.sources
             if set(given) - {"real", "synthetic"} or not given or min(given.values()) < 0 or sum(given.values()) <= 0:
                 yield f"{where}.sources is {given}: give 'real' and 'synthetic' positive weights"
-            if round(part.share / (sum(p.share for p in arm.parts) or 1) * c.steps) < 1:
-                yield f"{where}.share={part.share} of classify.steps={c.steps} is no step at all: raise one of them"
+            elif not all(proportion([weight for weight in given.values() if weight > 0])):
+                yield f"{where}.sources is {given}: a source of less than a thousandth would never be drawn: leave it out, or raise its weight"
+            if starts[number + 1] <= starts[number]:
+                yield f"{where}.share={part.share} of classify.steps={c.steps} is no step at all, once rounded: raise one of them"
     if len(set(c.seeds)) < len(c.seeds) or not all(0 <= seed < 2**31 for seed in c.seeds):
         yield f"classify.seeds is {c.seeds}: give different numbers from 0 to 2147483647"
     if c.hidden_size % c.heads:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from math import gcd, lcm
 from typing import Any
 
 
@@ -66,7 +69,7 @@ class Prepare:
     hair_removal: bool = True
     shard_size: int = at_least(1000, 1)  # images per shard
     quality: int = at_least(95, 50, 100)  # JPEG quality
-    max_bad: float = at_least(0.05, 0, 1)  # share of images that may be set aside before the stage stops
+    max_bad: float = free(at_least(0.05, 0, 1))  # share of images that may be set aside before the stage stops
 
 
 @dataclass
@@ -209,12 +212,31 @@ class Screen:
     on_fail: str = free(one_of("stop", "warn"))  # a set that fails stops the chain, or is only told
 
 
+def proportion(weights: Sequence[float]) -> list[int]:
+    """The smallest whole numbers in the weights' proportion, of weights or else of shares to a thousandth: a smaller one is 0, as all of none are."""
+    for scale in (Fraction(1), Fraction(sum(map(Fraction, weights))) or Fraction(1)):
+        shares = [(Fraction(weight) / scale).limit_denominator(1000) for weight in weights]
+        if all(share or not weight for share, weight in zip(shares, weights, strict=True)):
+            break
+    whole = [int(share * lcm(*(s.denominator for s in shares))) for share in shares]
+    return [number // (gcd(*whole) or 1) for number in whole]
+
+
 @dataclass
 class Phase:
     """A part of an arm's training: its mix, and its share of the steps (of any scale)."""
 
     sources: dict[str, float] = field(default_factory=dict)
     share: float = at_least(1.0, 0)
+
+
+def phase_starts(parts: Sequence[Phase], steps: int) -> list[int]:
+    """The step at which each phase begins, and the end of the last."""
+    whole, done, found = sum(part.share for part in parts) or 1, 0.0, [0]
+    for part in parts:
+        done += part.share
+        found.append(round(done / whole * steps))
+    return found
 
 
 @dataclass

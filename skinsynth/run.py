@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -65,7 +66,7 @@ class RunDir:
 
     def failures(self, node: str) -> dict[int, str]:
         """Task number -> why it failed the last time it ran."""
-        found = {int(path.stem): read_json(path) for path in (self.node(node) / "failed").glob("*.json")}
+        found = {int(path.stem): read_hint(path) for path in (self.node(node) / "failed").glob("*.json")}
         return {task: why["message"] for task, why in sorted(found.items()) if why}
 
     def progress_path(self, node: str, task: int) -> Path:
@@ -112,17 +113,39 @@ class RunDir:
             raise UserError(f"the run folder {self.path} cannot be written: {error.strerror}") from None
 
     def is_done(self, node: str) -> bool:
-        """True when the node finished and what it made is still there."""
-        done = read_json(self.done_path(node))
-        return done is not None and all(Path(output).exists() for output in done["outputs"])
+        """True when the node finished, what it made is still there, what it named as read is unchanged, and the nodes that it needs are done and
+        have made nothing else since."""
+        done, here = read_json(self.done_path(node)), self.path.resolve()
+        # without the mark, of an older run: relative to where that was run from
+        if done is None or not all((here / output if done.get("relative") else Path(output)).exists() for output in done["outputs"]):
+            return False
+        if any(_sha256_or_none(here / path) != sha256 for path, sha256 in done.get("reads", {}).items()):
+            return False
+        needs = done.get("needs", {})  # None: that was not done when this was run by hand
+        return all(self._made(need) == made and (made is None or self.is_done(need)) for need, made in needs.items())
 
-    def finish(self, node: str, metrics: dict[str, Any], outputs: list[Path]) -> None:
-        """The last write of a node: from now on it is skipped."""
-        write_json(self.done_path(node), {"node": node, "metrics": metrics, "outputs": [str(p) for p in outputs]})
+    def finish(self, node: str, metrics: dict[str, Any], outputs: list[Path], reads: list[Path] | None = None) -> None:
+        """The last write of a node: from now on it is skipped. ``reads``: small files, there or not, that no node of this run alone decides on;
+        when one of them changes the node is done no more."""
+        here = self.path.resolve()
+        paths = [os.path.relpath(output.resolve(), here) for output in outputs]
+        read = {os.path.relpath(path.resolve(), here): _sha256_or_none(path) for path in reads or []}
+        made = _sha256_of([metrics, [sha256_file(path) for path in outputs if path.is_file()]])
+        needs = configs.needs(self.config()).get(node, ()) if self.config_path.exists() else ()
+        write_json(self.done_path(node), {"node": node, "metrics": metrics, "outputs": paths, "relative": True, "made": made, "reads": read,
+                                          "needs": {need: self._made(need) for need in needs}})
         shutil.rmtree(self.node(node) / "failed", ignore_errors=True)
 
-    def begin_task(self, node: str, task: int, patience: int) -> None:
+    def _made(self, node: str) -> str | None:
+        """A hash of what a node made when it finished last: made again with the same bytes it is the same, and nothing need follow. None: it
+        did not finish. An older run has no such hash; one of what is noted does."""
+        done = read_json(self.done_path(node))
+        return None if done is None else done.get("made") or _sha256_of(done)
+
+    def begin_task(self, node: str, task: int, patience: int, of: int | None = None) -> None:
         """Forgets an earlier failure, and counts the restarts that Slurm made of this job, those in a row that got no further.
+
+        ``of``: how many tasks tell of their progress; what is left of an earlier launch with more of them is none of this one's.
 
         Raises:
             UserError: more than ``patience`` of those.
@@ -131,11 +154,14 @@ class RunDir:
         for temp in self.progress_path(node, task).parent.glob(f".{task}.json.*.tmp"):
             if is_spare(temp):
                 temp.unlink(missing_ok=True)
+        for old in self.progress_path(node, task).parent.glob("[0-9]*.json"):
+            if of is not None and int(old.stem) >= of:
+                old.unlink(missing_ok=True)
         restarts, path = int(os.environ.get("SLURM_RESTART_COUNT", 0)), self.node(node) / "restarts" / f"{task}.json"
         if not restarts:
             path.unlink(missing_ok=True)
             return
-        progress, before = read_json(self.progress_path(node, task)) or {}, read_json(path) or {"left": None, "stalled": 0}
+        progress, before = read_hint(self.progress_path(node, task)) or {}, read_hint(path) or {"left": None, "stalled": 0}
         left = progress["total"] - progress["begun_at"] if progress else None  # when it was last begun, so of committed work alone
         stalled = before["stalled"] + 1 if left == before["left"] else 0
         write_json(path, {"restarts": restarts, "left": left, "stalled": stalled})
@@ -148,11 +174,11 @@ class RunDir:
         path = self.progress_path(node, task.index)
         now = time.time()
         idle = {"done": 0, "total": 0, "unit": "units", "begun_at": 0, "start": now, "now": now}
-        write_json(path, {**(read_json(path) or idle), "finished_of": task.count})
+        write_json(path, {**(read_hint(path) or idle), "finished_of": task.count})
 
     def unfinished(self, node: str, count: int) -> list[int]:
         """The tasks, of so many, that did not do their share yet."""
-        states = (read_json(self.progress_path(node, task)) for task in range(count))
+        states = (read_hint(self.progress_path(node, task)) for task in range(count))
         return [task for task, state in enumerate(states) if not state or state.get("finished_of") != count]
 
     def metrics(self, node: str) -> dict[str, Any]:
@@ -201,10 +227,7 @@ class RunDir:
 
 def _locked_by(path: Path) -> dict[str, Any]:
     """{} where there is no lock, or one whose owner has not written, or died before it did."""
-    try:
-        return read_json(path) or {}
-    except ValueError:
-        return {}
+    return read_hint(path) or {}
 
 
 def _take_away(path: Path, dead: dict[str, Any]) -> None:
@@ -243,9 +266,8 @@ def owner() -> str:
 
 def is_spare(temp: Path) -> bool:
     """Whether a file named by ``owner`` (``.name.<owner>.tmp``) was surely left by a process that died: of another host nobody can tell."""
-    host, _, rest = temp.name.removesuffix(".tmp").rpartition(f"{platform.node()}-")
-    pid, _, born = rest.partition("-")
-    return bool(host) and pid.isdigit() and f"{birth(int(pid)) or 0:.0f}" != born
+    found = re.search(rf"\.{re.escape(platform.node())}-(\d+)-(\d+)\.tmp$", temp.name)
+    return found is not None and f"{birth(int(found[1])) or 0:.0f}" != found[2]
 
 
 def birth(pid: int) -> float | None:
@@ -334,6 +356,24 @@ def read_json(path: Path) -> Any:
         raise DamagedFile(f"{path} is damaged or cut short ({error}): put it back from a copy, or delete it and run again what made it") from None
 
 
+def read_hint(path: Path) -> Any:
+    """The same of a file that one can do without, None also where it is torn: progress is not fsynced, and a power cut may leave it empty."""
+    try:
+        return read_json(path)
+    except ValueError:
+        return None
+
+
+def put_in_place(temp: Path, final: Path) -> None:
+    """A whole folder that was written under another name. It is on the disk before it gets its own: who finds it there after a power cut finds
+    it whole."""
+    for path in (*temp.rglob("*"), temp):
+        sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temp, final)
+    sync(final.parent)
+
+
 def sync(path: Path) -> None:
     """Makes a file's content, or a rename in a folder, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
@@ -346,6 +386,14 @@ def sync(path: Path) -> None:
 def sha256_file(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _sha256_or_none(path: Path) -> str | None:
+    return sha256_file(path) if path.is_file() else None
+
+
+def _sha256_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_folder(path: Path, pattern: str = "**/*") -> str:

@@ -7,12 +7,11 @@ import re
 import statistics
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from skinsynth import stages
 from skinsynth.knobs import Config
-from skinsynth.run import RunDir, read_json
+from skinsynth.run import RunDir, read_hint
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def rank_count(cfg: Config, stage: str) -> int:
 
 def _speed(run: RunDir, cfg: Config, node: str) -> float | None:
     """Images a second of one task or rank: from the progress files, or where those only saw the end from ``metrics.jsonl``."""
-    parts = [part for path in (run.node(node) / "progress").glob("*.json") if (part := _read(path))]
+    parts = [part for path in (run.node(node) / "progress").glob("*.json") if (part := read_hint(path))]
     done, spent = sum(p["done"] - p["begun_at"] for p in parts), sum(p["now"] - p["start"] for p in parts)
     stage = node.split("/")[0]
     training = {"finetune": cfg.finetune, "classify": cfg.classify}.get(stage)
@@ -109,13 +108,6 @@ def _speed(run: RunDir, cfg: Config, node: str) -> float | None:
     paths = sorted(run.node(node).glob("**/metrics.jsonl")) if training else []  # of each seed
     rows = [row for path in paths for row in path.read_text().splitlines()]
     return statistics.median(json.loads(row)["samples_per_second"] for row in rows if row.endswith("}")) / rank_count(cfg, stage) if rows else None
-
-
-def _read(path: Path) -> Any:
-    try:
-        return read_json(path)
-    except ValueError:  # progress files are not fsynced: a power cut may leave one empty
-        return None
 
 
 def _scale(old: Config, new: Config, stage: str) -> tuple[float, list[str]]:

@@ -22,7 +22,7 @@ from rich.text import Text
 from skinsynth import slurm
 from skinsynth.chain import Node, chain
 from skinsynth.errors import UserError
-from skinsynth.run import RunDir, birth, read_json
+from skinsynth.run import RunDir, birth, read_hint, read_json
 
 SILENT = 900  # seconds; a task that told nothing for so long is no longer at work
 STYLES = {"done": "green", "running": "bold cyan", "failed": "bold red", "waiting": "dim", "pending": "yellow", "stopped": "yellow"}
@@ -55,7 +55,7 @@ class Row:
 
 def progress_of(run: RunDir, node: str) -> dict[str, Any] | None:
     """Sum over the node's tasks: done, total, unit, rate (per second), left (seconds or None). None before it began."""
-    parts = [p for p in (_read(path) for path in sorted((run.node(node) / "progress").glob("*.json"))) if p]
+    parts = [p for p in (read_hint(path) for path in sorted((run.node(node) / "progress").glob("*.json"))) if p]
     if not parts:
         return None
     done, total = sum(p["done"] for p in parts), sum(p["total"] for p in parts)
@@ -65,13 +65,6 @@ def progress_of(run: RunDir, node: str) -> dict[str, Any] | None:
     return {"done": done, "total": total, "unit": parts[0]["unit"], "rate": rate, "left": (total - done) / rate if rate > 0 else None}
 
 
-def _read(path: Path) -> Any:
-    try:
-        return read_json(path)
-    except ValueError:  # progress files are not fsynced: a power cut may leave one empty
-        return None
-
-
 def described(run: RunDir, node: Node, state: str, detail: str = "") -> Row:
     """The row of a node in a state that is known, with its numbers from the files."""
     row, found = Row(node.name, state, detail), progress_of(run, node.name)
@@ -79,7 +72,7 @@ def described(run: RunDir, node: Node, state: str, detail: str = "") -> Row:
         row.done, row.total, row.unit = found["done"], found["total"], found["unit"]
         if state == "running":
             row.rate, row.left = found["rate"], found["left"]
-    restarts = [_read(path) for path in (run.node(node.name) / "restarts").glob("*.json")]
+    restarts = [read_hint(path) for path in (run.node(node.name) / "restarts").glob("*.json")]
     row.restarts = sum(r["restarts"] for r in restarts if r)
     row.log = newest_log(run, node.name)
     row.pictures = next((str(folder) for name in ("sheets", "previews") if (folder := run.node(node.name) / name).is_dir()), "")
@@ -92,7 +85,7 @@ def logs(run: RunDir, node: str, task: int | None = None) -> list[Path]:
     if task is None:
         return sorted(folder.glob("*_log.out"), key=lambda p: p.stat().st_mtime)
     ids = [job.id for job in slurm.submitted(run) if job.node == node and job.task == task]
-    ids += (_read(run.node(node) / "submit" / "tasks.json") or {}).get(str(task), [])  # of local launches
+    ids += (read_hint(run.node(node) / "submit" / "tasks.json") or {}).get(str(task), [])  # of local launches
     return [path for number in ids for path in sorted(folder.glob(f"{number}_*_log.out"))]
 
 

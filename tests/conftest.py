@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -124,7 +125,8 @@ def make(chain: Path, drawn: Path, tmp_path: Path) -> Setup:
         run = RunDir(tmp_path / "run")
         run.create(cfg)
         shutil.copytree(chain / "shards", tmp_path / "shards")
-        shutil.copytree(chain / "run/screen", run.node("screen"))
+        for node in ("prepare", "encode", "finetune", "generate", "screen"):  # it is done where those before it are
+            shutil.copytree(chain / "run" / node, run.node(node), ignore=shutil.ignore_patterns("checkpoints"))
         return cfg, run
 
     return made
@@ -135,6 +137,15 @@ def plant(run: RunDir, cfg: Config, kind: str, change: Callable[[dict[str, Any]]
     found = json.loads(path.read_text())
     change(found)
     path.write_text(json.dumps(found))
+    if kind == "synthetic":
+        take_as_screened(run, cfg)
+
+
+def take_as_screened(run: RunDir, cfg: Config) -> None:
+    """The synthetic set as it is now passes for the one that was screened."""
+    path, manifest = run.node("screen") / "accepted.json", run.dataset(cfg, "synthetic") / "manifest.json"
+    sha256 = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"manifest_sha256": sha256}))
 
 
 # ---- a Slurm: our devcluster where we may start one, else a site's own ----

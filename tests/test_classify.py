@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Setup, plant
+from conftest import Setup, plant, take_as_screened
 
 from skinsynth import config, knobs, stages
 from skinsynth.data.augment import augment, blend, partner
 from skinsynth.data.order import sample_rng
-from skinsynth.data.shards import Dataset
+from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
 from skinsynth.errors import UserError
 from skinsynth.knobs import Arm, Phase
 from skinsynth.models import vit
 from skinsynth.quality.metrics import METRICS, binary_metrics
-from skinsynth.run import Task, read_json
+from skinsynth.run import Task, read_json, write_json
 from skinsynth.stages.classify import classify
 from skinsynth.train.arms import Data
-from skinsynth.train.judge import loss
+from skinsynth.train.judge import Judge, loss, predictions
 from skinsynth.train.log import read_lines
 from skinsynth.world import Stopped, World
 
@@ -206,7 +206,52 @@ def test_augmentation_is_the_samples_own() -> None:
     assert np.array_equal(augment(image, sample_rng(0, 5)), np.clip(turned * gain + offset, 0, 255).astype(np.uint8))
 
 
+# ---- what is written down ----
+
+def test_a_score_is_written_as_it_is(tmp_path: Path) -> None:
+    """A confident model's differ in the seventh decimal: without it, images that it ranks become alike."""
+    scores = np.array([1e-7, 2e-7, 1e-38, 1 - 6e-8, 1 / 3], np.float32)
+    with ShardWriter(tmp_path / "set", 0) as shard:
+        for number in range(len(scores)):
+            shard.add(f"k{number}", {"jpg": b"x"}, group="g", target=number % 2)
+    write_manifest(tmp_path / "set", 1, kind="real")
+    (tmp_path / "predictions.csv").write_bytes(predictions(Dataset.open(tmp_path / "set"), scores))
+    assert np.array_equal(score(tmp_path).astype(np.float32), scores)
+
+
+def test_the_best_weights_are_on_the_disk_before_they_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, fsync, synced = knobs.Classify(model="small", hidden_size=16, layers=1, heads=2, patch=8), os.fsync, set()
+
+    def note(handle: int) -> None:
+        synced.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    judge = object.__new__(Judge)
+    judge.folder, judge.model = tmp_path, vit.build(cfg, 32, 0)
+    judge.inputs = vit.Inputs.of(cfg, judge.model, 32)
+    monkeypatch.setattr(os, "fsync", note)
+    judge._keep(7)
+    assert {path.name for path in (tmp_path / "best-00000007").iterdir()} >= {"model.safetensors", "config.json", "preprocessor_config.json"}
+    assert {path.stat().st_ino for path in (tmp_path, *tmp_path.rglob("*"))} <= synced
+
+
 # ---- what is wrong with the data ----
+
+def test_a_synthetic_set_that_was_made_anew_is_not_trained_on_unscreened(make: Setup) -> None:
+    cfg, run = make(steps=2, evaluate_every=2, checkpoint_every=2, warmup_steps=0, seeds="[0]")
+    classify(cfg, run, World(), "hybrid")
+    classify(cfg, run, World(), "hybrid")  # nothing has changed, nothing is said
+    manifest = run.dataset(cfg, "synthetic") / "manifest.json"
+    write_json(manifest, read_json(manifest) | {"made": "anew"})
+    with pytest.raises(UserError, match=r"run-synthetic was made anew after it was screened, .*accepted.json .* delete .*screen/done.json"):
+        Data(cfg, run, "hybrid", 0)
+    take_as_screened(run, cfg)
+    with pytest.raises(UserError, match=r"seed-0 was trained on other images than there are now: delete .*classify/hybrid and launch again"):
+        classify(cfg, run, World(), "hybrid")
+    shutil.rmtree(run.node("classify/hybrid"))
+    classify(cfg, run, World(), "hybrid")
+    assert run.metrics("classify/hybrid")["seeds"] == [0]
+
 
 def test_what_is_missing_is_named(make: Setup) -> None:
     cfg, run = make()

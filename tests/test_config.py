@@ -6,7 +6,7 @@ import pytest
 
 from skinsynth import config
 from skinsynth.errors import UserError
-from skinsynth.knobs import Config
+from skinsynth.knobs import Arm, Config, GeneratedClass, Phase
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -40,6 +40,7 @@ def test_override_reaches_the_key_and_class_is_spelt_class() -> None:
     ("prepare.crop=lesoin", ["prepare.crop is 'lesoin'", "did you mean lesion"]),
     ("prepare.size=4", ["prepare.size is 4", "16 to 2048"]),
     ("finetune.lr=-1", ["finetune.lr is -1", "0 or more"]),
+    ("classify.arms.hybrid.sources.synthetic=0.0004", ["classify.arms.hybrid.sources", "0.0004", "leave it out, or raise its weight"]),
     ("classify.arms.hybrid.sources.sythetic=1", ["classify.arms.hybrid.sources", "sythetic"]),
     ("finetune.concepts.melanoma.class.cuont=3", ["finetune.concepts.melanoma.class.cuont"]),
     ("cluster=slrum", ["cluster=slrum", "local"]),
@@ -60,6 +61,33 @@ def test_how_the_list_of_duplicates_is_fetched_stands_where_it_is_asked_for(path
     assert command in (path.parent.parent / "README.md").read_text()
 
 
+def test_names_that_are_no_folders_are_refused() -> None:
+    for name in ("a/b", "..", ".hidden", "it's", "two words", "-x", "", "a\n", "$(rm)"):
+        for section, one in (("arms", {"sources": {"real": 1}}), ("classes", {"count": 0})):
+            cfg = config.load("configs/demo.yaml")
+            if section == "arms":
+                cfg.classify.arms[name] = Arm(**one)  # type: ignore[arg-type]
+            else:
+                cfg.generate.classes[name] = GeneratedClass(**one)  # type: ignore[arg-type]
+            with pytest.raises(UserError, match=rf"{section}: .* cannot be a name: letters, digits"):
+                config.check(cfg)
+    cfg.classify.arms = {"half-0.5_synthetic.v2": Arm({"real": 1.0}), "Hälfte": Arm({"real": 1.0})}
+    cfg.generate.classes = {}
+    config.check(cfg)
+
+
+def test_a_phase_that_rounding_leaves_no_step_is_refused() -> None:
+    cfg = config.load("configs/demo.yaml")
+    cfg.classify.arms["staged"] = Arm(phases=[Phase({"real": 1.0}) for _ in range(5)])
+    for steps, fits in ((3, False), (4, False), (5, True), (1000, True)):
+        cfg.classify.steps = steps
+        if fits:
+            config.check(cfg)
+        else:
+            with pytest.raises(UserError, match=r"staged.phases\[\d\].share=1.0 of classify.steps=\d is no step at all"):
+                config.check(cfg)
+
+
 def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere.yaml does not exist"):
         config.load(tmp_path / "nowhere.yaml")
@@ -74,6 +102,7 @@ def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
 def test_difference_leaves_out_what_changes_no_result() -> None:
     one, other = Config(), Config(run="elsewhere")
     other.cluster.cores = 5
+    other.prepare.max_bad = 0.5  # whether to go on, not what comes out: the refusal says "raise prepare.max_bad"
     assert config.difference(one, other) == []
     other.finetune.steps = 17
     assert config.difference(one, other) == ["finetune.steps: 17 -> 1000"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from skinsynth.knobs import Screen
-from skinsynth.quality import copies, defects, gate
+from skinsynth.quality import copies, defects, gate, near
 
 KEYS = [f"syn-{i}" for i in range(8)]
 
@@ -20,7 +20,8 @@ def measured(pairs: list[tuple[int, int]], **more: Any) -> gate.Measured:
     nearness = np.where(np.arange(8) == 3, 0.9, 0.1)
     found = copies.Matches(np.arange(8), nearness, nearness)
     return gate.Measured({1: "cannot be decoded"}, measures, found, np.linspace(0.1, 0.8, 8, dtype=np.float32),
-                         np.array(pairs, np.int64).reshape(-1, 2), {3: "test-3", 7: "test-7"} if more.get("held_out") else {})
+                         np.array(pairs, np.int64).reshape(-1, 2), {3: "test-3", 7: "test-7"} if more.get("held_out") else {},
+                         lambda: np.zeros((8, near.SIDE, near.SIDE), np.int8), 0.98)
 
 
 LIMITS = defects.Limits({"blank": 5.0, "blur": 2.0, "frame": 0.5})
@@ -41,6 +42,30 @@ def test_of_near_duplicates_the_first_good_one_stays() -> None:
     found = chain.reasons(LIMITS, 0.7, None)
     assert found[5:] == ["duplicate", "duplicate", None]
     assert chain.told("duplicate", 6, KEYS, KEYS, found) == {"value": "syn-0"}
+
+
+def alike(count: int, blurred: list[int], different: tuple[int, ...] = ()) -> gate.Measured:
+    """So many images, all the same but for the ``different`` ones."""
+    rng = np.random.default_rng(0)
+    prints = np.repeat(rng.integers(-127, 128, (1, near.SIDE, near.SIDE)), count, 0).astype(np.int8)
+    prints[list(different)] = rng.integers(-127, 128, (len(different), near.SIDE, near.SIDE))
+    measures = np.tile(np.array([30, 5, 0, 0, 60], np.float32), (count, 1))
+    measures[blurred, 1] = 1
+    nothing = np.zeros(count)
+    return gate.Measured({}, measures, copies.Matches(np.arange(count), nothing, nothing), nothing.astype(np.float32),
+                         near.near_pairs(prints, prints, 0.98, same=True), {}, lambda: prints, 0.98)
+
+
+def test_of_many_near_duplicates_one_stays_though_the_first_ones_are_set_aside() -> None:
+    eight = alike(8, [0, 1, 2, 3])
+    found = eight.reasons(LIMITS, 0.7, None)
+    assert found == ["blur"] * 4 + [None] + ["duplicate"] * 3
+    assert eight.told("duplicate", 7, KEYS, KEYS, found) == {"value": "syn-4"}
+    scattered = alike(3000, [0, 1, 2, 3, *range(7, 3000, 7)], tuple(range(5, 3000, 3)))
+    found = scattered.reasons(LIMITS, 0.7, None)
+    kept = {i for i in range(3000) if found[i] is None}
+    assert kept == {4} | {i for i in range(5, 3000, 3) if i % 7}
+    assert set(scattered.like.values()) == {4}
 
 
 def test_each_reason_tells_its_figures() -> None:

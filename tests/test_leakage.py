@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Setup, plant
+from conftest import Setup, plant, take_as_screened
 
 from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
 from skinsynth.errors import UserError
@@ -129,6 +129,7 @@ def test_a_test_image_among_those_that_are_trained_on_is_an_error(make: Setup, k
         for i, (key, data) in enumerate(zip(there.keys, files, strict=True)):
             shard.add(key, {"jpg": data}, **{name: values[i] for name, values in there.columns.items()})
     write_manifest(folder, 1, **{k: v for k, v in manifest.items() if k in ("kind", "lineage")})
+    take_as_screened(run, cfg)
     with pytest.raises(UserError, match=rf"(?s)leakage: 1 images of the test split lie, byte for byte, in .*{test.keys[1]} as {there.keys[planted]}"):
         Data(cfg, run, "hybrid", 0)
 

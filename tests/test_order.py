@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from collections import Counter
 from itertools import pairwise
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from skinsynth.data.order import Mixture, epoch_order, sample_rng, share, stream_bounds
+from skinsynth.knobs import proportion
 
 SHARDS = (100, 7, 100, 1, 93, 100, 59, 100, 100, 40)  # 700 samples
 
@@ -110,7 +112,28 @@ def test_mixture_gives_exact_shares_and_no_sample_twice_within_a_pass() -> None:
 def test_position_is_found_without_what_came_before() -> None:
     far = 10**9 + 13
     assert Mixture((30, 7), (0.5, 0.25), seed=1).at(far) == Mixture((30, 7), (0.5, 0.25), seed=1).at(far)
-    assert Mixture((30, 7), (0.5, 0.25), seed=1).cycle == (0, 1, 0)
+    assert Mixture((30, 7), (0.5, 0.25), seed=1).cycle.pattern == (0, 1, 0)
+
+
+def test_shares_are_of_the_sum_where_the_weights_alone_are_too_small_to_tell() -> None:
+    assert Mixture((30,), (0.0004,), seed=1).at(7) == Mixture((30,), (1.0,), seed=1).at(7)
+    assert proportion((0.0004, 0.0008)) == [1, 2]
+    assert proportion((1, 0.0004)) == [1, 0], "which the check of the configuration refuses"
+    assert [proportion(weights) for weights in ((3, 1), (3000, 1), (1 / 3, 2 / 3), (0.123, 0.456), (1, 0.0006), (3000, 1, 0))] == [
+        [3, 1], [3000, 1], [1, 2], [41, 152], [1000, 1], [3000, 1, 0]], "as ever: the order of a mixture stays"
+
+
+def test_a_long_cycle_costs_no_more_per_sample() -> None:
+    mixture = Mixture((33126, 30001), (33126.0, 30001.0), seed=1)
+    pattern = mixture.cycle.pattern
+    assert len(pattern) == 63127
+    assert mixture.at(63126)[0] == pattern[-1]
+    assert mixture.cycle.given == (33126, 30001)
+    assert all(mixture.cycle.before[k] == pattern[:k].count(pattern[k]) for k in (0, 1, 77, 31000, 63126))
+    begin = time.perf_counter()
+    for k in range(40000, 60000):
+        mixture.at(k)
+    assert time.perf_counter() - begin < 2, "20,000 samples; counting anew for each took a millisecond"
 
 
 def test_orders_of_past_epochs_are_let_go() -> None:

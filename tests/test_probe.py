@@ -50,5 +50,10 @@ def test_images_of_one_patient_are_never_on_both_sides() -> None:
     assert 0.4 < halves(names(1000, "x")).mean() < 0.6
 
 
+def test_where_all_fall_into_one_half_there_is_no_score() -> None:
+    one_half = [name for name in names(400, "g") if halves([name])[0]]
+    assert detector(cloud(0, 50), one_half[:50], cloud(1, 50), one_half[50:100]) == {"auroc": None, "tested": 0}
+
+
 def test_no_synthetic_images_is_no_score() -> None:
     assert detector(cloud(0, 50), names(50, "g"), cloud(1, 0), []) == {"auroc": None, "tested": 0}

@@ -21,7 +21,7 @@ from skinsynth.data.codec import encode_jpeg
 from skinsynth.data.shards import ShardWriter, write_manifest
 from skinsynth.errors import UserError
 from skinsynth.knobs import Arm, Config, GeneratedClass
-from skinsynth.pages import pictures, several
+from skinsynth.pages import figures, pictures, several
 from skinsynth.quality.metrics import METRICS, binary_metrics
 from skinsynth.run import RunDir, Task, read_json, write_json
 from skinsynth.stages import report as stage
@@ -86,13 +86,6 @@ def make(folder: Path, gain: float = 2.5, classes: int = 2, arms: tuple[str, ...
     run.create(cfg)
     train = dataset(folder / "shards/isic-train", "train", 30)
     synthetic = dataset(run.dataset(cfg, "synthetic"), "syn", 15)
-    target = np.arange(80) % classes
-    rng = np.random.default_rng(0)
-    for name, strength in zip(arms, strengths, strict=True):
-        seeded(run, name, [scores_of(target, strength, seed) for seed in range(3)], target)
-    for name, strength in (("baseline", 0.5), ("hybrid", 0.5 + gain)) if not arms else ():
-        score = 1 / (1 + np.exp(-(strength * (target - 0.5) + rng.normal(size=80) * 0.5)))
-        arm(run, name, score, target, {"real": 30} if name == "baseline" else {"real": 30, "synthetic": 12})
     write_json(run.node("screen") / "accepted.json", {"keys": synthetic[:12]})
     write_json(run.node("screen") / "pairs.json", [{"key": synthetic[14], "train_key": train[3], "similarity": 0.97, "nearness": 0.91,
                                                     "rejected": "copy"}])
@@ -105,6 +98,13 @@ def make(folder: Path, gain: float = 2.5, classes: int = 2, arms: tuple[str, ...
     write_json(run.weights / "lineage.json", {"base": "builtin", "weights_sha256": "ab" * 32, "train": "isic-train", "group_ids": ["g1", "g2"]})
     split = {"images": 80, "classes": {"0": 40, "1": 40}, "groups": 40, "patients": 0}
     run.finish("prepare", {"train": split, "val": split, "test": split, "set_aside": {"total": 2, "reasons": {"cannot be decoded": 2}}}, [])
+    target = np.arange(80) % classes
+    rng = np.random.default_rng(0)
+    for name, strength in zip(arms, strengths, strict=True):
+        seeded(run, name, [scores_of(target, strength, seed) for seed in range(3)], target)
+    for name, strength in (("baseline", 0.5), ("hybrid", 0.5 + gain)) if not arms else ():
+        score = 1 / (1 + np.exp(-(strength * (target - 0.5) + rng.normal(size=80) * 0.5)))
+        arm(run, name, score, target, {"real": 30} if name == "baseline" else {"real": 30, "synthetic": 12})
     return cfg, run
 
 
@@ -338,6 +338,12 @@ def test_the_card_does_not_change_the_weights_hash(tmp_path: Path) -> None:
     stage.report(cfg, run, Task())
     assert (run.weights / "MODEL_CARD.md").is_file()
     assert weights_sha256(run.weights) == before
+
+
+def test_a_name_with_dollars_is_no_formula() -> None:
+    drawn = figures.intervals([("runs/$x^$/baseline", 0.5, [0.4, 0.6])], "AUROC of $x^$")
+    assert drawn is not None
+    assert drawn.startswith("data:image/svg+xml")
 
 
 def test_several_runs_on_one_page(made: tuple[Config, RunDir], many: tuple[Config, RunDir], tmp_path: Path) -> None:

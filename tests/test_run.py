@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from skinsynth import config, status
 from skinsynth import run as runs
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config
@@ -34,6 +35,76 @@ def test_done_means_that_the_outputs_are_there(tmp_path: Path) -> None:
     assert run.metrics("finetune") == {"loss": 1.0}
     output.unlink()
     assert not run.is_done("finetune")
+
+
+def test_done_is_done_seen_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "far/runs/isic").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/runs").symlink_to(tmp_path / "far/runs")
+    monkeypatch.chdir(tmp_path / "here")
+    run, shards = RunDir(Path("runs/isic")), Path("shards/isic-train/manifest.json")
+    write_json(shards, {})
+    run.finish("prepare", {}, [shards])
+    assert run.is_done("prepare")
+    monkeypatch.chdir(tmp_path)
+    assert RunDir(tmp_path / "here/runs/isic").is_done("prepare")
+    write_json(run.done_path("encode"), {"node": "encode", "metrics": {}, "outputs": ["here/shards/isic-train/manifest.json"]})
+    assert run.is_done("encode"), "as it was written before: relative to where it was run from"
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here/shards/isic-train/manifest.json").unlink()
+    assert not run.is_done("prepare")
+
+
+def finished(folder: Path) -> RunDir:
+    """A run of the demo in which every node is done; what one makes is a file that holds its name."""
+    run = RunDir(folder)
+    run.create(config.load("configs/demo.yaml"))
+    for node in config.needs(run.config()):
+        remake(run, node, node)
+    return run
+
+
+def remake(run: RunDir, node: str, what: str) -> None:
+    write_json(run.node(node) / "made.json", what)
+    run.finish(node, {"images": 1}, [run.node(node) / "made.json"])
+
+
+def undone(run: RunDir) -> list[str]:
+    return [node for node in config.needs(run.config()) if not run.is_done(node)]
+
+
+def test_what_needs_a_node_that_made_something_else_since_is_not_done(tmp_path: Path) -> None:
+    run = finished(tmp_path)
+    assert undone(run) == []
+    run.done_path("generate").unlink()
+    assert undone(run) == ["generate", "screen", "classify/hybrid", "report"]
+    remake(run, "generate", "generate")
+    assert undone(run) == [], "it made the same again"
+    remake(run, "generate", "another set")
+    assert undone(run) == ["screen", "classify/hybrid", "report"]
+    assert {row.node for row in status.rows(run)[0] if row.state == "done"} == {"prepare", "encode", "finetune", "generate", "classify/baseline"}
+    for node in ("screen", "classify/hybrid", "report"):
+        remake(run, node, node)
+    assert undone(run) == []
+
+
+def test_a_stage_by_hand_is_done_though_nothing_before_it_is(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.create(config.load("configs/demo.yaml"))
+    remake(run, "classify/baseline", "by hand")
+    assert run.is_done("classify/baseline")
+
+
+def test_a_run_that_noted_no_needs_stays_done(tmp_path: Path) -> None:
+    run = finished(tmp_path)
+    for node in config.needs(run.config()):
+        done = json.loads(run.done_path(node).read_text())
+        write_json(run.done_path(node), {key: done[key] for key in ("node", "metrics", "outputs", "relative")})
+    assert undone(run) == []
+    remake(run, "report", "report")
+    assert undone(run) == []
+    remake(run, "screen", "anew")
+    assert undone(run) == ["report"], "hybrid did not say what it was made from"
 
 
 def test_a_second_launch_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path: Path) -> None:
@@ -116,6 +187,28 @@ def test_a_write_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monke
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_folder_gets_its_name_once_all_of_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As weights do, which are written by other libraries: a score that was chosen by them is durable, so they must be."""
+    temp, final, synced, fsync, replace = tmp_path / ".weights.tmp", tmp_path / "weights", set(), os.fsync, os.replace
+    for folder in (temp / "unet", final):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text(folder.name)
+
+    def note(handle: int) -> None:
+        synced.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def rename(old: Path, new: Path) -> None:
+        assert synced == {path.stat().st_ino for path in (temp, *temp.rglob("*"))}
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", rename)
+    runs.put_in_place(temp, final)
+    assert [path.name for path in final.iterdir()] == ["unet"]
+    assert tmp_path.stat().st_ino in synced, "the rename too"
+
+
 def test_tasks_share_the_units_without_overlap() -> None:
     units = [0, 2, 3, 4, 7, 9]
     shares = [Task(i, 3).mine(units) for i in range(3)]
@@ -153,6 +246,33 @@ def test_progress_is_a_file_that_a_watcher_reads(tmp_path: Path) -> None:
     assert (progress_of(run, "screen") or {})["total"] == 37, "of which one has ended three before its time"
 
 
+@pytest.mark.parametrize("torn", ["", '{"done": 3, "to', "\0" * 40])
+def test_torn_progress_is_none_and_stops_nobody(tmp_path: Path, torn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a power cut may leave what is not fsynced."""
+    run = RunDir(tmp_path)
+    for path in (run.progress_path("generate", 0), run.failed_path("generate", 1)):
+        path.parent.mkdir(parents=True)
+        path.write_text(torn)
+    assert run.unfinished("generate", 2) == [0, 1]
+    assert run.failures("generate") == {}
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    run.begin_task("generate", 0, patience=3)
+    run.finish_task("generate", Task(0, 2))
+    assert run.unfinished("generate", 2) == [1]
+
+
+def test_progress_of_more_tasks_than_there_are_now_does_not_count(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for task in range(8):
+        Progress(run, "generate", task, 125, "images").set(125)
+    for task in range(4):
+        run.begin_task("generate", task, 3, of=4)
+        Progress(run, "generate", task, 250, "images").set(250)
+    found = status.progress_of(run, "generate")
+    assert found is not None
+    assert (found["done"], found["total"]) == (1000, 1000)
+
+
 def test_a_task_that_tells_nothing_any_more_counts_for_no_speed(tmp_path: Path) -> None:
     from skinsynth.status import progress_of
 
@@ -164,6 +284,15 @@ def test_a_task_that_tells_nothing_any_more_counts_for_no_speed(tmp_path: Path) 
     assert found is not None
     assert found["rate"] == pytest.approx(1.0, rel=0.01)
     assert found["left"] == pytest.approx(80, rel=0.01)
+
+
+def test_only_a_file_of_this_very_host_can_be_told_to_be_a_dead_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.node", lambda: "node1")
+    alive = f"{os.getpid()}-{runs.birth(os.getpid()):.0f}"
+    assert runs.is_spare(Path(f".00000.tar.node1-{os.getpid()}-12.tmp"))
+    assert not runs.is_spare(Path(f".00000.tar.node1-{alive}.tmp"))
+    for other in ("gpunode1", "gpu-node1", "node12", "node1-gpu"):
+        assert not runs.is_spare(Path(f".00000.tar.{other}-{os.getpid()}-12.tmp")), other
 
 
 def test_processes_of_the_same_number_on_two_nodes_do_not_share_a_temp_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,8 +170,11 @@ def sets_of(folder: Path) -> dict[str, Dataset]:
 
 
 def outcome(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / "run/screen" / name).read_bytes().replace(str(folder).encode(), b"")
-            for name in ("accepted.json", "rejected.json", "metrics.json", "pairs.json", "worst-pairs.png", "spectrum.png", "done.json")}
+    """But for the folder's name and hashes of what holds it, and whether the folder has a configuration."""
+    done = {name: value for name, value in read_json(folder / "run/screen/done.json").items() if name not in ("made", "needs")}
+    return {"done.json": json.dumps(done).encode()} | {
+        name: (folder / "run/screen" / name).read_bytes().replace(str(folder).encode(), b"")
+        for name in ("accepted.json", "rejected.json", "metrics.json", "pairs.json", "worst-pairs.png", "spectrum.png")}
 
 
 def test_three_tasks_in_any_order_decide_the_same_to_the_byte(screened: Path, tmp_path: Path) -> None:
@@ -254,7 +257,9 @@ def test_a_synthetic_set_made_anew_is_screened_anew(screened: Path, tmp_path: Pa
     cfg, run = settings(tmp_path)
     shutil.rmtree(tmp_path / "shards/run-synthetic")
     write(tmp_path / "shards/run-synthetic", synthetic([encode_jpeg(image, 95) for image in images[66:74]]), 8, kind="synthetic")
+    assert not run.is_done("screen"), "so that a launch, and a job, have it screened"
     screen(cfg, run, Task())
+    assert run.is_done("screen")
     assert run.metrics("screen")["generated"] == 8
     old, new = ((folder / "run/screen/parts/00000.npz").stat().st_mtime_ns for folder in (screened, tmp_path))
     assert old == new, "the parts of the real images were made anew"
@@ -420,6 +425,7 @@ def test_withdrawn_images_are_screened_no_more(screened: Path, tmp_path: Path) -
     cfg, run = settings(tmp_path)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/screen/parts").glob("*.json")}
     mark(tmp_path / "shards/run-synthetic", "P", ["syn-00000024", "syn-00000001"], "a test")
+    assert not run.is_done("screen")
     screen(cfg, run, Task())
     told = [sample["key"] for sample in read_json(run.node("screen") / "rejected.json")["samples"]]
     kept = read_json(run.node("screen") / "accepted.json")["keys"]

@@ -31,8 +31,7 @@ def one_arm(folder: Path, chain: Path, drawn: Path) -> tuple[Path, RunDir]:
     run.create(cfg)
     shutil.copytree(chain / "shards", folder / "shards")
     for node in BEFORE:
-        run.node(node).mkdir()
-        shutil.copy(chain / "run" / node / "done.json", run.done_path(node))  # its outputs are the chain's
+        shutil.copytree(chain / "run" / node, run.node(node))
     return path, run
 
 

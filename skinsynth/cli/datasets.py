@@ -156,5 +156,5 @@ def withdraw(group: Annotated[str, typer.Option("--group", metavar="ID", help="p
     elif dry_run:
         typer.echo("nothing was marked (--dry-run)")
     else:
-        typer.echo(f"marked in {len(marked)} folders; delete what is to be made again without them (a run's finetune, generate, screen, classify), "
-                   "then launch again")
+        typer.echo(f"marked in {len(marked)} folders; delete what is to be made again without them (a run's finetune, generate, screen, classify, "
+                   "report), then launch again")

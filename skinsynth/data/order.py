@@ -15,12 +15,12 @@ A set of up to two windows is one stream; up to one window, it is shuffled as a 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
-from math import gcd, lcm
 
 import numpy as np
+
+from skinsynth.knobs import proportion
 
 
 def _generator(seed: int, epoch: int, count: int) -> np.random.Generator:
@@ -95,15 +95,15 @@ class Mixture:
     _orders: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
-    def cycle(self) -> tuple[int, ...]:
+    def cycle(self) -> Cycle:
         return _cycle(self.weights)
 
     def at(self, position: int) -> tuple[int, int]:
         """(source, sample in it) at a position of the run. Safe under threads; O(1) but for the first of an epoch."""
         cycle = self.cycle
-        turn, place = divmod(position, len(cycle))
-        source = cycle[place]
-        drawn = turn * cycle.count(source) + cycle[:place].count(source)
+        turn, place = divmod(position, len(cycle.pattern))
+        source = cycle.pattern[place]
+        drawn = turn * cycle.given[source] + cycle.before[place]
         epoch, place = divmod(drawn, self.counts[source])
         return source, int(self._order(source, epoch)[place])
 
@@ -119,16 +119,24 @@ class Mixture:
         return found
 
 
+@dataclass(frozen=True)
+class Cycle:
+    """``pattern``: place -> source; ``before``: how often that source was drawn in the cycle before the place; ``given``: how often each
+    is in all."""
+
+    pattern: tuple[int, ...]
+    before: tuple[int, ...]
+    given: tuple[int, ...]
+
+
 @lru_cache(maxsize=64)
-def _cycle(weights: tuple[float, ...]) -> tuple[int, ...]:
+def _cycle(weights: tuple[float, ...]) -> Cycle:
     """The shortest pattern with the exact shares, each source spread evenly over it (largest remainder first)."""
-    shares = [Fraction(w).limit_denominator(1000) for w in weights]
-    scale = lcm(*(s.denominator for s in shares))
-    whole = [int(s * scale) for s in shares]
-    whole = [w // gcd(*whole) for w in whole]
-    total, given, pattern = sum(whole), [0] * len(whole), []
+    whole = proportion(weights)
+    total, given, pattern, before = sum(whole), [0] * len(whole), [], []
     for place in range(1, total + 1):
-        source = max(range(len(whole)), key=lambda i: (Fraction(whole[i] * place, total) - given[i], -i))
-        given[source] += 1
+        source = max(range(len(whole)), key=lambda i: (whole[i] * place - given[i] * total, -i))
         pattern.append(source)
-    return tuple(pattern)
+        before.append(given[source])
+        given[source] += 1
+    return Cycle(tuple(pattern), tuple(before), tuple(given))

@@ -22,7 +22,8 @@ def svg(draw: Callable[[Any], None], size: tuple[float, float] = (5.8, 3.5)) -> 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with matplotlib.rc_context({"svg.hashsalt": "skinsynth", "font.size": 12, "axes.spines.top": False, "axes.spines.right": False}):
+    with matplotlib.rc_context({"svg.hashsalt": "skinsynth", "font.size": 12, "axes.spines.top": False, "axes.spines.right": False,
+                                "text.parse_math": False}):  # the names of runs are no formulas
         figure, axes = pyplot.subplots(figsize=size)
         draw(axes)
         axes.grid(alpha=0.25)

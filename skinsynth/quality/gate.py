@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from skinsynth.knobs import Screen
-from skinsynth.quality import copies, defects
+from skinsynth.quality import copies, defects, near
 
 # Copies come before the defects: a patient's picture is one also where it is blurred. Duplicates come last: the one kept is to be a good one.
 REASONS = ("broken", "blank", "copy", "held-out", "blur", "frame", "clipped", "saturated", "class", "duplicate")
@@ -16,8 +17,9 @@ REASONS = ("broken", "blank", "copy", "held-out", "blur", "frame", "clipped", "s
 
 @dataclass
 class Measured:
-    """What is known of each synthetic image, rows in their order. ``pairs``: rows (later, earlier) of near-duplicates, sorted; ``held_out``: the
-    validation or test image that one is."""
+    """What is known of each synthetic image, rows in their order. ``pairs``: rows (later, earlier) of near-duplicates, sorted, of each later one
+    the first ``near.KEPT``; ``held_out``: the validation or test image that one is; ``prints`` gives all prints and ``near_limit`` is the
+    correlation of near-duplicates, for images that may have more of these."""
 
     broken: dict[int, str]
     measures: np.ndarray
@@ -25,6 +27,9 @@ class Measured:
     agreement: np.ndarray
     pairs: np.ndarray
     held_out: dict[int, str]
+    prints: Callable[[], np.ndarray]
+    near_limit: float | None
+    like: dict[int, int] = field(init=False, default_factory=dict)  # a duplicate -> the first accepted image that it is like
 
     def reasons(self, limits: defects.Limits, copy_limit: float, agreement: float | None) -> list[str | None]:
         """Per image the first of ``REASONS`` that holds, or None."""
@@ -36,10 +41,24 @@ class Measured:
         for reason in reversed(REASONS):
             for i in np.flatnonzero(holds.get(reason, ())):
                 found[i] = reason
-        for later, earlier in self.pairs.tolist():  # sorted, so the fate of the earlier one is known
-            if found[later] is None and found[earlier] is None:
-                found[later] = "duplicate"
+        self._find_duplicates(found)
         return found
+
+    def _find_duplicates(self, found: list[str | None]) -> None:
+        """In their order, so that the fate of all earlier ones is known. Where as many near ones as are noted are all set aside, there may be more
+        that are not: only then it is looked for among all that are accepted, which takes their prints."""
+        prints, good = None, np.array([reason is None for reason in found], bool)
+        later, starts = np.unique(self.pairs[:, 0], return_index=True)
+        for image, earlier in zip(later.tolist(), np.split(self.pairs[:, 1], starts[1:]), strict=False):
+            if not good[image]:
+                continue
+            like = next((e for e in earlier.tolist() if good[e]), None)
+            if like is None and len(earlier) == near.KEPT and self.near_limit is not None:
+                prints = self.prints() if prints is None else prints
+                between = earlier[-1] + 1 + np.flatnonzero(good[earlier[-1] + 1:image])
+                like = near.first_near(prints, image, between, self.near_limit)
+            if like is not None:
+                found[image], good[image], self.like[image] = "duplicate", False, like
 
     def told(self, reason: str, image: int, keys: list[str], train_keys: list[str], found: list[str | None]) -> dict[str, Any]:
         """The figures that go with a reason."""
@@ -53,8 +72,7 @@ class Measured:
         if reason == "class":
             return {"value": round(float(self.agreement[image]), 4)}
         if reason == "duplicate":
-            first, last = np.searchsorted(self.pairs[:, 0], [image, image + 1])
-            return {"value": next(keys[e] for e in self.pairs[first:last, 1].tolist() if found[e] is None)}
+            return {"value": keys[self.like[image]]}
         return {"value": defects.value(reason, self.measures[image])}
 
 

@@ -46,6 +46,16 @@ def near_pairs(earlier: np.ndarray, later: np.ndarray, limit: float, same: bool 
     return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
 
 
+def first_near(prints: np.ndarray, image: int, others: np.ndarray, limit: float) -> int | None:
+    """The first of the images ``others`` (int) whose print correlates by ``limit`` or more with that of ``image``; prints int8 (n, SIDE, SIDE)."""
+    for start in range(0, len(others), BLOCK):
+        block = others[start:start + BLOCK]
+        close = np.flatnonzero(correlation(prints[block], prints[image][None])[:, 0] >= limit)
+        if len(close):
+            return int(block[close[0]])
+    return None
+
+
 def correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """float32 (n, m), -1..1: of the prints int8 (n, SIDE, SIDE) with (m, SIDE, SIDE), the higher of as they are and mirrored; 0 for flat ones."""
     flat = y.reshape(len(y), -1).astype(np.float32)

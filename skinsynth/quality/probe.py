@@ -67,6 +67,6 @@ def detector(real: np.ndarray, groups: Sequence[str], synthetic: np.ndarray, key
     """
     features, first = np.concatenate([real, synthetic]), np.concatenate([halves(groups), halves(keys)])
     made = np.repeat([0, 1], [len(real), len(synthetic)])
-    if not possible(made[first]):
+    if not possible(made[first]) or first.all():
         return {"auroc": None, "tested": 0}
     return {"auroc": auroc(made[~first], Probe(features[first], made[first])(features[~first])[:, 1]), "tested": int((~first).sum())}

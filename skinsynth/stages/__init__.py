@@ -72,7 +72,8 @@ def _call(node: str, cfg: Config, run: RunDir, task: Task) -> None:
     world, variables = place() if is_gang(cfg, stage) else (World(), {})
     with on_stop(leave if stage in UNITS else world.note_stop):
         if world.is_main:
-            run.begin_task(node, task.index, cfg.cluster.max_restarts)
+            of = len(cfg.arm_seeds) if stage == "classify" else max(world.size, task.count)
+            run.begin_task(node, task.index, cfg.cluster.max_restarts, of)
         with cpu.importing():
             function = getattr(importlib.import_module(f"skinsynth.stages.{stage}"), stage)
         if stage in UNITS:

@@ -9,6 +9,7 @@ the validation split; the test split is read once, at the end, with that checkpo
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from skinsynth.errors import UserError
 from skinsynth.knobs import Config
 from skinsynth.models import attention, vit
 from skinsynth.quality.metrics import METRICS
-from skinsynth.run import RunDir, Task, read_json, write_json
+from skinsynth.run import RunDir, Task, read_json, sha256_file, write_json
 from skinsynth.train.arms import Data
 from skinsynth.train.checkpoint import Checkpoints
 from skinsynth.train.engine import Engine
@@ -37,14 +38,20 @@ def classify(cfg: Config, run: RunDir, world: World, arm: str, task: Task = WHOL
     """Trains the task's seeds of the arm, one after the other; see above for what is written.
 
     Raises:
-        UserError: unknown arm, an empty source, leakage (see ``data.leakage``), a model that cannot be had.
+        UserError: unknown arm, an empty source, leakage (see ``data.leakage``), a model that cannot be had, a seed that was trained on images
+            that have changed since.
         Stopped: a stop signal; the same command goes on.
     """
     if arm not in cfg.classify.arms:
         raise UserError(f"classify.arms has no '{arm}'; there are {', '.join(cfg.classify.arms)}")
-    seeds, node = cfg.arm_seeds, f"classify/{arm}"
+    seeds, node, images = cfg.arm_seeds, f"classify/{arm}", images_sha256(cfg, run, arm)
     for number in task.mine(list(range(len(seeds)))):
-        if not world.gather(is_finished(seed_folder(run, arm, seeds[number])))[0]:
+        folder = seed_folder(run, arm, seeds[number])
+        finished, others = world.gather((is_finished(folder), _other_images(folder, images)))[0]
+        if finished and others:
+            raise UserError(f"{folder} was trained on other images than there are now: delete {run.node(node)} and launch again, which trains "
+                            "it anew")
+        if not finished:
             one_seed(cfg, run, world, arm, number)
         if world.is_main:
             run.finish_task(node, Task(number, len(seeds)))
@@ -62,6 +69,18 @@ def is_finished(folder: Path) -> bool:
     return all((folder / name).is_file() for name in ("metrics.json", "predictions.csv", "weights/config.json"))
 
 
+def images_sha256(cfg: Config, run: RunDir, arm: str) -> str:
+    """Of the files that say which images the arm is trained and judged on."""
+    paths = [run.dataset(cfg, split) / "manifest.json" for split in ("train", "val", "test")]
+    paths += [run.node("screen") / "accepted.json"] if "synthetic" in cfg.classify.arms[arm].used else []
+    return hashlib.sha256("".join(sha256_file(path) for path in paths if path.is_file()).encode()).hexdigest()
+
+
+def _other_images(folder: Path, images: str) -> bool:
+    """Of an older run nobody can tell."""
+    return (read_json(folder / "metrics.json") or {}).get("images_sha256", images) != images
+
+
 def one_seed(cfg: Config, run: RunDir, world: World, arm: str, number: int) -> None:
     """Trains and judges the arm with the seed of that number."""
     seed, folder, c = cfg.arm_seeds[number], seed_folder(run, arm, cfg.arm_seeds[number]), cfg.classify
@@ -69,7 +88,7 @@ def one_seed(cfg: Config, run: RunDir, world: World, arm: str, number: int) -> N
     clock.lap("start and imports")
     model = vit.build(c, cfg.prepare.size, seed, attention.choose(cfg.model.attention, world.device))
     inputs = vit.Inputs.of(c, model, cfg.prepare.size)
-    data = Data(cfg, run, arm, seed, inputs.side)
+    data, images = Data(cfg, run, arm, seed, inputs.side), images_sha256(cfg, run, arm)
     if data.lineage == "unknown" and world.is_main:
         log.warning("the synthetic images descend from weights of unknown training data: nobody can tell whether the test images were among them")
     judge, scales = Judge(cfg, folder, world, model, inputs, data), vit.rate_scales(model, c.layer_decay) if c.layer_decay < 1 else {}
@@ -83,7 +102,7 @@ def one_seed(cfg: Config, run: RunDir, world: World, arm: str, number: int) -> N
     figures = judge.finish(state)
     if world.is_main:
         write_json(folder / "metrics.json", {
-            **figures, "seed": seed, "steps": state["steps"], "chosen_step": state["best_step"],
+            **figures, "seed": seed, "images_sha256": images, "steps": state["steps"], "chosen_step": state["best_step"],
             "chosen_by": {"split": "val", "metric": "auroc", "value": state["best_auroc"]},
             "train_samples": {name: len(source) for name, source in data.sources.items()},
             "bad_samples": state["bad_samples"], **({"lineage": data.lineage} if data.lineage else {})})

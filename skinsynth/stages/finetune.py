@@ -5,7 +5,6 @@ The VAE is never trained, and the text encoder only when asked for, which is why
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import deque
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from skinsynth.data import descent
 from skinsynth.knobs import Config
 from skinsynth.models import attention, denoiser, diffusion, hub, painter
 from skinsynth.models.compiler import compile_unet
-from skinsynth.run import RunDir, code_version, sha256_file, write_json
+from skinsynth.run import RunDir, code_version, put_in_place, sha256_file, write_json
 from skinsynth.train.checkpoint import Checkpoints
 from skinsynth.train.engine import Batch, Engine
 from skinsynth.train.log import Clock, read_lines
@@ -113,8 +112,7 @@ def export(cfg: Config, run: RunDir, pipe: Any, samples: Samples, made_by: dict[
     lineage = {**made_by, "weights_sha256": diffusion.weights_sha256(temp), "train": samples.train.folder.name,
                "train_sha256": sha256_file(samples.train.folder / "manifest.json"), "code": code_version(), **_descent(cfg, samples.names())}
     write_json(temp / "lineage.json", lineage)
-    shutil.rmtree(run.weights, ignore_errors=True)
-    os.replace(temp, run.weights)
+    put_in_place(temp, run.weights)
 
 
 def _descent(cfg: Config, names: descent.Names) -> dict[str, Any]:

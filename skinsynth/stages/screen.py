@@ -13,8 +13,8 @@ measured of its images, the search for copies and near-duplicates included. The 
 the real images (``quality.evidence``) and writes the lists; that needs no image but those of the worst pairs, and depends on the parts alone.
 
 Memory: pictures and features are read a part at a time, and features kept of ``screen.max_features`` images a class. What grows with the set is its
-index, which every stage holds that opens it, and beside it 0.2 kB of keys and measures an image (measured at 800 to 80,000); with the training set,
-its thumbnails (4 kB each), in which each task searches.
+index, which every stage holds that opens it, and beside it 0.2 kB of keys and measures an image (measured at 800 to 80,000), and its print as well
+(0.3 kB) where one has more near-duplicates than are noted; with the training set, its thumbnails (4 kB each), in which each task searches.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from skinsynth.data import descent
+from skinsynth.data import descent, withdrawn
 from skinsynth.data.cache import open_dataset
 from skinsynth.data.shards import Dataset
 from skinsynth.errors import UserError
@@ -116,7 +116,8 @@ class Verdict:
         near, pairs = self.cfg.screen.duplicate, np.empty((0, 2), np.int64)
         self.measured = gate.Measured(parts.broken("synthetic"), parts.column("synthetic", "measures"), self._matches("synthetic"),
                                       self.evidence.agreement(), pairs if near is None else parts.pairs(near),
-                                      {} if self.cfg.screen.held_out is None else parts.held_out(self.cfg.screen.held_out))
+                                      {} if self.cfg.screen.held_out is None else parts.held_out(self.cfg.screen.held_out),
+                                      lambda: np.concatenate([parts.read(unit, "prints") for unit in parts.of("synthetic")]), near)
         self.reasons = self.measured.reasons(self.limits, self.copy_limit, self.cfg.screen.agreement)
         self.keep = np.array([i for i, reason in enumerate(self.reasons) if reason is None], np.int64)
 
@@ -136,7 +137,9 @@ class Verdict:
             "dataset": str(self.synthetic.folder), "manifest_sha256": sha256_file(self.synthetic.folder / "manifest.json"),
             "screened": self.parts.screened(),
             "count": len(self.keep), "classes": dict(sorted(classes.items())), "keys": [self.synthetic.keys[i] for i in self.keep]})
-        self.run.finish(NODE, metrics, [self.folder / "accepted.json", self.folder / "rejected.json"])
+        sets = [dataset.folder for dataset in self.parts.sets.values()]  # as ``_up_to_date`` looks at them, for who knows no datasets
+        self.run.finish(NODE, metrics, [self.folder / "accepted.json", self.folder / "rejected.json"],
+                        [folder / name for folder in sets for name in ("manifest.json", withdrawn.NAME)])
 
     def _judge(self, metrics: dict[str, Any]) -> None:
         """The set as a whole."""

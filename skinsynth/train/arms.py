@@ -19,9 +19,9 @@ from skinsynth.data.order import Mixture, sample_rng
 from skinsynth.data.shards import BadSample, Dataset
 from skinsynth.data.stream import Source
 from skinsynth.errors import UserError
-from skinsynth.knobs import Config
+from skinsynth.knobs import Config, phase_starts
 from skinsynth.knobs import Phase as PhaseKnobs
-from skinsynth.run import RunDir, read_json
+from skinsynth.run import RunDir, read_json, sha256_file
 from skinsynth.train.engine import Batch
 
 CLASSES = 2
@@ -72,19 +72,21 @@ class Data:
         if accepted is None:
             raise UserError(f"{run.node('screen')} has no accepted.json: the synthetic images were not screened")
         synthetic, keys = open_dataset(self.cfg, run, "synthetic", self.cfg.data.on_error == "skip"), set(accepted["keys"])
+        if accepted["manifest_sha256"] != sha256_file(synthetic.folder / "manifest.json"):
+            raise UserError(f"{synthetic.folder} was made anew after it was screened, and {run.node('screen') / 'accepted.json'} says nothing of "
+                            f"these images: delete {run.node('screen') / 'done.json'} and launch again, which screens them")
         return Source(synthetic, [i for i, key in enumerate(synthetic.keys) if key in keys], self.cfg.data.on_error)
 
     # ---- which sample comes when ----
 
     def _phases(self, parts: list[PhaseKnobs]) -> list[Phase]:
-        c, whole, done, found = self.cfg.classify, sum(part.share for part in parts), 0.0, []
+        c, starts, found = self.cfg.classify, phase_starts(parts, self.cfg.classify.steps), []
         for number, part in enumerate(parts):
             shares = self._shares({name: weight for name, weight in part.sources.items() if weight > 0})
             feeds = [self._feed(*which) for which in shares]
             mixture = Mixture(tuple(map(len, feeds)), tuple(shares.values()), self.seed + 104729 * number, tuple(s.shards for s in feeds),
                               self.cfg.data.streams, self.cfg.data.shuffle_window)
-            found.append(Phase(round(done / whole * c.steps) * c.global_batch, feeds, mixture, self._weights(feeds, tuple(shares.values()))))
-            done += part.share
+            found.append(Phase(starts[number] * c.global_batch, feeds, mixture, self._weights(feeds, tuple(shares.values()))))
         return found
 
     def _shares(self, sources: dict[str, float]) -> dict[tuple[str, int | None], float]:

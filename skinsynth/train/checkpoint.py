@@ -79,6 +79,7 @@ class Checkpoints:
     keep: int = 2
     keep_every: int = 0
     found: Checkpoint | None = field(init=False, default=None)
+    _passed: set[str] = field(init=False, default_factory=set)  # names of the damaged ones that are newer than ``found``
     _thread: threading.Thread | None = field(init=False, default=None)
     _error: BaseException | None = field(init=False, default=None)
 
@@ -95,6 +96,7 @@ class Checkpoints:
             problems = [p for p in self.world.gather(self._problem(path)) if p]
             if not problems:
                 return self._read(path)
+            self._passed.add(name)
             if self.world.is_main:
                 log.warning("checkpoint %s is passed over: %s", path, problems[0])
         return None
@@ -188,7 +190,7 @@ class Checkpoints:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temp, final)
         sync(self.folder)
-        self._prune()
+        self._prune(final)
 
     def wait(self) -> None:
         """A collective: returns when the last save is on disk.
@@ -206,8 +208,12 @@ class Checkpoints:
         if self._thread:
             self._thread.join(patience)
 
-    def _prune(self) -> None:
-        whole = sorted(self.folder.glob("step-*"))
+    def _prune(self, newest: Path) -> None:
+        """``newest`` is on disk: so none that is damaged is needed any more, and none must count as one of those that are kept."""
+        self._passed.discard(newest.name)
+        for name in self._passed:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        whole = sorted(path for path in self.folder.glob("step-*") if path.name not in self._passed)
         for old in whole[:-self.keep]:
             if not self.keep_every or int(old.name[5:]) % self.keep_every:
                 shutil.rmtree(old, ignore_errors=True)

@@ -6,7 +6,6 @@ import copy
 import csv
 import io
 import json
-import os
 import shutil
 from contextlib import nullcontext
 from functools import partial
@@ -22,7 +21,7 @@ from skinsynth.data.stream import Feed
 from skinsynth.knobs import Config
 from skinsynth.models import vit
 from skinsynth.quality.metrics import binary_metrics
-from skinsynth.run import write_bytes
+from skinsynth.run import put_in_place, write_bytes
 from skinsynth.train.arms import Data
 from skinsynth.train.engine import Batch, Engine
 from skinsynth.train.log import keep_lines
@@ -110,8 +109,7 @@ class Judge:
         shutil.rmtree(temp, ignore_errors=True)
         self.model.save_pretrained(temp)
         self.inputs.write(temp)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temp, folder)
+        put_in_place(temp, folder)
 
     def _best(self, step: int) -> Path:
         return self.folder / f"best-{step:08d}"
@@ -128,18 +126,17 @@ class Judge:
         if self.world.is_main:
             write_bytes(self.folder / "predictions.csv", predictions(self.data.splits["test"], scores))
             if there:
-                shutil.rmtree(weights, ignore_errors=True)
-                os.replace(chosen, weights)
+                put_in_place(chosen, weights)
             for old in self.folder.glob("best-*"):
                 shutil.rmtree(old)
         return self._metrics("test", scores)
 
 
 def predictions(test: Dataset, scores: np.ndarray) -> bytes:
-    """The CSV: key, group, target, score and what is known of each image."""
+    """The CSV: key, group, target, score (nine digits tell all float32) and what is known of each image."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["key", "group", "target", "score", *COLUMNS])
     known = [["" if value is None else value for value in test.columns.get(name, [None] * len(test))] for name in COLUMNS]
-    rows.writerows(zip(test.keys, test.columns["group"], test.columns["target"], (f"{s:.6f}" for s in scores), *known, strict=True))
+    rows.writerows(zip(test.keys, test.columns["group"], test.columns["target"], (f"{s:.9g}" for s in scores), *known, strict=True))
     return text.getvalue().encode()

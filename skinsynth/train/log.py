@@ -161,18 +161,20 @@ class TrainLog:
                         "the last checkpoint is from before")
 
     def bad_samples(self) -> int:
-        """How many samples were skipped on all ranks since the start; ``bad-samples.csv`` lists them."""
-        found = {(bad.key, bad.folder): bad for rank in self.engine.world.gather(self.data.bad) for bad in rank}
-        path = self.path.with_name("bad-samples.csv")
-        if found and self.engine.world.is_main:
+        """How many samples were skipped on all ranks since the start, before a restart too; ``bad-samples.csv`` lists them."""
+        path, world = self.path.with_name("bad-samples.csv"), self.engine.world
+        found = _listed(path) if world.is_main else {}
+        for rank in world.gather(self.data.bad):
+            found |= {(bad.key, f"{bad.folder}/{bad.shard}"): bad.reason for bad in rank}
+        if found and world.is_main:
             text = io.StringIO()
             rows = csv.writer(text, lineterminator="\n")
             rows.writerow(["key", "shard", "reason"])
-            rows.writerows([bad.key, f"{bad.folder}/{bad.shard}", bad.reason] for _, bad in sorted(found.items()))
+            rows.writerows([*which, reason] for which, reason in sorted(found.items()))
             if not path.exists() or path.read_text() != text.getvalue():
                 log.warning("%d samples cannot be read and are skipped: %s lists them", len(found), path)
                 write_text(path, text.getvalue())
-        return len(found)
+        return world.gather(len(found))[0]
 
     def pictures(self, step: int, found: dict[str, np.ndarray] | None) -> None:
         """uint8 (height, width, 3) each."""
@@ -213,6 +215,14 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _listed(path: Path) -> dict[tuple[str, str], str]:
+    """(key, shard) -> reason of ``bad-samples.csv``; {} where there is none."""
+    if not path.exists():
+        return {}
+    with open(path, newline="") as f:
+        return {(row["key"], row["shard"]): row["reason"] for row in csv.DictReader(f)}
 
 
 def keep_lines(path: Path, last_step: int) -> None:

@@ -54,8 +54,6 @@ def begun(drawn: Path, chain: Path, folder: Path, **more: object) -> tuple[list[
     shutil.copytree(chain / "shards", folder / "shards", ignore=shutil.ignore_patterns("*-synthetic"), copy_function=os.link)
     for node in ("prepare", "encode"):
         shutil.copytree(chain / "run" / node, run.node(node))
-        path = run.done_path(node)
-        path.write_text(path.read_text().replace(str(chain), str(folder)))
     return items, run
 
 

@@ -30,8 +30,7 @@ def test_a_gang_that_loses_a_rank_goes_on_and_the_other_is_left_alone(slurm: Env
     run.create(config.load("configs/demo.yaml", items))
     shutil.copytree(chain / "shards", tmp_path / "shards")
     for node in ("prepare", "encode", "finetune", "generate", "screen"):
-        run.node(node).mkdir()
-        shutil.copy(chain / "run" / node / "done.json", run.done_path(node))
+        shutil.copytree(chain / "run" / node, run.node(node))
     hybrid = run.node("classify/hybrid")
     hybrid.mkdir(parents=True)
     run.finish("classify/hybrid", {"seeds": []}, [])

@@ -107,6 +107,25 @@ def test_a_stop_goes_on_at_that_very_step(tmp_path: Path) -> None:
     assert losses(run) == losses(whole)
 
 
+def test_the_list_of_bad_samples_outlives_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process knows only of those that it met itself."""
+    world = World()
+
+    def stopping(model: Any, batch: Batch) -> torch.Tensor:
+        if int(batch["position"][0]) == 4 * 16:
+            world.note_stop(signal.SIGUSR2, None)
+        return square(model, batch)
+
+    monkeypatch.setattr(Numbers, "bad", [BadSample("set", "00001.tar", "b", "is torn"), BadSample("set", "00002.tar", "c", "is torn")])
+    with pytest.raises(Stopped):
+        go(tmp_path / "run", stopping, world)
+    monkeypatch.setattr(Numbers, "bad", [BadSample("set", "00000.tar", "a", "is gone, or so"), BadSample("set", "00002.tar", "c", "is torn")])
+    run, state = go(tmp_path / "run")
+    lines = (run.node("it") / "bad-samples.csv").read_text().splitlines()
+    assert lines == ["key,shard,reason", 'a,set/00000.tar,"is gone, or so"', "b,set/00001.tar,is torn", "c,set/00002.tar,is torn"]
+    assert state["bad_samples"] == 3
+
+
 def test_a_changed_checkpoint_is_passed_over_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run, _ = go(tmp_path / "run")
     newest = run.node("it") / "checkpoints/step-00000060/rank-00000.safetensors"
@@ -117,6 +136,27 @@ def test_a_changed_checkpoint_is_passed_over_and_said(tmp_path: Path, caplog: py
     with caplog.at_level("WARNING"):
         go(tmp_path / "run")
     assert "step-00000060 is passed over: rank-00000.safetensors has changed since it was written" in caplog.text
+    assert losses(run) == before
+
+
+def test_damaged_checkpoints_do_not_count_as_those_that_are_kept(tmp_path: Path) -> None:
+    run, _ = go(tmp_path / "run", keep=3)
+    before, world = losses(run), World()
+    for name in ("step-00000050", "step-00000060"):
+        (run.node("it") / "checkpoints" / name / "complete.json").write_text("")
+
+    def stopping(model: Any, batch: Batch) -> torch.Tensor:
+        if int(batch["position"][0]) == 4 * 44:
+            world.note_stop(signal.SIGUSR2, None)
+        return square(model, batch)
+
+    with pytest.raises(Stopped, match="at step 45 of 60"):
+        go(tmp_path / "run", stopping, world, keep=1)
+    assert steps_of(run) == [45], "the one that is whole, not one that is newer and damaged"
+    with pytest.raises(Stopped, match="at step 45 of 60"):
+        go(tmp_path / "run", world=world, keep=1)
+    go(tmp_path / "run", keep=1)
+    assert steps_of(run) == [60]
     assert losses(run) == before
 
 
