@@ -247,12 +247,13 @@ def _explain(console: Console, found: list[Row], complaint: str | None) -> None:
 
 
 def watch(run: RunDir, console: Console) -> None:
-    """The table, kept fresh until nothing runs or waits in a queue any more."""
+    """The table, kept fresh until nothing runs or waits in a queue any more, and no local launch is there to start more."""
     with Live(console=console, auto_refresh=False) as live:
         while True:
+            launching = run.lock_owner() is not None  # asked first: a launch that ends just now has told all that it did
             found, complaint = rows(run)
             live.update(table(run, found, {}, console.width), refresh=True)
-            if not complaint and not any(row.state in ("running", "pending") for row in found):
+            if not complaint and not launching and not any(row.state in ("running", "pending") for row in found):
                 break
             time.sleep(2)
     _explain(console, found, complaint)

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import io
+import threading
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from skinsynth import status
+from skinsynth import config, status
 from skinsynth.run import RunDir
 from skinsynth.status import Row
 
@@ -52,3 +53,15 @@ def test_what_failed_leaves_room_for_why(monkeypatch: pytest.MonkeyPatch) -> Non
     table = shown(FAILED, True, 80, monkeypatch).split("prepare:")[0]
     assert "the images are not there" in table
     assert " nodes " not in table
+
+
+def test_watching_goes_on_while_a_launch_is_between_two_stages(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.create(config.load("configs/demo.yaml"))
+    watching = threading.Thread(target=status.watch, args=(run, Console(file=io.StringIO())), daemon=True)
+    with run.lock():
+        watching.start()
+        watching.join(1)
+        assert watching.is_alive(), "nothing runs just now, but more will"
+    watching.join(10)
+    assert not watching.is_alive()
