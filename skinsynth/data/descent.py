@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from skinsynth.data.shards import Dataset
 from skinsynth.run import read_json
+
+if TYPE_CHECKING:  # it needs numpy, which a launch, that looks for the models, does not
+    from skinsynth.data.shards import Dataset
 
 KINDS = ("groups", "images", "patients", "lesions")  # of names
 Names = dict[str, list[str]]  # kind -> sorted
