@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, SCRATCH, in_process
-from skinsynth.run import code_version, versions, write_json
+from skinsynth.files import write_json
+from skinsynth.run import code_version, versions
 
 SIZES = (100_000, 1_000_000)
 STEPS = ("plan", "make", "resume", "merge", "verify")

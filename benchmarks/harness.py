@@ -20,7 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from skinsynth.run import code_version, versions, write_json
+from skinsynth.files import write_json
+from skinsynth.run import code_version, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

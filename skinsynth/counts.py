@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from skinsynth.errors import UserError
+from skinsynth.files import read_json
 from skinsynth.knobs import Config, Images
-from skinsynth.run import RunDir, read_json
+from skinsynth.run import RunDir
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -18,8 +19,9 @@ from rich.console import Console
 from skinsynth import stages
 from skinsynth.chain import Node, StageJob
 from skinsynth.errors import UserError
+from skinsynth.files import birth, read_json, write_json
 from skinsynth.knobs import Config
-from skinsynth.run import RunDir, Task, birth, read_json, write_json
+from skinsynth.run import RunDir, Task
 from skinsynth.status import LiveTable, newest_log
 
 GRACE = 30  # seconds that a job has to save its state when the launch is stopped
@@ -42,11 +44,15 @@ def _together(cfg: Config, node: Node) -> int:
 
 
 def machine_gpus() -> list[str]:
-    """This machine's GPUs, or those that it was told to use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    """This machine's GPUs, or those that it was told to use, as ``CUDA_VISIBLE_DEVICES`` names them; [] where the driver does not answer."""
     told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if told is None and shutil.which("nvidia-smi"):
-        told = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True).stdout.replace("\n", ",")
-    return [name.strip() for name in (told or "").split(",") if name.strip()]
+    if told is None:
+        told = ""
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # none there, or one that hangs; what it says when it fails goes to stdout
+            told = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, timeout=60,
+                                  check=True).stdout.replace("\n", ",")
+    names = [name.strip() for name in told.split(",")]
+    return [name for name in itertools.takewhile(lambda name: name != "-1", names) if name]  # CUDA takes none after a name that is none
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The run folder: every path in it, atomic writes, done markers, progress, provenance. No torch here.
+"""The run folder: every path in it, done markers, progress, its lock, provenance. No torch here.
 
 ::
 
@@ -13,11 +13,9 @@ A *node* is a stage, or a stage and its part: ``finetune``, ``classify/hybrid``.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -30,11 +28,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 import skinsynth
 from skinsynth import config as configs
-from skinsynth.errors import DamagedFile, UserError
+from skinsynth.errors import UserError
+from skinsynth.files import birth, is_spare, owner, read_hint, read_json, sha256_file, sha256_of, sha256_or_none, write_json, write_text
 from skinsynth.knobs import Config
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "deepspeed", "submitit", "webdataset", "xformers", "numpy", "opencv-python-headless")
@@ -119,7 +116,7 @@ class RunDir:
         # without the mark, of an older run: relative to where that was run from
         if done is None or not all((here / output if done.get("relative") else Path(output)).exists() for output in done["outputs"]):
             return False
-        if any(_sha256_or_none(here / path) != sha256 for path, sha256 in done.get("reads", {}).items()):
+        if any(sha256_or_none(here / path) != sha256 for path, sha256 in done.get("reads", {}).items()):
             return False
         needs = done.get("needs", {})  # None: that was not done when this was run by hand
         return all(self._made(need) == made and (made is None or self.is_done(need)) for need, made in needs.items())
@@ -129,8 +126,8 @@ class RunDir:
         when one of them changes the node is done no more."""
         here = self.path.resolve()
         paths = [os.path.relpath(output.resolve(), here) for output in outputs]
-        read = {os.path.relpath(path.resolve(), here): _sha256_or_none(path) for path in reads or []}
-        made = _sha256_of([metrics, [sha256_file(path) for path in outputs if path.is_file()]])
+        read = {os.path.relpath(path.resolve(), here): sha256_or_none(path) for path in reads or []}
+        made = sha256_of([metrics, [sha256_file(path) for path in outputs if path.is_file()]])
         needs = configs.needs(self.config()).get(node, ()) if self.config_path.exists() else ()
         write_json(self.done_path(node), {"node": node, "metrics": metrics, "outputs": paths, "relative": True, "made": made, "reads": read,
                                           "needs": {need: self._made(need) for need in needs}})
@@ -140,7 +137,7 @@ class RunDir:
         """A hash of what a node made when it finished last: made again with the same bytes it is the same, and nothing need follow. None: it
         did not finish. An older run has no such hash; one of what is noted does."""
         done = read_json(self.done_path(node))
-        return None if done is None else done.get("made") or _sha256_of(done)
+        return None if done is None else done.get("made") or sha256_of(done)
 
     def begin_task(self, node: str, task: int, patience: int, of: int | None = None) -> None:
         """Forgets an earlier failure, and counts the restarts that Slurm made of this job, those in a row that got no further.
@@ -259,26 +256,6 @@ def _untouched(path: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def owner() -> str:
-    """This process, in the name of a file that it alone writes: on a shared file system pids are not enough."""
-    return f"{platform.node()}-{os.getpid()}-{birth(os.getpid()) or 0:.0f}"
-
-
-def is_spare(temp: Path) -> bool:
-    """Whether a file named by ``owner`` (``.name.<owner>.tmp``) was surely left by a process that died: of another host nobody can tell."""
-    found = re.search(rf"\.{re.escape(platform.node())}-(\d+)-(\d+)\.tmp$", temp.name)
-    return found is not None and f"{birth(int(found[1])) or 0:.0f}" != found[2]
-
-
-def birth(pid: int) -> float | None:
-    """When a process was started (seconds since 1970), None if it is dead: tells a process from a later one with its pid."""
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except (psutil.NoSuchProcess, ValueError):
-        return None
-
-
 @dataclass(frozen=True)
 class Task:
     """One of ``count`` independent tasks of a unit stage. Units are dealt by their own number, so that tasks that scan
@@ -318,90 +295,6 @@ class Progress:
     def _write(self) -> None:
         self.written = time.time()
         write_text(self.path, json.dumps(self.state), durable=False)
-
-
-def write_bytes(path: Path, data: bytes, durable: bool = True) -> None:
-    """Writes so that a reader sees the old file or the whole new one: temp file, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{path.name}.{owner()}.tmp")
-    try:
-        with open(temp, "wb") as f:
-            f.write(data)
-            f.flush()
-            if durable:
-                os.fsync(f.fileno())
-        os.replace(temp, path)
-    except BaseException:
-        temp.unlink(missing_ok=True)
-        raise
-    if durable:
-        sync(path.parent)
-
-
-def write_text(path: Path, text: str, durable: bool = True) -> None:
-    write_bytes(path, text.encode(), durable)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """The content, or None where there is no such file. Raises ``DamagedFile`` where it is no JSON, as a file that is cut short."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise DamagedFile(f"{path} is damaged or cut short ({error}): put it back from a copy, or delete it and run again what made it") from None
-
-
-def read_hint(path: Path) -> Any:
-    """The same of a file that one can do without, None also where it is torn: progress is not fsynced, and a power cut may leave it empty."""
-    try:
-        return read_json(path)
-    except ValueError:
-        return None
-
-
-def put_in_place(temp: Path, final: Path) -> None:
-    """A whole folder that was written under another name. It is on the disk before it gets its own: who finds it there after a power cut finds
-    it whole."""
-    for path in (*temp.rglob("*"), temp):
-        sync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temp, final)
-    sync(final.parent)
-
-
-def sync(path: Path) -> None:
-    """Makes a file's content, or a rename in a folder, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sha256_file(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _sha256_or_none(path: Path) -> str | None:
-    return sha256_file(path) if path.is_file() else None
-
-
-def _sha256_of(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def sha256_folder(path: Path, pattern: str = "**/*") -> str:
-    """One hash over the relative names and contents of the files of a folder."""
-    total = hashlib.sha256()
-    for file in sorted(p for p in path.glob(pattern) if p.is_file()):
-        total.update(f"{file.relative_to(path)} {sha256_file(file)}\n".encode())
-    return total.hexdigest()
 
 
 def code_version() -> str:

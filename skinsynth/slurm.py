@@ -22,8 +22,9 @@ from rich.console import Console
 from skinsynth import stages
 from skinsynth.chain import Node, StageJob
 from skinsynth.errors import UserError
+from skinsynth.files import read_json, write_json
 from skinsynth.knobs import Config
-from skinsynth.run import RunDir, Task, read_json, write_json
+from skinsynth.run import RunDir, Task
 
 HELD = ("launch failed requeued held", "JobHoldMaxRequeue")  # Slurm's reasons of a job that it put on hold by itself
 SCRIPTS = Path(__file__).resolve().parent.parent / "slurm"

@@ -10,8 +10,9 @@ from math import prod
 from typing import Any
 
 from skinsynth import stages
+from skinsynth.files import read_hint
 from skinsynth.knobs import Config
-from skinsynth.run import RunDir, read_hint
+from skinsynth.run import RunDir
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from rich.text import Text
 from skinsynth import slurm
 from skinsynth.chain import Node, chain
 from skinsynth.errors import UserError
-from skinsynth.run import RunDir, birth, read_hint, read_json
+from skinsynth.files import birth, read_hint, read_json
+from skinsynth.run import RunDir
 
 SILENT = 900  # seconds; a task that told nothing for so long is no longer at work
 STYLES = {"done": "green", "running": "bold cyan", "failed": "bold red", "waiting": "dim", "pending": "yellow", "stopped": "yellow"}

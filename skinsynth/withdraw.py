@@ -14,7 +14,8 @@ from skinsynth.data import descent
 from skinsynth.data.shards import check_part, part_path
 from skinsynth.data.withdrawn import mark
 from skinsynth.errors import UserError
-from skinsynth.run import RunDir, read_json
+from skinsynth.files import read_json
+from skinsynth.run import RunDir
 
 REAL = "real images"
 Table = dict[str, list[str | None]]

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from test_report import make
 
+from skinsynth.files import write_json
 from skinsynth.pages import several
-from skinsynth.run import Task, write_json
+from skinsynth.run import Task
 from skinsynth.stages import report as stage
 
 BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (found := shutil.which(name))), None)

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, overrides, skinsynth
 
 from skinsynth.chain import chain as nodes
-from skinsynth.run import read_json
+from skinsynth.files import read_json
 from skinsynth.train.log import read_lines
 
 

@@ -18,10 +18,11 @@ from skinsynth.data.augment import augment, blend, partner
 from skinsynth.data.order import sample_rng
 from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
 from skinsynth.errors import UserError
+from skinsynth.files import read_json, write_json
 from skinsynth.knobs import Arm, Phase
 from skinsynth.models import vit
 from skinsynth.quality.metrics import METRICS, binary_metrics
-from skinsynth.run import Task, read_json, write_json
+from skinsynth.run import Task
 from skinsynth.stages.classify import classify
 from skinsynth.train.arms import Data
 from skinsynth.train.judge import Judge, loss, predictions

@@ -19,9 +19,10 @@ from skinsynth.data.export import export, show
 from skinsynth.data.shards import BadSample, Dataset, ShardWriter, claim, part_path, write_manifest
 from skinsynth.data.verify import verify
 from skinsynth.errors import UserError
+from skinsynth.files import read_json, write_json
 from skinsynth.knobs import Arm, Config
 from skinsynth.models.diffusion import read_lineage
-from skinsynth.run import RunDir, read_json, write_json
+from skinsynth.run import RunDir
 from skinsynth.withdraw import find, withdraw
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from skinsynth.data import codec, shards
 from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
-from skinsynth.run import read_json
+from skinsynth.files import read_json
 from skinsynth.stages.encode import _readable
 
 

@@ -15,7 +15,8 @@ from conftest import ROOT, overrides, skinsynth
 from skinsynth import config, slurm, speeds
 from skinsynth.errors import UserError
 from skinsynth.estimate import Stage, estimate
-from skinsynth.run import RunDir, read_json
+from skinsynth.files import read_json
+from skinsynth.run import RunDir
 
 SLURM = """
 kind: slurm

@@ -17,7 +17,8 @@ from skinsynth.data.export import export
 from skinsynth.data.shards import Dataset
 from skinsynth.data.verify import verify
 from skinsynth.errors import UserError
-from skinsynth.run import RunDir, Task, read_json
+from skinsynth.files import read_json
+from skinsynth.run import RunDir, Task
 from skinsynth.stages.prepare import prepare
 
 

@@ -20,9 +20,10 @@ from skinsynth.data import descent
 from skinsynth.data.codec import from_npy
 from skinsynth.data.shards import Dataset
 from skinsynth.errors import UserError
+from skinsynth.files import read_json
 from skinsynth.knobs import Model
 from skinsynth.models import diffusion, hub
-from skinsynth.run import RunDir, read_json
+from skinsynth.run import RunDir
 from skinsynth.stages.finetune import _descent
 from skinsynth.train.engine import micro_batch
 from skinsynth.train.log import read_lines

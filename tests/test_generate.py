@@ -23,10 +23,11 @@ from skinsynth.data.shards import Dataset
 from skinsynth.data.verify import verify
 from skinsynth.data.withdrawn import mark
 from skinsynth.errors import UserError
+from skinsynth.files import read_json
 from skinsynth.models import hub
 from skinsynth.models.diffusion import base_sha256, weights_sha256
 from skinsynth.models.painter import Painter, Weights
-from skinsynth.run import RunDir, Task, read_json
+from skinsynth.run import RunDir, Task
 from skinsynth.stages.generate import _fault, generate, regenerate
 
 

@@ -18,7 +18,8 @@ from conftest import REAL, ROOT
 from skinsynth import config
 from skinsynth.data.phantom import draw, sample_lesion
 from skinsynth.data.shards import Dataset
-from skinsynth.run import RunDir, read_json, sha256_folder
+from skinsynth.files import read_json, sha256_folder
+from skinsynth.run import RunDir
 
 GROUND_TRUTH, PAIRS = REAL / "isic2020_groundtruth.csv", REAL / "isic2020_duplicates.csv"
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}

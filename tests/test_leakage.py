@@ -13,7 +13,7 @@ from conftest import Setup, plant, take_as_screened
 
 from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
 from skinsynth.errors import UserError
-from skinsynth.run import read_json
+from skinsynth.files import read_json
 from skinsynth.stages.classify import classify
 from skinsynth.stages.screen import check_lineage
 from skinsynth.train.arms import Data

@@ -17,9 +17,10 @@ from rich.console import Console
 from skinsynth import config, local, stages
 from skinsynth.chain import StageJob, chain
 from skinsynth.errors import UserError
+from skinsynth.files import birth, read_json
 from skinsynth.knobs import Resources
 from skinsynth.local import Local, stop_processes
-from skinsynth.run import RunDir, birth, read_json
+from skinsynth.run import RunDir
 
 
 @pytest.fixture
@@ -117,3 +118,17 @@ def test_the_gpus_of_the_machine_are_those_that_nvidia_smi_lists(tmp_path: Path,
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert local.machine_gpus() == ["0", "1"]
+
+
+@pytest.mark.parametrize(("shown", "found"), [("2,-1,3", ["2"]), ("-1", []), ("GPU-5ab3, 1", ["GPU-5ab3", "1"])])
+def test_after_a_gpu_that_is_none_cuda_takes_none(shown: str, found: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    assert local.machine_gpus() == found
+
+
+def test_what_nvidia_smi_says_of_its_failure_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed because it could not talk to the driver, so.'\nexit 9\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert local.machine_gpus() == []

@@ -20,8 +20,9 @@ from skinsynth.data.phantom import write_dataset
 from skinsynth.data.shards import Dataset, ShardWriter
 from skinsynth.data.withdrawn import withdrawn_keys
 from skinsynth.errors import UserError
+from skinsynth.files import read_json
 from skinsynth.knobs import Config
-from skinsynth.run import RunDir, Task, read_json
+from skinsynth.run import RunDir, Task
 from skinsynth.stages.prepare import SPLITS, check_disjoint, prepare
 from skinsynth.withdraw import find, withdraw
 

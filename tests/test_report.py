@@ -20,10 +20,11 @@ from conftest import ROOT
 from skinsynth.data.codec import encode_jpeg
 from skinsynth.data.shards import ShardWriter, write_manifest
 from skinsynth.errors import UserError
+from skinsynth.files import read_json, write_json
 from skinsynth.knobs import Arm, Config, GeneratedClass
 from skinsynth.pages import figures, pictures, several
 from skinsynth.quality.metrics import METRICS, binary_metrics
-from skinsynth.run import RunDir, Task, read_json, write_json
+from skinsynth.run import RunDir, Task
 from skinsynth.stages import report as stage
 
 

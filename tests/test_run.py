@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from skinsynth import config, status
+from skinsynth import config, files, status
 from skinsynth import run as runs
 from skinsynth.errors import UserError
+from skinsynth.files import write_json
 from skinsynth.knobs import Config
-from skinsynth.run import Progress, RunDir, Task, write_json
+from skinsynth.run import Progress, RunDir, Task
 
 
 def test_a_run_folder_keeps_its_configuration(tmp_path: Path) -> None:
@@ -138,7 +139,7 @@ def test_a_lock_of_another_host_is_taken_over_once_it_is_silent(tmp_path: Path, 
 def test_of_two_that_find_a_dead_lock_one_alone_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other takes it over between this one's look and its hand."""
     path, here = tmp_path / "launch.lock", os.uname().nodename
-    other = {"pid": os.getpid(), "born": runs.birth(os.getpid()), "host": here, "since": "just now"}
+    other = {"pid": os.getpid(), "born": files.birth(os.getpid()), "host": here, "since": "just now"}
     path.write_text(json.dumps({"pid": 2**30, "born": 1.0, "host": here, "since": "yesterday"}))
     take_away = runs._take_away
 
@@ -171,42 +172,6 @@ def test_a_lock_that_another_has_taken_over_stays(tmp_path: Path) -> None:
     with RunDir(tmp_path).lock():
         path.write_text(json.dumps(other))
     assert json.loads(path.read_text()) == other
-
-
-def test_a_write_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.json"
-    runs.write_json(path, {"a": 1})
-
-    def fail(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space"):
-        runs.write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-
-
-def test_a_folder_gets_its_name_once_all_of_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As weights do, which are written by other libraries: a score that was chosen by them is durable, so they must be."""
-    temp, final, synced, fsync, replace = tmp_path / ".weights.tmp", tmp_path / "weights", set(), os.fsync, os.replace
-    for folder in (temp / "unet", final):
-        folder.mkdir(parents=True)
-        (folder / "model.safetensors").write_text(folder.name)
-
-    def note(handle: int) -> None:
-        synced.add(os.fstat(handle).st_ino)
-        fsync(handle)
-
-    def rename(old: Path, new: Path) -> None:
-        assert synced == {path.stat().st_ino for path in (temp, *temp.rglob("*"))}
-        replace(old, new)
-
-    monkeypatch.setattr(os, "fsync", note)
-    monkeypatch.setattr(os, "replace", rename)
-    runs.put_in_place(temp, final)
-    assert [path.name for path in final.iterdir()] == ["unet"]
-    assert tmp_path.stat().st_ino in synced, "the rename too"
 
 
 def test_tasks_share_the_units_without_overlap() -> None:
@@ -286,28 +251,3 @@ def test_a_task_that_tells_nothing_any_more_counts_for_no_speed(tmp_path: Path) 
     assert found["left"] == pytest.approx(80, rel=0.01)
 
 
-def test_only_a_file_of_this_very_host_can_be_told_to_be_a_dead_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("platform.node", lambda: "node1")
-    alive = f"{os.getpid()}-{runs.birth(os.getpid()):.0f}"
-    assert runs.is_spare(Path(f".00000.tar.node1-{os.getpid()}-12.tmp"))
-    assert not runs.is_spare(Path(f".00000.tar.node1-{alive}.tmp"))
-    for other in ("gpunode1", "gpu-node1", "node12", "node1-gpu"):
-        assert not runs.is_spare(Path(f".00000.tar.{other}-{os.getpid()}-12.tmp")), other
-
-
-def test_processes_of_the_same_number_on_two_nodes_do_not_share_a_temp_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second node writes the same file while the first is about to rename its own, as tasks of one array may."""
-    replace, wrote = os.replace, []
-
-    def rename(temp: Path, final: Path) -> None:
-        if not wrote:
-            wrote.append(temp)
-            monkeypatch.setattr("platform.node", lambda: "node2")
-            runs.write_bytes(final, b"same")
-        replace(temp, final)
-
-    monkeypatch.setattr("platform.node", lambda: "node1")
-    monkeypatch.setattr(os, "replace", rename)
-    runs.write_bytes(tmp_path / "x.npy", b"same")
-    assert (tmp_path / "x.npy").read_bytes() == b"same"
-    assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]

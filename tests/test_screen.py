@@ -20,11 +20,12 @@ from skinsynth.data.codec import encode_jpeg
 from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
 from skinsynth.data.withdrawn import mark
 from skinsynth.errors import UserError
+from skinsynth.files import read_json, sha256_file
 from skinsynth.knobs import Config, GeneratedClass
 from skinsynth.quality import copies, spectrum
 from skinsynth.quality.evidence import choose
 from skinsynth.quality.parts import Parts
-from skinsynth.run import RunDir, Task, read_json, sha256_file
+from skinsynth.run import RunDir, Task
 from skinsynth.stages.screen import screen
 
 SIZE = 64

@@ -15,9 +15,10 @@ from conftest import ROOT, overrides, skinsynth
 from skinsynth import config, knobs, slurm, status
 from skinsynth.chain import chain as nodes
 from skinsynth.estimate import estimate
+from skinsynth.files import read_json
 from skinsynth.local import shares
 from skinsynth.quality import predictions
-from skinsynth.run import RunDir, Task, read_json
+from skinsynth.run import RunDir, Task
 
 BEFORE = ("prepare", "encode", "finetune", "generate", "screen")
 

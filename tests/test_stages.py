@@ -14,7 +14,8 @@ from conftest import ROOT, overrides
 
 from skinsynth import config, stages
 from skinsynth.errors import UserError
-from skinsynth.run import RunDir, Task, read_json
+from skinsynth.files import read_json
+from skinsynth.run import RunDir, Task
 from skinsynth.stages.generate import generate
 
 

@@ -55,7 +55,7 @@ def show(dataset: DatasetFolder, key: Annotated[str, typer.Argument(metavar="KEY
     import json
 
     from skinsynth.data import export as exporting
-    from skinsynth.run import write_bytes
+    from skinsynth.files import write_bytes
 
     facts, jpeg = exporting.show(path_of(dataset), key)
     if picture or not as_json:
@@ -84,7 +84,7 @@ def export(dataset: DatasetFolder, folder: Annotated[str, typer.Argument(metavar
     """
     from skinsynth.data import export as exporting
     from skinsynth.errors import UserError
-    from skinsynth.run import read_json
+    from skinsynth.files import read_json
 
     if form not in ("siim", "imagefolder"):
         raise UserError(f"--format {form}: expected siim or imagefolder")
@@ -105,7 +105,7 @@ def regenerate(dataset: DatasetFolder, keys: Annotated[list[str], typer.Argument
     """
     from skinsynth.data import export as exporting
     from skinsynth.errors import UserError
-    from skinsynth.run import read_json
+    from skinsynth.files import read_json
 
     made_by = read_json(path_of(dataset) / "provenance.json")
     if run is None and made_by is None:

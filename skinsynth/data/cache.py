@@ -31,8 +31,9 @@ from typing import IO, Any
 
 from skinsynth.data.shards import SHARD, Dataset, Handle, check_part, claim, part_path
 from skinsynth.errors import UserError
+from skinsynth.files import sha256_file, sync, write_bytes
 from skinsynth.knobs import Config, Data
-from skinsynth.run import RunDir, sha256_file, sync, write_bytes
+from skinsynth.run import RunDir
 
 SPLITS = ("train", "val", "test")
 TRIES, PAUSE, TIMEOUT = 3, 1.0, 60  # of an http request; seconds after the first failure, twice as long after the second; seconds of silence

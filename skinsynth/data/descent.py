@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skinsynth.run import read_json
+from skinsynth.files import read_json
 
 if TYPE_CHECKING:  # it needs numpy, which a launch, that looks for the models, does not
     from skinsynth.data.shards import Dataset

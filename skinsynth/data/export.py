@@ -13,7 +13,7 @@ from skinsynth.data import descent
 from skinsynth.data.places import Places
 from skinsynth.data.shards import Dataset, check_part, part_path
 from skinsynth.errors import UserError
-from skinsynth.run import read_json, write_text
+from skinsynth.files import read_json, write_text
 
 SIIM = ("image_name", "patient_id", "sex", "age_approx", "anatom_site_general_challenge", "diagnosis", "benign_malignant", "target")
 EXTRA = ("origin", "prompt", "seed", "weights_sha256")  # columns of synthetic images beyond those

@@ -22,8 +22,8 @@ from skinsynth.data import isic
 from skinsynth.data.order import permutation, sample_rng
 from skinsynth.data.shards import Dataset
 from skinsynth.errors import UserError
+from skinsynth.files import sha256_file
 from skinsynth.knobs import Config, GeneratedClass
-from skinsynth.run import sha256_file
 
 ATTRIBUTES = ("diagnosis", "site", "age", "sex")  # columns of the training split
 NEEDS = {"diagnosis": ("diagnosis",), "site": ("site",), "person": ("age", "sex"), "caption": ()}  # field -> columns that must be known

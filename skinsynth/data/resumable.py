@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from skinsynth.data.shards import ShardWriter
-from skinsynth.run import owner, write_text
+from skinsynth.files import owner, write_text
 
 SAVED = ("keys", "members", "columns", "set_aside")
 CHUNK = 1 << 22

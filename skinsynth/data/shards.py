@@ -35,7 +35,7 @@ from skinsynth.data.codec import decode, from_npy
 from skinsynth.data.places import Places
 from skinsynth.data.withdrawn import withdrawn_keys
 from skinsynth.errors import UserError
-from skinsynth.run import is_spare, owner, read_json, sha256_file, sync, write_json, write_text
+from skinsynth.files import is_spare, owner, read_json, sha256_file, sync, write_json, write_text
 
 KEY = re.compile(r"[A-Za-z0-9_-]{1,120}")  # no dots (webdataset's separator), no slashes, nothing that leaves a folder
 SHARD = re.compile(r"[0-9]{5,9}\.tar")

@@ -14,7 +14,7 @@ from typing import Any
 from skinsynth.data.plan import key
 from skinsynth.data.shards import check_part, missing_parts, part_path
 from skinsynth.errors import UserError
-from skinsynth.run import read_json
+from skinsynth.files import read_json
 
 SHOWN = 20  # problems that are listed for a person
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from skinsynth.errors import UserError
-from skinsynth.run import read_json, write_json
+from skinsynth.files import read_json, write_json
 
 NAME = "withdrawn.json"
 

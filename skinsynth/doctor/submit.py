@@ -15,8 +15,9 @@ from skinsynth import slurm
 from skinsynth.doctor.check import FAIL, Check, failed
 from skinsynth.doctor.node import node_checks
 from skinsynth.errors import UserError
+from skinsynth.files import read_json, write_json, write_text
 from skinsynth.knobs import Config
-from skinsynth.run import RunDir, read_json, write_json, write_text
+from skinsynth.run import RunDir
 from skinsynth.world import place
 
 MINUTES = 10  # the job's time limit

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from skinsynth import cpu
 from skinsynth.data.withdrawn import withdrawn_keys
 from skinsynth.errors import UserError
+from skinsynth.files import sha256_file, sha256_folder
 from skinsynth.knobs import Model
 from skinsynth.models import hub
-from skinsynth.run import sha256_file, sha256_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LACKS = "base model {} lacks weights that its configuration asks for: take a whole checkpoint, and a model.config of the same kind"
@@ -161,10 +161,10 @@ def encode_images(vae: Any, images: np.ndarray) -> np.ndarray:
     return torch.cat([torch.stack([posterior.mean, posterior.std], 1) for posterior in found]).float().cpu().numpy()
 
 
-def at_once(height: int, width: int) -> int:
+def at_once(height: int, width: int, pixels: int = 2**21) -> int:
     """How many images of a batch go through a VAE's encoder together: its first layers hold 128 numbers a pixel, several times over. A
     function of their size alone, since the batch shape decides the last bits of a result."""
-    return max(1, 2**21 // (height * width))  # 64 px: 512; 512 px: 8; 1,024 px: 2
+    return max(1, pixels // (height * width))  # 64 px: 512; 512 px: 8; 1,024 px: 2
 
 
 @torch.no_grad()
@@ -263,8 +263,8 @@ def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     than all of the denoising. Nothing here waits for the device."""
     if vae.dtype == torch.float16 and vae.config.force_upcast:  # SDXL's overflows in half precision, which image pipelines bring it back to
         vae.float()
-    at_once = max(1, 2**18 // (latents.shape[-1] * latents.shape[-2] * 64))  # 64 px: 64; 512 px: 1
-    parts = [vae.decode(part.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0] for part in latents.split(at_once)]
+    some = at_once(latents.shape[-2] * 8, latents.shape[-1] * 8, pixels=2**18)  # 64 px: 64; 512 px: 1
+    parts = [vae.decode(part.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0] for part in latents.split(some)]
     pixels = ((torch.cat(parts).float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous()
 

@@ -14,9 +14,9 @@ from typing import Any
 from skinsynth.data import descent
 from skinsynth.data.withdrawn import withdrawn_keys
 from skinsynth.errors import UserError
+from skinsynth.files import read_json
 from skinsynth.knobs import Config, Model
 from skinsynth.models import tiny
-from skinsynth.run import read_json
 
 PARTS = {"unet": "config.json", "vae": "config.json", "text_encoder": "config.json", "scheduler": "scheduler_config.json",
          "tokenizer": "tokenizer_config.json"}

@@ -8,9 +8,10 @@ from typing import Any
 import jinja2
 
 from skinsynth.data import descent
+from skinsynth.files import read_json, write_text
 from skinsynth.knobs import Config
 from skinsynth.pages import screening
-from skinsynth.run import RunDir, read_json, write_text
+from skinsynth.run import RunDir
 
 LICENCES = {  # of the base models that are named in the shipped configurations, and the usual ones, as their hubs say
     "builtin": "Apache-2.0; it has seen drawn lesions only",

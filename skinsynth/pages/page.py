@@ -9,13 +9,14 @@ import jinja2
 
 from skinsynth import config as configs
 from skinsynth.data import descent
+from skinsynth.files import read_json
 from skinsynth.knobs import Config
 from skinsynth.pages import figures, pictures, screening
 from skinsynth.pages.results import missing
 from skinsynth.quality import predictions
 from skinsynth.quality.metrics import METRICS
 from skinsynth.quality.verdict import p_text
-from skinsynth.run import RunDir, read_json
+from skinsynth.run import RunDir
 
 NAMES = {"auroc": "AUROC", "f1": "F1", "brier": "Brier score", "ece": "calibration error (ECE)", "partial_auroc": "partial AUROC (0 to 0.2)",
          **{f"sensitivity_at_{s}": f"sensitivity at {s} % specificity" for s in (80, 90, 95)}}

@@ -10,8 +10,9 @@ import numpy as np
 
 from skinsynth.data.cache import open_dataset
 from skinsynth.errors import UserError
+from skinsynth.files import read_json
 from skinsynth.knobs import Config
-from skinsynth.run import RunDir, read_json
+from skinsynth.run import RunDir
 
 CLASSES = {0: "benign", 1: "malignant"}
 GRID, COLUMNS = 12, 6  # images per class and source, and in a row

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from skinsynth.errors import UserError
+from skinsynth.files import write_json, write_text
 from skinsynth.knobs import Config
 from skinsynth.pages import figures, page, results, screening
 from skinsynth.quality import predictions
@@ -19,7 +20,7 @@ from skinsynth.quality.compare import Estimate, arms, difference, differences, e
 from skinsynth.quality.metrics import METRICS
 from skinsynth.quality.predictions import Predictions
 from skinsynth.quality.verdict import verdict
-from skinsynth.run import RunDir, write_json, write_text
+from skinsynth.run import RunDir
 
 
 def reports(paths: Sequence[Path | str], out: Path) -> Path:

@@ -27,10 +27,11 @@ import numpy as np
 from skinsynth.data.codec import to_npy
 from skinsynth.data.shards import BadSample, Dataset
 from skinsynth.errors import UserError
+from skinsynth.files import read_json, sha256_file, write_bytes, write_json
 from skinsynth.knobs import Config
 from skinsynth.quality import copies, defects, near, spectrum
 from skinsynth.quality.features import Extractor
-from skinsynth.run import Progress, read_json, sha256_file, write_bytes, write_json
+from skinsynth.run import Progress
 
 REAL = ("train", "val", "test")
 KINDS = (*REAL, "planted", "synthetic")  # so numbered that a synthetic set made anew leaves the parts of the real ones valid

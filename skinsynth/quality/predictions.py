@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from skinsynth.errors import UserError
+from skinsynth.files import read_json
 from skinsynth.knobs import Config
 from skinsynth.quality.metrics import check
-from skinsynth.run import RunDir, read_json
+from skinsynth.run import RunDir
 
 COLUMNS = ("sex", "age", "site", "diagnosis")  # of later runs; empty: unknown
 

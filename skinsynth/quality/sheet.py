@@ -10,7 +10,7 @@ import numpy as np
 
 from skinsynth.data.codec import decode, encode_jpeg
 from skinsynth.data.shards import part_path, read_member
-from skinsynth.run import read_json, write_bytes
+from skinsynth.files import read_json, write_bytes
 
 COLUMNS, ROWS = 6, 4
 EVERY = 10  # seconds between two of them, of all tasks together

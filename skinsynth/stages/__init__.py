@@ -17,8 +17,9 @@ from pathlib import Path
 
 from skinsynth import cpu
 from skinsynth.errors import UserError
+from skinsynth.files import write_json
 from skinsynth.knobs import Config
-from skinsynth.run import RunDir, Task, write_json
+from skinsynth.run import RunDir, Task
 from skinsynth.world import Stopped, World, join, leave, lost_peer, on_stop, place, take_turns
 
 UNITS = ("prepare", "encode", "generate", "screen", "report")

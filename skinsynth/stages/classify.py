@@ -17,10 +17,11 @@ from typing import Any
 
 from skinsynth import config
 from skinsynth.errors import UserError
+from skinsynth.files import read_json, sha256_file, write_json
 from skinsynth.knobs import Config
 from skinsynth.models import attention, vit
 from skinsynth.quality.metrics import METRICS
-from skinsynth.run import RunDir, Task, read_json, sha256_file, write_json
+from skinsynth.run import RunDir, Task
 from skinsynth.train.arms import Data
 from skinsynth.train.checkpoint import Checkpoints
 from skinsynth.train.engine import Engine

@@ -16,9 +16,10 @@ from skinsynth.data.cache import open_dataset
 from skinsynth.data.codec import to_npy
 from skinsynth.data.shards import BadSample, Dataset, ShardWriter, claim, missing_parts, write_manifest
 from skinsynth.data.stream import Feed
+from skinsynth.files import sha256_file, write_bytes, write_json
 from skinsynth.knobs import Config
 from skinsynth.models import diffusion
-from skinsynth.run import Progress, RunDir, Task, sha256_file, write_bytes, write_json
+from skinsynth.run import Progress, RunDir, Task
 from skinsynth.world import World
 
 

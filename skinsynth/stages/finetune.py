@@ -16,10 +16,11 @@ from diffusers import DDPMScheduler
 
 from skinsynth import config
 from skinsynth.data import descent
+from skinsynth.files import put_in_place, sha256_file, write_json
 from skinsynth.knobs import Config
 from skinsynth.models import attention, denoiser, diffusion, hub, painter
 from skinsynth.models.compiler import compile_unet
-from skinsynth.run import RunDir, code_version, put_in_place, sha256_file, write_json
+from skinsynth.run import RunDir, code_version
 from skinsynth.train.checkpoint import Checkpoints
 from skinsynth.train.engine import Batch, Engine
 from skinsynth.train.log import Clock, read_lines

@@ -28,11 +28,12 @@ from skinsynth.data.plan import Plan, Planned, key, needs_train
 from skinsynth.data.resumable import ResumableWriter
 from skinsynth.data.shards import Dataset, claim, missing_parts, part_path, write_manifest
 from skinsynth.errors import UserError
+from skinsynth.files import write_bytes, write_json
 from skinsynth.knobs import Config
 from skinsynth.models.diffusion import padded
 from skinsynth.models.painter import Painter, Weights
 from skinsynth.quality import sheet
-from skinsynth.run import Progress, RunDir, Task, code_version, provenance, write_bytes, write_json
+from skinsynth.run import Progress, RunDir, Task, code_version, provenance
 from skinsynth.world import World
 
 NODE = "generate"

@@ -31,8 +31,9 @@ from skinsynth.data.isic import Aside, BadImage, Row
 from skinsynth.data.lesion import square
 from skinsynth.data.shards import ShardWriter, claim, missing_parts, part_path, write_manifest
 from skinsynth.errors import UserError
+from skinsynth.files import read_json, sha256_file, write_text
 from skinsynth.knobs import Config
-from skinsynth.run import Progress, RunDir, Task, read_json, sha256_file, write_text
+from skinsynth.run import Progress, RunDir, Task
 
 SPLITS = ("train", "val", "test")
 KNOWN = ("sex", "age", "site", "diagnosis")

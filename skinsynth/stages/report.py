@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+from skinsynth.files import write_json, write_text
 from skinsynth.knobs import Config
 from skinsynth.pages import cards, page, results
-from skinsynth.run import RunDir, Task, write_json, write_text
+from skinsynth.run import RunDir, Task
 
 NODE = "report"
 

@@ -29,11 +29,12 @@ from skinsynth.data import descent, withdrawn
 from skinsynth.data.cache import open_dataset
 from skinsynth.data.shards import Dataset
 from skinsynth.errors import UserError
+from skinsynth.files import read_json, sha256_file, write_bytes, write_json
 from skinsynth.knobs import Config
 from skinsynth.quality import copies, defects, features, gate, sheet, spectrum
 from skinsynth.quality.evidence import Evidence
 from skinsynth.quality.parts import PLANTED, PLANTS, REAL, Parts, Unit, matches
-from skinsynth.run import Progress, RunDir, Task, read_json, sha256_file, write_bytes, write_json
+from skinsynth.run import Progress, RunDir, Task
 
 NODE = "screen"
 PAIRS = 20  # of nearest synthetic and training images that are kept for the eye

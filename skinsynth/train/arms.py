@@ -19,9 +19,10 @@ from skinsynth.data.order import Mixture, sample_rng
 from skinsynth.data.shards import BadSample, Dataset
 from skinsynth.data.stream import Source
 from skinsynth.errors import UserError
+from skinsynth.files import read_json, sha256_file
 from skinsynth.knobs import Config, phase_starts
 from skinsynth.knobs import Phase as PhaseKnobs
-from skinsynth.run import RunDir, read_json, sha256_file
+from skinsynth.run import RunDir
 from skinsynth.train.engine import Batch
 
 CLASSES = 2

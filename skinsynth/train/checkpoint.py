@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from skinsynth.errors import UserError
-from skinsynth.run import read_json, sha256_file, sync, write_json
+from skinsynth.files import read_json, sha256_file, sync, write_json
 from skinsynth.world import World
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 
 from skinsynth.data.shards import Dataset
 from skinsynth.data.stream import Feed
+from skinsynth.files import put_in_place, write_bytes
 from skinsynth.knobs import Config
 from skinsynth.models import vit
 from skinsynth.quality.metrics import binary_metrics
-from skinsynth.run import put_in_place, write_bytes
 from skinsynth.train.arms import Data
 from skinsynth.train.engine import Batch, Engine
 from skinsynth.train.log import keep_lines

@@ -25,8 +25,8 @@ import torch
 
 from skinsynth.data.shards import BadSample
 from skinsynth.errors import UserError
+from skinsynth.files import write_json, write_text
 from skinsynth.knobs import Training
-from skinsynth.run import write_json, write_text
 from skinsynth.train.engine import Batch, Engine
 from skinsynth.train.optimizer import learning_rate
 

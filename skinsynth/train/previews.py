@@ -19,9 +19,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from skinsynth.data.order import sample_rng
+from skinsynth.files import write_bytes
 from skinsynth.knobs import Config
 from skinsynth.models import denoiser, diffusion
-from skinsynth.run import RunDir, write_bytes
+from skinsynth.run import RunDir
 from skinsynth.world import World
 
 COLUMNS = 6  # images per prompt

@@ -16,9 +16,10 @@ from skinsynth.data.order import sample_rng
 from skinsynth.data.shards import BadSample, Dataset
 from skinsynth.data.stream import Source
 from skinsynth.errors import UserError
+from skinsynth.files import read_json
 from skinsynth.knobs import Config
 from skinsynth.models import diffusion
-from skinsynth.run import RunDir, read_json
+from skinsynth.run import RunDir
 from skinsynth.train.engine import Batch
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from conftest import DEVCLUSTER, ROOT, overrides
 
 from skinsynth import config
-from skinsynth.run import RunDir, read_json
+from skinsynth.files import read_json
+from skinsynth.run import RunDir
 
 Environment = dict[str, str]
 

@@ -15,7 +15,8 @@ import pytest
 from campaign import Environment, all_nodes_up, begun, command, pids_of, progress_of, skinsynth_on, until
 from conftest import ROOT
 
-from skinsynth.run import RunDir, read_json
+from skinsynth.files import read_json
+from skinsynth.run import RunDir
 
 pytestmark = pytest.mark.slurm
 

@@ -13,7 +13,8 @@ import pytest
 from campaign import LONG, Campaign, Environment, begun, command, disturbances, restarts, skinsynth_on, states, until
 from conftest import ROOT, free_port, overrides
 
-from skinsynth.run import RunDir, read_json
+from skinsynth.files import read_json
+from skinsynth.run import RunDir
 
 pytestmark = pytest.mark.slurm
 

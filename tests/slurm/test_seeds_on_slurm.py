@@ -13,7 +13,8 @@ from campaign import Environment, pids_of, skinsynth_on, states, until
 from conftest import overrides
 
 from skinsynth import config
-from skinsynth.run import RunDir, read_json
+from skinsynth.files import read_json
+from skinsynth.run import RunDir
 from skinsynth.train.log import read_lines
 
 pytestmark = pytest.mark.slurm

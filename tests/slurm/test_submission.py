@@ -13,7 +13,8 @@ from conftest import ROOT, overrides, skinsynth
 
 from skinsynth import config, slurm
 from skinsynth.chain import chain
-from skinsynth.run import RunDir, Task, read_json, write_json
+from skinsynth.files import read_json, write_json
+from skinsynth.run import RunDir, Task
 
 GOLDEN = Path(__file__).parent / "golden"
 NODES = ("prepare", "encode", "finetune", "generate", "screen", "classify/baseline", "classify/hybrid", "report")

@@ -16,9 +16,10 @@ from test_matrix import on_two_ranks
 from skinsynth import config
 from skinsynth.data.decoded import Decoded
 from skinsynth.errors import UserError
+from skinsynth.files import read_json
 from skinsynth.knobs import Classify
 from skinsynth.models import vit
-from skinsynth.run import RunDir, read_json
+from skinsynth.run import RunDir
 from skinsynth.stages.classify import classify
 from skinsynth.train.engine import Engine
 from skinsynth.train.log import read_lines

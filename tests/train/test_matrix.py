@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from skinsynth import config
 from skinsynth.data import views
 from skinsynth.errors import UserError
+from skinsynth.files import read_json
 from skinsynth.knobs import Encode, Model
 from skinsynth.models import diffusion, hub, tiny
-from skinsynth.run import RunDir, Task, read_json
+from skinsynth.run import RunDir, Task
 from skinsynth.train.log import read_lines
 from skinsynth.train.previews import Previews
 from skinsynth.train.samples import Samples

@@ -1,0 +1,120 @@
+"""Files that survive a power cut and are read whole or not at all; their hashes; and which process wrote one. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from skinsynth.errors import DamagedFile
+
+
+def write_bytes(path: Path, data: bytes, durable: bool = True) -> None:
+    """Writes so that a reader sees the old file or the whole new one: temp file, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.with_name(f".{path.name}.{owner()}.tmp")
+    try:
+        with open(temp, "wb") as f:
+            f.write(data)
+            f.flush()
+            if durable:
+                os.fsync(f.fileno())
+        os.replace(temp, path)
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync(path.parent)
+
+
+def write_text(path: Path, text: str, durable: bool = True) -> None:
+    write_bytes(path, text.encode(), durable)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content, or None where there is no such file. Raises ``DamagedFile`` where it is no JSON, as a file that is cut short."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise DamagedFile(f"{path} is damaged or cut short ({error}): put it back from a copy, or delete it and run again what made it") from None
+
+
+def read_hint(path: Path) -> Any:
+    """The same of a file that one can do without, None also where it is torn: progress is not fsynced, and a power cut may leave it empty."""
+    try:
+        return read_json(path)
+    except ValueError:
+        return None
+
+
+def put_in_place(temp: Path, final: Path) -> None:
+    """A whole folder that was written under another name. It is on the disk before it gets its own: who finds it there after a power cut finds
+    it whole."""
+    for path in (*temp.rglob("*"), temp):
+        sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temp, final)
+    sync(final.parent)
+
+
+def sync(path: Path) -> None:
+    """Makes a file's content, or a rename in a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sha256_or_none(path: Path) -> str | None:
+    return sha256_file(path) if path.is_file() else None
+
+
+def sha256_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_folder(path: Path, pattern: str = "**/*") -> str:
+    """One hash over the relative names and contents of the files of a folder."""
+    total = hashlib.sha256()
+    for file in sorted(p for p in path.glob(pattern) if p.is_file()):
+        total.update(f"{file.relative_to(path)} {sha256_file(file)}\n".encode())
+    return total.hexdigest()
+
+
+def owner() -> str:
+    """This process, in the name of a file that it alone writes: on a shared file system pids are not enough."""
+    return f"{platform.node()}-{os.getpid()}-{birth(os.getpid()) or 0:.0f}"
+
+
+def is_spare(temp: Path) -> bool:
+    """Whether a file named by ``owner`` (``.name.<owner>.tmp``) was surely left by a process that died: of another host nobody can tell."""
+    found = re.search(rf"\.{re.escape(platform.node())}-(\d+)-(\d+)\.tmp$", temp.name)
+    return found is not None and f"{birth(int(found[1])) or 0:.0f}" != found[2]
+
+
+def birth(pid: int) -> float | None:
+    """When a process was started (seconds since 1970), None if it is dead: tells a process from a later one with its pid."""
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except (psutil.NoSuchProcess, ValueError):
+        return None
