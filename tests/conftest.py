@@ -50,6 +50,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return OneSlurm(config, log)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The Slurm's tests are one worker's, from the beginning on. The other long ones (those that have a timeout of their own) come before the
+    short ones, so that no worker is left alone with one at the end; and first those that need not wait for the chain, which the first makes."""
+    def place(item: pytest.Item) -> tuple[bool, bool, bool]:
+        waits = bool({"chain", "make"} & set(getattr(item, "fixturenames", ())))
+        return not item.nodeid.startswith("tests/slurm/"), item.get_closest_marker("timeout") is None, waits
+
+    items.sort(key=place)
+
+
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
     """A folder that one of the workers makes and all use."""
     root = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
