@@ -9,7 +9,7 @@ import pytest
 from conftest import overrides
 
 from skinsynth import config, knobs
-from skinsynth.data.plan import Plan, amounts, share_out
+from skinsynth.data.plan import Plan, amounts, examples, share_out
 from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
 from skinsynth.errors import UserError
 
@@ -84,9 +84,11 @@ def test_prompts_are_filled_as_values_occur_together(train: Dataset) -> None:
     assert 25 < malignant["caption 8"] < 75
     assert {(i.attributes["age"], i.attributes["sex"]) for i in images if i.target == 1} == {(71, "male"), (12, "female")}
     assert all(i.source is None for i in images)
+    assert examples(cfg, train) == ["a photo of a nevus on the back of a woman in her 40s", "caption 8"]
     cfg.generate.classes["benign"].where = {"site": "head/neck"}
-    with pytest.raises(UserError, match="has a known diagnosis and site and age and sex"):
-        Plan(cfg, train)
+    for ask in (Plan, examples):
+        with pytest.raises(UserError, match="has a known diagnosis and site and age and sex"):
+            ask(cfg, train)
 
 
 def test_images_to_start_from_are_used_equally_often(train: Dataset) -> None:

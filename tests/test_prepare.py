@@ -18,7 +18,7 @@ from PIL import Image
 
 from skinsynth.data.phantom import write_dataset
 from skinsynth.data.shards import Dataset, ShardWriter
-from skinsynth.data.withdrawn import withdrawn_keys
+from skinsynth.data.withdrawn import mark, withdrawn_keys
 from skinsynth.errors import UserError
 from skinsynth.files import read_json
 from skinsynth.knobs import Config
@@ -261,13 +261,16 @@ def test_who_withdrew_is_in_no_dataset_that_is_prepared_later(broken: Path, tmp_
     content = rows(broken)
     new = next(row for row in content if row["patient_id"] != patient and row["image_name"] not in gone)
     new["patient_id"] = patient  # a new image of theirs
-    write_rows(broken, content)
-    for name in gone | {new["image_name"]}:
+    mark(home, "IL_7", ["ISIC_7"], "withdrawn by the lesion")
+    another = next(row for row in reversed(content) if row["patient_id"] != patient and row["image_name"] not in gone)
+    write_rows(broken, [{**row, "lesion_id": "IL_7" if row is another else ""} for row in content])
+    gone |= {new["image_name"], another["image_name"]}
+    for name in gone:
         (broken / f"images/{name}.jpg").write_bytes(b"not to be read")
     cfg.data.name, cfg.prepare.size, cfg.prepare.max_bad, cfg.run = "other", 48, 0.0, str(tmp_path / "other")
     go(cfg)
     found = {item["key"]: item["reason"] for item in read_json(home / "other-train/manifest.json")["set_aside"]}
-    assert found == dict.fromkeys(gone | {new["image_name"]}, "withdrawn: see withdrawn.json beside the datasets")
+    assert found == dict.fromkeys(gone, "withdrawn: see withdrawn.json beside the datasets")
     for split in ("train", "val", "test"):
         assert not found.keys() & set(Dataset.open(home / f"other-{split}").keys)
 

@@ -59,7 +59,12 @@ class PlannedClass:
 def needs_train(cfg: Config) -> bool:
     """Whether the plan depends on the training split."""
     g = cfg.generate
-    return g.amount != "counts" or g.method != "text-to-image" or any(fields(p) for c in g.classes.values() for p in c.prompts)
+    return g.amount != "counts" or g.method != "text-to-image" or has_fields(cfg)
+
+
+def has_fields(cfg: Config) -> bool:
+    """Whether a prompt has fields, which the training split fills."""
+    return any(fields(p) for c in cfg.generate.classes.values() for p in c.prompts)
 
 
 def fields(prompt: str) -> list[str]:
@@ -83,19 +88,8 @@ class Plan:
         self.units = -(-self.total // self.size)
 
     def _class(self, name: str, wanted: GeneratedClass, count: int) -> PlannedClass:
-        samples = tuple(self._samples(name, wanted, prompt) for prompt in wanted.prompts)
+        samples = tuple(_matching(self.cfg, self.train, name, prompt) for prompt in wanted.prompts)
         return PlannedClass(name, wanted.target, count, tuple(wanted.prompts), samples)
-
-    def _samples(self, name: str, wanted: GeneratedClass, prompt: str) -> tuple[int, ...]:
-        if self.train is None or (not fields(prompt) and self.cfg.generate.method == "text-to-image"):
-            return ()
-        needed = [column for field in fields(prompt) for column in NEEDS[field]]
-        matching = self.train.select({"target": wanted.target, **wanted.where})
-        found = tuple(i for i in matching if all(self.train.columns[column][i] is not None for column in needed))
-        if not found:
-            raise UserError(f"generate.classes.{name}: no training image of target {wanted.target} that matches {wanted.where} has a known "
-                            f"{' and '.join(dict.fromkeys(needed)) or 'value'}, which the prompt '{prompt}' needs")
-        return found
 
     def numbers(self, unit: int) -> range:
         """The images of a unit."""
@@ -109,7 +103,7 @@ class Plan:
         source = self._source(c.samples[which], place, turn // len(c.prompts), seed, attempt)
         attributes = {name: None if source is None else self.train.columns[name][source] for name in ATTRIBUTES} if self.train else {}
         made_from = source if self.cfg.generate.method != "text-to-image" else None
-        return Planned(number, key(number), c.name, c.target, self._prompt(c.prompts[which], source), seed, attempt, attributes, made_from)
+        return Planned(number, key(number), c.name, c.target, _filled(c.prompts[which], self.train, source), seed, attempt, attributes, made_from)
 
     def _source(self, samples: tuple[int, ...], place: int, turn: int, seed: int, attempt: int) -> int | None:
         """Values are drawn as often as they occur; images to start from are used equally often, and another one after a failure."""
@@ -119,13 +113,6 @@ class Plan:
             return samples[int(sample_rng(seed, 1).integers(len(samples)))]
         epoch, index = divmod(turn, len(samples))
         return samples[int(permutation(len(samples), self.cfg.seed + place, epoch)[index])]
-
-    def _prompt(self, prompt: str, source: int | None) -> str:
-        if source is None or self.train is None or not fields(prompt):
-            return prompt
-        columns = self.train.columns
-        row = isic.Row("", columns["target"][source], None, None, *(columns[name][source] for name in ("sex", "age", "site", "diagnosis")))
-        return prompt.format(**isic.phrases(row), caption=columns["caption"][source])
 
     def request(self) -> dict[str, Any]:
         """All of the plan that decides what the images are, as plain values."""
@@ -139,6 +126,38 @@ class Plan:
             return {}
         gone = self.train.manifest["count"] - len(self.train)
         return {"train_sha256": sha256_file(self.train.folder / "manifest.json"), **({"train_withdrawn": gone} if gone else {})}
+
+
+def examples(cfg: Config, train: Dataset | None) -> list[str]:
+    """The prompts of all classes, each once, filled as for the first training image that can. ``train`` where a prompt has fields.
+
+    Raises:
+        UserError: no training image can fill one.
+    """
+    found = [(prompt, _matching(cfg, train, name, prompt)) for name, c in cfg.generate.classes.items() for prompt in c.prompts]
+    return list(dict.fromkeys(_filled(prompt, train, samples[0] if samples else None) for prompt, samples in found))
+
+
+def _matching(cfg: Config, train: Dataset | None, name: str, prompt: str) -> tuple[int, ...]:
+    """The training images of a class whose values a prompt may take, or that its images may be made from."""
+    if train is None or (not fields(prompt) and cfg.generate.method == "text-to-image"):
+        return ()
+    wanted = cfg.generate.classes[name]
+    needed = [column for field in fields(prompt) for column in NEEDS[field]]
+    matching = train.select({"target": wanted.target, **wanted.where})
+    found = tuple(i for i in matching if all(train.columns[column][i] is not None for column in needed))
+    if not found:
+        raise UserError(f"generate.classes.{name}: no training image of target {wanted.target} that matches {wanted.where} has a known "
+                        f"{' and '.join(dict.fromkeys(needed)) or 'value'}, which the prompt '{prompt}' needs")
+    return found
+
+
+def _filled(prompt: str, train: Dataset | None, source: int | None) -> str:
+    if source is None or train is None or not fields(prompt):
+        return prompt
+    columns = train.columns
+    row = isic.Row("", columns["target"][source], None, None, *(columns[name][source] for name in ("sex", "age", "site", "diagnosis")))
+    return prompt.format(**isic.phrases(row), caption=columns["caption"][source])
 
 
 def key(number: int) -> str:

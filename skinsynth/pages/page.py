@@ -9,7 +9,7 @@ import jinja2
 
 from skinsynth import config as configs
 from skinsynth.data import descent
-from skinsynth.files import read_json
+from skinsynth.files import read_hint, read_json
 from skinsynth.knobs import Config
 from skinsynth.pages import figures, pictures, screening
 from skinsynth.pages.results import missing
@@ -52,7 +52,7 @@ def render(cfg: Config, run: RunDir, summary: dict[str, Any]) -> str:
         name=run.name, path=cfg.run, summary=summary, missing=missing(cfg, run), metrics=METRICS, main=MAIN, classes=pictures.CLASSES,
         epochs=epochs, epochs_of=split, roc=figures.roc(summary["arms"]), reliability=figures.reliability(summary["arms"]),
         loss=figures.loss(figures.lines(run.node("finetune") / "metrics.jsonl")), previews=pictures.previews(run),
-        prompts=list(dict.fromkeys(p for g in cfg.generate.classes.values() for p in g.prompts)), grids=pictures.grids(cfg, run),
+        prompts=read_hint(run.node("finetune") / "previews/prompts.json") or [], grids=pictures.grids(cfg, run),
         sheets=sheets, all_sheets=all_sheets, pairs=pictures.pairs(cfg, run), plots=pictures.plots(run),
         screening=screening.tables(summary["synthetic"]),
         copy_quantile=getattr(cfg.screen, "copy_quantile", None), config=configs.dump(cfg), provenance=read_json(run.path / "provenance.json") or {},

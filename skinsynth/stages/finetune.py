@@ -15,7 +15,8 @@ import torch
 from diffusers import DDPMScheduler
 
 from skinsynth import config
-from skinsynth.data import descent
+from skinsynth.data import descent, plan
+from skinsynth.data.cache import open_dataset
 from skinsynth.files import put_in_place, sha256_file, write_json
 from skinsynth.knobs import Config
 from skinsynth.models import attention, denoiser, diffusion, hub, painter
@@ -48,6 +49,7 @@ def finetune(cfg: Config, run: RunDir, world: World) -> None:
     if cfg.model.compile:
         compile_unet(model.unet, world.device)
     samples = Samples(cfg, run, pipe, base_sha256)
+    prompts = plan.examples(cfg, open_dataset(cfg, run, "train") if plan.has_fields(cfg) else None)
     clock.lap("models and data")
     checkpoints = Checkpoints(run.node(NODE) / "checkpoints", world, {**config.binding(cfg.finetune), "base_sha256": base_sha256,
                                                                              "samples_sha256": samples.sha256()},
@@ -55,7 +57,7 @@ def finetune(cfg: Config, run: RunDir, world: World) -> None:
     clock.lap("finding and checking the checkpoint")
     engine = Engine(cfg.finetune, world, model, NODE, checkpoints.found)
     clock.lap("engine and its state")
-    previews = Previews(cfg, run, world, lambda: painter.ready(_base(cfg, cfg.generate.precision), cfg, kind))
+    previews = Previews(cfg, run, world, prompts, lambda: painter.ready(_base(cfg, cfg.generate.precision), cfg, kind))
 
     def evaluate(step: int, state: dict[str, Any]) -> dict[str, np.ndarray] | None:
         return previews.draw(step, engine.weights())

@@ -158,9 +158,9 @@ def make_plan(cfg: Config, request: dict[str, Any]) -> Plan:
 
 
 def _without_withdrawn(rows: list[Row], shards: Path, aside: list[Aside]) -> list[Row]:
-    """Drops what was withdrawn from any dataset in this home, before an image is read; of a patient who did, new images too."""
+    """Drops what was withdrawn from any dataset in this home, before an image is read; of that patient or lesion, new images too."""
     ids, keys = withdrawn.at_home(shards)
-    gone = {row.image_name for row in rows if row.image_name in keys or row.patient_id in ids}
+    gone = {row.image_name for row in rows if row.image_name in keys or {row.patient_id, row.lesion_id} & ids}
     aside += [{"key": name, "reason": WITHDRAWN} for name in sorted(gone)]
     return [row for row in rows if row.image_name not in gone]
 

@@ -3,6 +3,7 @@
 ::
 
     finetune/previews/00000000.png ...   by steps; a row per prompt
+                      prompts.json       of the rows
                       strip.png          all of them side by side, over time
 """
 
@@ -19,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from skinsynth.data.order import sample_rng
-from skinsynth.files import write_bytes
+from skinsynth.files import write_bytes, write_json
 from skinsynth.knobs import Config
 from skinsynth.models import denoiser, diffusion
 from skinsynth.run import RunDir
@@ -37,8 +38,9 @@ class Previews:
     ``fresh`` gives the base, ready to draw as ``generate`` would.
     """
 
-    def __init__(self, cfg: Config, run: RunDir, world: World, fresh: Callable[[], Any]):
+    def __init__(self, cfg: Config, run: RunDir, world: World, prompts: list[str], fresh: Callable[[], Any]):
         self.cfg, self.folder, self.world, self.fresh = cfg, run.node("finetune") / "previews", world, fresh
+        self.prompts = prompts[:PROMPTS]
         self.pipe: Any = None
 
     def draw(self, step: int, weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, np.ndarray] | None:
@@ -53,6 +55,7 @@ class Previews:
         sheet = self._sheet(step)
         if sheet is None or not self.world.is_main:
             return None
+        write_json(self.folder / "prompts.json", self.prompts)
         write_bytes(self.folder / "strip.png", _png(self._strip()))
         return {"previews": sheet}
 
@@ -75,8 +78,7 @@ class Previews:
 
     def _pieces(self, step: int) -> list[list[np.ndarray]] | None:
         """Of each prompt its images, ``AT_ONCE`` at a time: uint8 (n, height, width, 3). A collective."""
-        prompts = list(dict.fromkeys(p for g in self.cfg.generate.classes.values() for p in g.prompts))[:PROMPTS]
-        todo = [(prompt, first) for prompt in prompts for first in range(0, COLUMNS, AT_ONCE)]
+        todo = [(prompt, first) for prompt in self.prompts for first in range(0, COLUMNS, AT_ONCE)]
         mine: dict[int, np.ndarray] = {}
         memory = ""
         for start in range(0, len(todo), self.world.size):
@@ -97,7 +99,7 @@ class Previews:
         if len(done) < len(todo):
             return None
         per_row = COLUMNS // AT_ONCE
-        return [[done[row * per_row + i] for i in range(per_row)] for row in range(len(prompts))]
+        return [[done[row * per_row + i] for i in range(per_row)] for row in range(len(self.prompts))]
 
     def _piece(self, prompt: str, first: int) -> np.ndarray:
         cfg, pipe = self.cfg, self.pipe.to(self.world.device)

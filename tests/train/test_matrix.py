@@ -349,9 +349,13 @@ def test_previews_over_time(maker) -> None:  # type: ignore[no-untyped-def]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = maker("previews", "dreambooth", validate_every=2, lr=1e-2)
+    cfg = run.config()
+    cfg.generate.classes["benign"].prompts = ["a photo of a {diagnosis}"]
+    run.config_path.write_text(config.dump(cfg))
     run_gang([str(run.path)], World())
     folder = run.node("finetune") / "previews"
-    assert sorted(p.name for p in folder.iterdir()) == ["00000000.png", "00000002.png", "00000004.png", "strip.png"]
+    assert sorted(p.name for p in folder.iterdir()) == ["00000000.png", "00000002.png", "00000004.png", "prompts.json", "strip.png"]
+    assert read_json(folder / "prompts.json") == ["a photo of a nevus", *cfg.generate.classes["malignant"].prompts], "filled, as generate's"
     assert Image.open(folder / "strip.png").size == (3 * 2 * 64 + 2 * 3, 2 * 64 + 14)
     assert (folder / "00000000.png").read_bytes() != (folder / "00000004.png").read_bytes()
     events = EventAccumulator(str(run.node("finetune") / "tensorboard"))
@@ -376,7 +380,7 @@ def test_previews_keep_no_stop_signal_waiting(maker, monkeypatch: pytest.MonkeyP
     assert not run.is_done("finetune")
     run_gang([str(run.path)], World())
     assert run.is_done("finetune")
-    assert sorted(p.name for p in (run.node("finetune") / "previews").iterdir()) == ["00000000.png", "00000004.png", "strip.png"]
+    assert sorted(p.name for p in (run.node("finetune") / "previews").iterdir()) == ["00000000.png", "00000004.png", "prompts.json", "strip.png"]
 
 
 def test_previews_that_do_not_fit_beside_the_training_are_left_out(maker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:  # type: ignore[no-untyped-def]
