@@ -52,10 +52,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The Slurm's tests are one worker's, from the beginning on. The other long ones (those that have a timeout of their own) come before the
-    short ones, so that no worker is left alone with one at the end; and first those that need not wait for the chain, which the first makes."""
+    short ones, so that no worker is left alone with one at the end; and first those that need not wait for the chain to be made."""
     def place(item: pytest.Item) -> tuple[bool, bool, bool]:
-        waits = bool({"chain", "make"} & set(getattr(item, "fixturenames", ())))
-        return not item.nodeid.startswith("tests/slurm/"), item.get_closest_marker("timeout") is None, waits
+        if item.nodeid.startswith("tests/slurm/"):
+            return False, False, False
+        return True, item.get_closest_marker("timeout") is None, bool({"chain", "make"} & set(getattr(item, "fixturenames", ())))
 
     items.sort(key=place)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from campaign import until
 from conftest import ROOT, overrides
 
 pytestmark = pytest.mark.slurm
@@ -39,6 +39,7 @@ def test_a_job_that_does_not_start_is_cancelled(slurm: dict[str, str], drawn: Pa
     everything = ["sbatch", "--parsable", "--exclusive", "--nodes=4", "--time=3", "--job-name=holds-all-nodes", "--output=/dev/null"]
     held = subprocess.run([*everything, "--wrap", "sleep 120"], env=slurm, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
     try:
+        until("all nodes are held", lambda: f"{held} RUNNING" in queue(slurm), 60)
         done = subprocess.run(command(drawn, tmp_path, "--wait", "6"), env=slurm, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
         assert done.returncode == 1
         assert " is pending: " in done.stderr
@@ -53,9 +54,6 @@ def test_a_job_that_does_not_start_is_cancelled(slurm: dict[str, str], drawn: Pa
         process.stderr.close()
         assert process.stdout is not None
         process.stdout.close()
-        end = time.monotonic() + 20
-        while "-doctor" in queue(slurm) and time.monotonic() < end:
-            time.sleep(0.5)
-        assert "-doctor" not in queue(slurm)
+        until("the doctor's job is gone", lambda: "-doctor" not in queue(slurm), 20)
     finally:
         subprocess.run(["scancel", held], env=slurm, timeout=30, check=True)
