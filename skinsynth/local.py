@@ -25,6 +25,7 @@ from skinsynth.run import RunDir, Task
 from skinsynth.status import LiveTable, newest_log
 
 GRACE = 30  # seconds that a job has to save its state when the launch is stopped
+SMI_SILENT = 60  # seconds after which nvidia-smi is not waited for any more; a first call may take several
 
 
 def shares(cfg: Config, run: RunDir, node: Node) -> list[list[Task]]:
@@ -44,15 +45,31 @@ def _together(cfg: Config, node: Node) -> int:
 
 
 def machine_gpus() -> list[str]:
-    """This machine's GPUs, or those that it was told to use, as ``CUDA_VISIBLE_DEVICES`` names them; [] where the driver does not answer."""
+    """This machine's GPUs, or those that it was told to use, as ``CUDA_VISIBLE_DEVICES`` names them.
+
+    Raises:
+        UserError: nvidia-smi is there and fails, or does not answer.
+    """
     told = os.environ.get("CUDA_VISIBLE_DEVICES")
     if told is None:
-        told = ""
-        with contextlib.suppress(OSError, subprocess.SubprocessError):  # none there, or one that hangs; what it says when it fails goes to stdout
-            told = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, timeout=60,
-                                  check=True).stdout.replace("\n", ",")
+        told = ",".join(_ask_nvidia_smi())
     names = [name.strip() for name in told.split(",")]
     return [name for name in itertools.takewhile(lambda name: name != "-1", names) if name]  # CUDA takes none after a name that is none
+
+
+def _ask_nvidia_smi() -> list[str]:
+    if not shutil.which("nvidia-smi"):
+        return []
+    try:
+        done = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, timeout=SMI_SILENT,
+                              check=False)
+    except subprocess.TimeoutExpired:
+        why = f"does not answer within {SMI_SILENT} s"
+    else:
+        if not done.returncode:
+            return done.stdout.split()
+        why = f"fails: {' '.join((done.stdout + done.stderr).split())}"  # of a driver that it cannot reach it tells on stdout
+    raise UserError(f"nvidia-smi {why}; so this machine's GPUs cannot be listed: mend its driver, or name them in CUDA_VISIBLE_DEVICES")
 
 
 @dataclass

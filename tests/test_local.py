@@ -126,9 +126,14 @@ def test_after_a_gpu_that_is_none_cuda_takes_none(shown: str, found: list[str], 
     assert local.machine_gpus() == found
 
 
-def test_what_nvidia_smi_says_of_its_failure_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("script", "words"), [("echo 'NVIDIA-SMI has failed, so.'\nexit 9", "fails: NVIDIA-SMI has failed"),
+                                               ("exec sleep 60", "does not answer within 0.5 s")])
+def test_an_nvidia_smi_that_lists_no_gpus_is_told(script: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it says when it fails stands where the list would."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed because it could not talk to the driver, so.'\nexit 9\n")
+    monkeypatch.setattr(local, "SMI_SILENT", 0.5)
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert local.machine_gpus() == []
+    with pytest.raises(UserError, match=f"nvidia-smi {words}.*; so this machine's GPUs cannot be listed: mend its driver"):
+        local.machine_gpus()

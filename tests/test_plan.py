@@ -89,6 +89,8 @@ def test_prompts_are_filled_as_values_occur_together(train: Dataset) -> None:
     for ask in (Plan, examples):
         with pytest.raises(UserError, match="has a known diagnosis and site and age and sex"):
             ask(cfg, train)
+    cfg.generate.classes["benign"].count = 0
+    assert examples(cfg, train) == ["caption 8"], "what nothing is generated of need not be filled"
 
 
 def test_images_to_start_from_are_used_equally_often(train: Dataset) -> None:

@@ -64,7 +64,7 @@ def needs_train(cfg: Config) -> bool:
 
 def has_fields(cfg: Config) -> bool:
     """Whether a prompt has fields, which the training split fills."""
-    return any(fields(p) for c in cfg.generate.classes.values() for p in c.prompts)
+    return any(fields(p) for c in cfg.generate.classes.values() if c.count for p in c.prompts)
 
 
 def fields(prompt: str) -> list[str]:
@@ -129,12 +129,12 @@ class Plan:
 
 
 def examples(cfg: Config, train: Dataset | None) -> list[str]:
-    """The prompts of all classes, each once, filled as for the first training image that can. ``train`` where a prompt has fields.
+    """The prompts that images are generated for, each once, filled as for the first training image that can. ``train`` where one has fields.
 
     Raises:
         UserError: no training image can fill one.
     """
-    found = [(prompt, _matching(cfg, train, name, prompt)) for name, c in cfg.generate.classes.items() for prompt in c.prompts]
+    found = [(prompt, _matching(cfg, train, name, prompt)) for name, c in cfg.generate.classes.items() if c.count for prompt in c.prompts]
     return list(dict.fromkeys(_filled(prompt, train, samples[0] if samples else None) for prompt, samples in found))
 
 

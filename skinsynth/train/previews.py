@@ -46,8 +46,11 @@ class Previews:
     def draw(self, step: int, weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, np.ndarray] | None:
         """Draws with the weights, and with the base where that is not there yet. A collective; on rank 0 it returns the picture for TensorBoard.
 
-        None there: left out, since a stop signal is not kept waiting, or a rank's memory does not hold a pipeline beside the training.
+        None there: left out, since a stop signal is not kept waiting, or a rank's memory does not hold a pipeline beside the training; or there
+        are no prompts.
         """
+        if not self.prompts:
+            return None
         self.pipe = self.pipe or self.fresh()
         if not self.there(0) and self._sheet(0) is None:
             return None

@@ -364,6 +364,17 @@ def test_previews_over_time(maker) -> None:  # type: ignore[no-untyped-def]
     assert {"loss", "samples_per_second", "data_wait", "peak_memory_gb"} <= set(events.Tags()["scalars"])
 
 
+def test_without_anything_to_generate_there_are_no_previews(maker) -> None:  # type: ignore[no-untyped-def]
+    run = maker("previews-none", "dreambooth")
+    cfg = run.config()
+    for wanted in cfg.generate.classes.values():
+        wanted.count, wanted.prompts = 0, []
+    run.config_path.write_text(config.dump(cfg))
+    run_gang([str(run.path)], World())
+    assert run.is_done("finetune")
+    assert not (run.node("finetune") / "previews").exists()
+
+
 def test_previews_keep_no_stop_signal_waiting(maker, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     """They are left out then; those of the end are drawn when the same command comes again."""
     run, world, draw = maker("previews-stopped", "dreambooth"), World(), Previews._piece
