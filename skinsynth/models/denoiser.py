@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 
 from skinsynth.errors import UserError
 from skinsynth.knobs import Finetune
@@ -29,6 +30,15 @@ class Denoiser(torch.nn.Module):
         super().__init__()
         self.unet = unet
         self.text_encoder = text_encoder
+
+    def train(self, mode: bool = True) -> Denoiser:
+        """In training mode diffusers' residual blocks copy their input out of channels-last and back, for DDP's sake, whose warning does not come
+        here: the weights lie channels-last too. They do nothing else in that mode, unless there is dropout."""
+        super().train(mode)
+        for block in self.unet.modules():
+            if isinstance(block, ResnetBlock2D) and not block.dropout.p:
+                block.training = False
+        return self
 
     def forward(self, noisy: torch.Tensor, timestep: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """float32 (n, c, h, w): the predicted noise or velocity."""

@@ -149,7 +149,8 @@ class Engine:
         """
         for group in self.adam.param_groups:
             group["lr"], group["ema_decay"] = lr * group.get("scale", 1.0), ema_decay
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         total = torch.zeros((), device=self.device)
         try:
             for batch in batches:
