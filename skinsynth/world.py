@@ -142,16 +142,31 @@ def join(world: World, variables: dict[str, str]) -> Iterator[None]:
     if world.size == 1:
         yield
         return
-    import torch
     import torch.distributed as dist
 
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when it is imported
     _take_gpu(world)
-    # gloo carries the flags and the Python objects also where NCCL carries the gradients
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
+    dist.init_process_group(_backend(), timeout=timedelta(minutes=30))
     yield
     dist.destroy_process_group()
+
+
+def join_alone(world: World) -> None:
+    """A process group of a single rank, for DeepSpeed, which does nothing without one. Harmless twice."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
+    os.environ["LOCAL_RANK"] = str(world.device.index or 0)
+
+
+def _backend() -> str:
+    """gloo carries the flags and the Python objects also where NCCL carries the gradients."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cpu:gloo,cuda:nccl"
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed when it is imported
+    return "gloo"
 
 
 def _take_gpu(world: World) -> None:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +24,7 @@ from skinsynth.data.cache import Cache, open_dataset
 from skinsynth.data.shards import BadSample, Dataset
 from skinsynth.data.stream import Source
 from skinsynth.errors import UserError
+from skinsynth.files import birth
 from skinsynth.knobs import Config
 from skinsynth.run import RunDir, Task
 from skinsynth.stages.prepare import SPLITS, prepare
@@ -249,11 +253,37 @@ def test_a_fetch_that_was_killed_leaves_nothing_that_looks_finished(server: Serv
     cfg = config(tmp_path, remote=server.url)
     run = go(cfg)
     folder = run.dataset(cfg, "train")
-    (folder / ".00000.tar.1-1.tmp").write_bytes(b"half")
+    (folder / f".00000.tar.1.{platform.node()}-999999999-1.tmp").write_bytes(b"half")
+    elsewhere = folder / ".00000.tar.1.elsewhere-77-1700000000.tmp"  # on another host nobody can tell, until nothing is written for long
+    elsewhere.write_bytes(b"half")
     (folder / "00001.tar").write_bytes(b"cut off by a full disk")
     data = open_dataset(cfg, run, "train")
     assert [data.image(next(data.shard_samples(n))).shape for n in (0, 1)] == [(32, 32, 3)] * 2
+    assert list(folder.glob(".*.tmp")) == [elsewhere]
+    os.utime(elsewhere, (1, 1))
+    (folder / "00000.tar").unlink()
+    open_dataset(cfg, run, "train").image(0)
     assert list(folder.glob(".*.tmp")) == []
+
+
+def test_where_the_file_system_has_no_locks_each_brings_its_own(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    cfg = config(tmp_path, remote=f"pipe:cat {there}/{{name}}; case {{name}} in *.tar) sleep 0.3;; esac")
+    run = go(cfg)
+    data = [open_dataset(cfg, run, "train") for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        begun = [(pool.submit(each.read, 0, "jpg"), time.sleep(0.1))[0] for each in data]
+        assert len({one.result() for one in begun}) == 1
+
+
+def test_a_command_that_gives_nothing_is_stopped_with_all_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "SILENT", 0.5)
+    with pytest.raises(UserError, match=r"gave nothing for 0\.5 s and was stopped: still waiting"):
+        go(config(tmp_path, remote=f"pipe:echo still waiting >&2; sleep 77 & echo $! > {tmp_path}/pid; wait # {{name}}"))
+    assert birth(int((tmp_path / "pid").read_text())) is None
 
 
 def test_others_wait_while_one_brings_it(server: Server, tmp_path: Path) -> None:

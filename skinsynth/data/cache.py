@@ -17,6 +17,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -31,12 +32,15 @@ from typing import IO, Any
 
 from skinsynth.data.shards import SHARD, Dataset, Handle, check_part, claim, part_path
 from skinsynth.errors import UserError
-from skinsynth.files import sha256_file, sync, write_bytes
+from skinsynth.files import is_spare, owner, sha256_file, sync, write_bytes
 from skinsynth.knobs import Config, Data
 from skinsynth.run import RunDir
 
 SPLITS = ("train", "val", "test")
 TRIES, PAUSE, TIMEOUT = 3, 1.0, 60  # of an http request; seconds after the first failure, twice as long after the second; seconds of silence
+
+SILENT = 600  # seconds without a byte, after which a command is stopped: a tape may be slow to begin
+ABANDONED = 3600  # seconds since anything was written to a tar that is being brought, after which nobody brings it any more
 
 
 def open_dataset(cfg: Config, run: RunDir, kind: str, tolerate: bool = False) -> Dataset:
@@ -134,9 +138,9 @@ class Cache:
                 return handle
 
     def _bring(self, path: Path, shard: dict[str, Any]) -> None:
-        for stale in path.parent.glob(f".{path.name}.*.tmp"):  # left by a process that died
-            stale.unlink(missing_ok=True)
-        temp = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+        for temp in filter(_abandoned, path.parent.glob(f".{path.name}.*.tmp")):
+            temp.unlink(missing_ok=True)
+        temp = path.with_name(f".{path.name}.{threading.get_ident()}.{owner()}.tmp")
         self._make_room(shard["bytes"])
         try:
             for _ in range(0 if path.name in self.wrong else 2):
@@ -167,6 +171,13 @@ class Cache:
                 return
             path.unlink(missing_ok=True)
             total -= size
+
+
+def _abandoned(temp: Path) -> bool:
+    """By a process that died. The lock says nothing of one on another host, where the file system's locks may not reach."""
+    with suppress(FileNotFoundError):
+        return is_spare(temp) or time.time() - temp.stat().st_mtime > ABANDONED
+    return False
 
 
 def _wrong(file: BufferedRandom, shard: dict[str, Any]) -> str:
@@ -230,10 +241,33 @@ def _from_command(template: str, name: str, to: IO[bytes]) -> None:
     if "{name}" not in template:
         raise UserError(f"data.remote=pipe:{template}: the command must hold {{name}}, which stands for the file, for example isic-train/00000.tar")
     command = template.replace("{name}", shlex.quote(name)).strip()
-    done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, stdout=to, stderr=subprocess.PIPE, check=False)
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        raise UserError(f"data.remote: the command '{command}' ended with {done.returncode}{': ' + said[-1] if said else ''}")
+    with tempfile.TemporaryFile() as words:
+        process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=to, stderr=words, start_new_session=True)
+        silent = _wait(process, to)
+        words.seek(0)
+        said = words.read().decode(errors="replace").strip().splitlines()
+    if silent or process.returncode:
+        how = f"gave nothing for {SILENT} s and was stopped" if silent else f"ended with {process.returncode}"
+        raise UserError(f"data.remote: the command '{command}' {how}{': ' + said[-1] if said else ''}")
+
+
+def _wait(process: subprocess.Popen[bytes], to: IO[bytes]) -> bool:
+    """Until a command has ended; one whose output grows no more is stopped with all that it started: then True."""
+    size, since, pause = 0, time.monotonic(), 0.005
+    try:
+        while process.poll() is None:
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
+            now = os.fstat(to.fileno()).st_size
+            if now != size:
+                size, since = now, time.monotonic()
+            if time.monotonic() - since > SILENT:
+                return True
+        return False
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _from_web(url: str, to: IO[bytes]) -> None:

@@ -12,13 +12,15 @@ from skinsynth.knobs import Config, Images
 
 @dataclass(frozen=True)
 class Source:
-    """``samples`` are ascending numbers in the training split, ``prompts`` one for each of them; ``prior`` marks class images."""
+    """``samples`` are ascending numbers in the training split, ``prompts`` one for each of them; ``prior`` marks class images.
+    ``share``: of what its concept draws."""
 
     name: str
     samples: tuple[int, ...]
     prompts: tuple[str, ...]
     prior: bool
     shards: tuple[int, ...]  # how many of the samples lie in each shard
+    share: float = 1.0
 
 
 def sources(cfg: Config, train: Dataset) -> list[Source]:
@@ -50,15 +52,16 @@ def _dreambooth(cfg: Config, train: Dataset) -> list[Source]:
     for number, (name, concept) in enumerate(cfg.finetune.concepts.items()):
         key = f"finetune.concepts.{name}"
         kinds = [(concept.instance, concept.instance_prompt, "instance", False), (concept.class_, concept.class_prompt, "class", True)]
-        for images, prompt, kind, prior in kinds[: 2 if concept.class_prompt else 1]:
+        kinds = kinds[: 2 if concept.class_prompt else 1]
+        for images, prompt, kind, prior in kinds:
             samples = _take(train, images, cfg.seed + number, f"{key}.{kind}")
-            found.append(Source(name, samples, (prompt,) * len(samples), prior, train.shard_counts(samples)))
+            found.append(Source(name, samples, (prompt,) * len(samples), prior, train.shard_counts(samples), 1 / len(kinds)))
     return found
 
 
 def mixture(cfg: Config, found: list[Source]) -> Mixture:
     """Every concept as often as the others; instance and class images of a concept in turn."""
-    return Mixture(tuple(len(s.samples) for s in found), tuple(1.0 for _ in found), cfg.seed, tuple(s.shards for s in found), cfg.data.streams,
+    return Mixture(tuple(len(s.samples) for s in found), tuple(s.share for s in found), cfg.seed, tuple(s.shards for s in found), cfg.data.streams,
                    cfg.data.shuffle_window)
 
 

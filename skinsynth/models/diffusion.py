@@ -170,8 +170,10 @@ def at_once(height: int, width: int, pixels: int = 2**21) -> int:
 @torch.no_grad()
 def draw_latents(vae: Any, pixels: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
     """uint8 (n, height, width, 3) and normal numbers (n, c, h, w) -> scaled latents, as drawn from the cached moments."""
-    posterior = vae.encode(pixels.permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1).latent_dist
-    return (posterior.mean + posterior.std * draw) * vae.config.scaling_factor
+    pixels, some = pixels.permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1, at_once(*pixels.shape[1:3])
+    found = [vae.encode(part).latent_dist for part in pixels.split(some)]
+    drawn = [posterior.mean + posterior.std * part for posterior, part in zip(found, draw.split(some), strict=True)]
+    return torch.cat(drawn) * vae.config.scaling_factor
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
 """One optimizer step over all ranks, through accelerate and DeepSpeed; the same for both models.
 
-ZeRO stage 0, or a single rank, is plain data parallel (accelerate alone); stages 1 to 3 are DeepSpeed's (Rajbhandari
-et al. 2020). The learning rate is set from outside as a function of the step: a schedule has no state to lose.
+ZeRO stage 0, or a single rank that offloads nothing, is plain data parallel (accelerate alone); stages 1 to 3 are DeepSpeed's
+(Rajbhandari et al. 2020). The learning rate is set from outside as a function of the step: a schedule has no state to lose.
 
 What there is to save is, per trained parameter, the float32 master weight and the optimizer's states, *whole*: ``full`` and
 ``_set`` go through DeepSpeed's tensor-fragment functions, so that a checkpoint knows neither ranks nor ZeRO stages.
@@ -20,7 +20,7 @@ from skinsynth.cpu import importing
 from skinsynth.errors import UserError
 from skinsynth.knobs import Training
 from skinsynth.train.optimizer import build_optimizer, groups
-from skinsynth.world import World
+from skinsynth.world import World, join_alone
 
 Batch = dict[str, torch.Tensor]
 WEIGHT = "weight"
@@ -75,11 +75,8 @@ class Engine:
         self.cfg, self.world, self.section = cfg, world, section
         self.micro = micro_batch(cfg, world, section)
         self.accumulation = cfg.global_batch // world.size // self.micro
-        self.sharded = cfg.zero > 0 and world.size > 1
+        self.sharded = cfg.zero > 0 and (world.size > 1 or cfg.offload != "none")
         self.topology = {"ranks": world.size, "zero": cfg.zero if self.sharded else 0}
-        self.accelerator = self._accelerator()
-        if self.accelerator.num_processes != world.size:
-            raise RuntimeError(f"accelerate sees {self.accelerator.num_processes} processes, the gang has {world.size}")
         self.bare: Any = model  # without what wraps it; accelerate's unwrapping imports all of DeepSpeed, where that is installed
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if found:
@@ -90,6 +87,7 @@ class Engine:
         # DeepSpeed casts the weights first and makes its float32 masters of those, which would begin rounded
         exact = {name: p.detach().float().cpu() for name, p in self.trained.items()} if self.sharded and cfg.precision != "fp32" and not found else {}
         self.adam = build_optimizer(cfg, groups(self.trained, scales or {}))
+        self.accelerator = self._accelerator()
         self.model, self.optimizer = self.accelerator.prepare(model, self.adam)
         if self.sharded:  # accelerate told transformers to shard, with collectives, whatever is loaded from now on: on rank 0 alone it would hang
             from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -108,7 +106,11 @@ class Engine:
 
         forget_accelerate()
         plugin, cpu = None, not torch.cuda.is_available()
+        if cpu and self.cfg.precision == "fp16":
+            raise UserError(f"{self.section}.precision=fp16 needs a GPU, and none is seen here: take bf16 or fp32")
         if self.sharded:
+            if self.world.size == 1:
+                join_alone(self.world)
             if cpu:  # its shared-memory all-reduce serves inference only, and would be compiled on the node
                 import deepspeed.ops
 
@@ -124,13 +126,16 @@ class Engine:
                 "fp16": {"enabled": self.cfg.precision == "fp16"},
                 "steps_per_print": 10**9,
             })
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision={"fp32": "no"}.get(self.cfg.precision, self.cfg.precision),
             gradient_accumulation_steps=self.accumulation,
             deepspeed_plugin=plugin,
             cpu=cpu and not self.sharded,  # with DeepSpeed, cpu=True would silently fall back to DDP
-            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if cpu and self.world.size > 1 else None,
+            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if cpu and (self.sharded or self.world.size > 1) else None,
         )
+        if accelerator.num_processes != self.world.size:
+            raise RuntimeError(f"accelerate sees {accelerator.num_processes} processes, the gang has {self.world.size}")
+        return accelerator
 
     def _zero(self, cpu: bool) -> dict[str, Any]:
         place = {"device": "cpu", "pin_memory": not cpu}
@@ -158,7 +163,7 @@ class Engine:
                 with self.accelerator.accumulate(self.model):
                     value = loss(self.model, batch)
                     self.accelerator.backward(value)
-                    if not self.sharded and self.accelerator.sync_gradients:
+                    if self.cfg.max_grad_norm and not self.sharded and self.accelerator.sync_gradients:
                         self.accelerator.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm)
                     self.optimizer.step()
                     self.optimizer.zero_grad()
@@ -180,12 +185,13 @@ class Engine:
 
     def _memory_advice(self, words: str) -> str:
         s, cfg = self.section, self.cfg
-        ways = [f"{s}.micro_batch={self.micro // 2} (it is {self.micro}; the global batch stays)"] if self.micro > 1 else []
+        smaller = max((n for n in range(1, self.micro) if self.micro % n == 0), default=0)
+        ways = [f"{s}.micro_batch={smaller} (it is {self.micro}; the global batch stays)"] if smaller else []
         if getattr(cfg, "gradient_checkpointing", True) is False:
             ways.append(f"{s}.gradient_checkpointing=true")
         if cfg.precision == "fp32":
             ways.append(f"{s}.precision=bf16 (in a new run)")
-        if cfg.zero < 3:
+        if cfg.zero < 3 and cfg.optimizer != "adamw8bit":
             ways.append(f"{s}.zero={cfg.zero + 1} over more ranks")
         if cfg.offload == "none" and cfg.zero:
             ways.append(f"{s}.offload=optimizer")
@@ -234,13 +240,23 @@ class Engine:
                 for name, tensors in (("weights", held), ("masters", masters), ("optimizer", states))}
 
     def scaler(self) -> dict[str, Any]:
-        """The loss scale of fp16; {} at other precisions."""
+        """fp16's loss scale, and the steps since it last changed; {} at other precisions."""
         if self.cfg.precision != "fp16":
             return {}
-        if not self.sharded:
-            return dict(self.accelerator.scaler.state_dict())
-        own = self.model.optimizer.loss_scaler
-        return {name: getattr(own, name) for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")}
+        if self.sharded:
+            own = self.model.optimizer.loss_scaler
+            return {"scale": float(own.cur_scale), "since": own.cur_iter - 1 - own.last_overflow_iter}
+        own = self.accelerator.scaler
+        return {"scale": own.get_scale(), "since": own.state_dict()["_growth_tracker"]}
+
+    def _set_scaler(self, saved: dict[str, Any]) -> None:
+        """As ``scaler`` gave it, by whichever of the two scalers."""
+        if self.sharded:
+            own = self.model.optimizer.loss_scaler
+            own.cur_scale, own.last_overflow_iter = saved["scale"], own.cur_iter - 1 - saved["since"]
+        else:
+            own = self.accelerator.scaler
+            own.load_state_dict({**own.state_dict(), "scale": saved["scale"], "_growth_tracker": saved["since"]})
 
     def _go_on(self, found: Saved) -> None:
         """Puts the saved states in place, of which every rank takes what it holds."""
@@ -256,11 +272,8 @@ class Engine:
         for name in self.trained:
             for key in self.keys_of(name) if self.sharded else found.keys(name):
                 self._set(key, name, found.tensor(key, name))
-        scaler = found.state.get("scaler")
-        if scaler and self.sharded:
-            vars(self.model.optimizer.loss_scaler).update(scaler)
-        elif scaler:
-            self.accelerator.scaler.load_state_dict(scaler)
+        if found.state.get("scaler"):
+            self._set_scaler(found.state["scaler"])
 
     def _flat(self) -> list[torch.Tensor]:
         """This rank's flat float32 shares, which DeepSpeed gives to the optimizer in place of the parameters."""

@@ -64,8 +64,6 @@ class Samples:
         self.prompts = Prompts.of(cfg, run, pipe)
         self.shape = diffusion.latent_shape(pipe, cfg.prepare.size)
         self.scale, self.timesteps = pipe.vae.config.scaling_factor, pipe.scheduler.config.num_train_timesteps
-        # instance and prior losses are means of their own in the paper: halves of the batch, so each counts double
-        self.factor = 2.0 if any(s.prior for s in self.sources) else 1.0
         self.latents = self._open_latents(run, skip) if cfg.finetune.cache_latents else None
 
     def _open_latents(self, run: RunDir, skip: bool) -> Dataset:
@@ -104,7 +102,8 @@ class Samples:
         dropped = rng.random() < cfg.caption_dropout
         if cfg.noise_offset:
             noise += cfg.noise_offset * rng.standard_normal((self.shape[0], 1, 1), np.float32)
-        weight = self.factor * (cfg.prior_weight if source.prior else 1.0)
+        # instance and prior losses are means of their own in the paper: where a concept has both, each is half of what it draws
+        weight = (cfg.prior_weight if source.prior else 1.0) / source.share
         image, found = self.feeds[number].read(index, lambda train, image: (image, self._image(train, image, view, draw)))
         prompt = "" if dropped else self.prompt_of[number][image]
         return {**found, "noise": noise, "timestep": np.int64(timestep), "weight": np.float32(weight), "prompt": self.prompts.rows[prompt]}

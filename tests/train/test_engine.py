@@ -1,0 +1,118 @@
+"""One optimizer step: what changes nothing (accumulation, offload of a single rank), and what is refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from test_loop import go, losses, square
+
+from skinsynth.errors import UserError
+from skinsynth.files import read_json
+from skinsynth.knobs import Finetune, Training
+from skinsynth.train.engine import Engine, micro_batch
+from skinsynth.world import World
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """Leaves no process group behind. DeepSpeed keeps the first one that it sees in a process, so there can be one such test alone."""
+    yield
+    torch.distributed.destroy_process_group()
+    del os.environ["LOCAL_RANK"]
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_single_rank_may_offload(tmp_path: Path) -> None:
+    """DeepSpeed's way, with its flat shares and masters; it changes no loss, and may begin or end at any restart."""
+    plain, _ = go(tmp_path / "plain", steps=20)
+    for zero, offload in ((2, "optimizer"), (3, "parameters")):
+        run, _ = go(tmp_path / f"zero-{zero}", steps=20, zero=zero, offload=offload)
+        assert losses(run) == pytest.approx(losses(plain), abs=1e-6)
+        assert read_json(run.node("it") / "checkpoints/step-00000020/complete.json")["topology"] == {"ranks": 1, "zero": zero}
+        go(tmp_path / f"turned-{zero}", steps=10, zero=zero, offload=offload)
+        turned, _ = go(tmp_path / f"turned-{zero}", steps=20)
+        assert losses(turned) == pytest.approx(losses(plain), abs=1e-6)
+
+
+def test_accumulation_changes_no_loss(tmp_path: Path) -> None:
+    whole, _ = go(tmp_path / "whole", steps=20, global_batch=8)
+    for micro in (1, 2, 4):
+        parts, _ = go(tmp_path / str(micro), steps=20, global_batch=8, micro_batch=micro)
+        assert losses(parts) == pytest.approx(losses(whole), rel=1e-5), micro
+
+
+def test_a_gradient_is_clipped_to_its_norm_and_without_a_norm_left_alone(tmp_path: Path) -> None:
+    def moved(norm: float) -> float:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(1, 1)
+        engine = Engine(Training(steps=1, global_batch=4, lr=1.0, weight_decay=0.0, zero=0, max_grad_norm=norm), World(), model, "it")
+        engine.adam = torch.optim.SGD(model.parameters(), lr=1.0)
+        engine.optimizer = engine.accelerator.prepare(engine.adam)
+        before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        engine.step(1.0, 0.0, [{"x": torch.tensor([1.0, 2.0, 3.0, 4.0])}], square)
+        return float((torch.cat([p.detach().flatten() for p in model.parameters()]) - before).norm())
+
+    assert moved(0.5) == pytest.approx(0.5, rel=1e-3)
+    assert moved(0.0) == pytest.approx(moved(1e9))
+    assert moved(0.0) > 1
+
+
+def test_half_precision_with_a_loss_scale_needs_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(UserError, match=r"it\.precision=fp16 needs a GPU.*bf16"):
+        Engine(Training(global_batch=4, precision="fp16", zero=0), World(), torch.nn.Linear(1, 1), "it")
+
+
+def scaled(sharded: bool) -> Any:
+    """An engine of which there is nothing but its loss scale, DeepSpeed's or torch's own."""
+    engine = Engine.__new__(Engine)
+    engine.cfg, engine.sharded = Training(precision="fp16"), sharded
+    own = DynamicLossScaler(2.0**16, 1000, 1, 1, False)
+    engine.model = SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=own))
+    engine.accelerator = SimpleNamespace(scaler=torch.amp.GradScaler("cpu"))
+    return engine
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("here", [True, False])
+def test_the_loss_scale_goes_on_with_and_without_zero(here: bool, there: bool) -> None:
+    old, new = scaled(here), scaled(there)
+    if here:
+        own = old.model.optimizer.loss_scaler
+        own.cur_scale, own.cur_iter, own.last_overflow_iter = 2.0**15, 6, 5  # as after an overflow in the sixth step
+        for _ in range(7):
+            own.update_scale(False)
+    else:
+        own = old.accelerator.scaler
+        own.load_state_dict({**own.state_dict(), "scale": 2.0**15, "_growth_tracker": 7})
+    assert old.scaler() == {"scale": 2.0**15, "since": 7}
+    new._set_scaler(old.scaler())
+    assert new.scaler() == old.scaler()
+    if there:
+        for _ in range(993):  # 7 and 993 good steps are a window
+            new.model.optimizer.loss_scaler.update_scale(False)
+        assert new.model.optimizer.loss_scaler.cur_scale == 2.0**15
+        new.model.optimizer.loss_scaler.update_scale(False)
+        assert new.model.optimizer.loss_scaler.cur_scale == 2.0**16
+
+
+@pytest.mark.parametrize("micro", [1, 5, 12])
+def test_what_is_advised_where_memory_lacks_can_be_done(micro: int) -> None:
+    cfg = Finetune(global_batch=60, micro_batch=micro, zero=0, optimizer="adamw8bit", precision="bf16")
+    engine = Engine.__new__(Engine)
+    engine.cfg, engine.section, engine.micro = cfg, "finetune", micro
+    advice = engine._memory_advice("no memory")
+    assert "finetune.zero" not in advice, "8-bit states cannot be sharded"
+    assert ("finetune.micro_batch=" in advice) is (micro > 1)
+    if micro > 1:
+        smaller = int(advice.split("finetune.micro_batch=")[1].split(" ")[0])
+        assert smaller < micro
+        assert micro_batch(Finetune(global_batch=60, micro_batch=smaller), World(), "finetune") == smaller
