@@ -54,7 +54,8 @@ def configuration(folder: Path, steps: int = 1) -> Any:
     values = {"run": folder / "run", "data.shards": folder / "shards", "data.name": "bench", "data.metadata": folder / "drawn/metadata.csv",
               "data.images": folder / "drawn/images", "data.duplicates": folder / "drawn/duplicates.csv", "prepare.size": SIDE,
               "prepare.split": "{train: 0.9, val: 0.05, test: 0.05}", "classify.steps": steps, "classify.checkpoint_every": 10**6,
-              "classify.warmup_steps": 0, "classify.log_every": 20, "classify.image_size": s.side, "classify.global_batch": s.batch,
+              "classify.warmup_steps": 0, "classify.log_every": 20, "model.attention": "sdpa", "classify.image_size": s.side,
+              "classify.global_batch": s.batch,
               "classify.lr": s.lr, "classify.precision": s.precision, "data.workers": s.workers,
               **{f"classify.{key}": value for key, value in s.vit.items()}}
     return config.load("configs/demo.yaml", [f"{key}={value}" for key, value in values.items()])

@@ -125,7 +125,8 @@ def make_run(s: Setting, name: str, keys: dict[str, Any]) -> Any:
     values = {"run": s.folder / name, "data.shards": s.folder / "shards", "data.name": "bench", "data.metadata": s.tables / "metadata.csv",
               "data.images": s.pictures, "data.duplicates": "null" if s.real else s.tables / "duplicates.csv", "prepare.size": s.side,
               "finetune.steps": s.steps, "finetune.precision": s.precision, "finetune.global_batch": s.batch, "finetune.log_every": s.window,
-              "finetune.checkpoint_every": 10**6, **({"model.base": model(s)} if s == GPU else {}), **keys}
+              "finetune.checkpoint_every": 10**6, "model.attention": "sdpa",  # as the peer has
+              **({"model.base": model(s)} if s == GPU else {}), **keys}
     run = RunDir(s.folder / name)
     if name != ENCODED:
         shutil.rmtree(run.path, ignore_errors=True)

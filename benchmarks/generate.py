@@ -56,8 +56,9 @@ def setting() -> Setting:
 def settings(folder: Path, workers: int, *more: str) -> list[str]:
     """The demo's classes and prompts, straight from the base model."""
     count = UNIT * workers // 2
-    return [f"run={folder / 'run'}", f"data.shards={folder / 'shards'}", "generate.weights=base", "generate.batch=16", f"generate.shard_size={UNIT}",
-            f"generate.classes.benign.count={count}", f"generate.classes.malignant.count={count}", *setting().keys, *more]
+    return [f"run={folder / 'run'}", f"data.shards={folder / 'shards'}", "generate.weights=base", "model.attention=sdpa", "generate.batch=16",
+            f"generate.shard_size={UNIT}", f"generate.classes.benign.count={count}", f"generate.classes.malignant.count={count}",
+            *setting().keys, *more]
 
 
 def maker(folder: Path, workers: int, index: int, *more: str, instant: bool = False) -> Any:

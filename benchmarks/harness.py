@@ -31,13 +31,17 @@ Measure = Callable[[], float]
 
 
 @cache
-def gpu() -> str | None:
-    """The first GPU as a word ("h100"), None without one. Asked of nvidia-smi: who forks must not have loaded torch."""
+def gpus() -> list[str]:
+    """The GPUs' names. Asked of nvidia-smi: who forks must not have loaded torch."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not shutil.which("nvidia-smi"):
-        return None
+        return []
     done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False)
-    words = done.stdout.lower().split("\n")[0].split() if done.returncode == 0 else []
-    return next((word for word in words if any(letter.isdigit() for letter in word)), None)
+    return done.stdout.lower().splitlines() if done.returncode == 0 else []
+
+
+def gpu() -> str | None:
+    """The first GPU as a word ("h100"), None without one."""
+    return next((word for name in gpus()[:1] for word in name.split() if any(letter.isdigit() for letter in word)), None)
 
 
 def alternate(sides: dict[str, Measure], rounds: int = 5) -> dict[str, list[float]]:

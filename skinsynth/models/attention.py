@@ -31,26 +31,31 @@ def choose(wanted: str, device: torch.device) -> str:
 
 
 def xformers_problem(device: torch.device) -> str | None:
-    """None when xformers' attention and its gradient agree with SDPA on this device, else what is wrong."""
+    """None when xformers' attention and its gradient agree with SDPA on this device, else what is wrong. Asked for in the forms that Stable
+    Diffusion has: heads as a part of the batch, 40 to 160 wide (of wide ones, some devices have no gradient), in both half precisions."""
     if device.type != "cuda":  # its import warns and its call raises there
         return "it needs a CUDA device"
     try:
         from xformers.ops import memory_efficient_attention
 
         torch.manual_seed(0)
-        ours = [torch.randn(2, 64, 4, 32, device=device, dtype=torch.float16, requires_grad=True) for _ in range(3)]
-        theirs = [t.detach().clone().requires_grad_() for t in ours]
-        got = memory_efficient_attention(*ours)
-        query, key, value = (t.transpose(1, 2) for t in theirs)
-        want = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-        got.float().square().sum().backward()
-        want.float().square().sum().backward()
-        pairs = [(got, want)] + [(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True)]
-        if not all(a is not None and b is not None and torch.allclose(a, b, atol=2e-2, rtol=2e-2) for a, b in pairs):
-            return "its results differ from SDPA's"
+        for dtype in (torch.float16, torch.bfloat16) if torch.cuda.is_bf16_supported() else (torch.float16,):
+            for width in (40, 160):
+                if not _agree(memory_efficient_attention, torch.randn(3, 8, 64, width, device=device, dtype=dtype)):
+                    return f"its results differ from SDPA's (heads {width} wide, {dtype})"
     except Exception as error:  # any failure of a foreign binary means: do not use it
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return None
+
+
+def _agree(kernel: Any, values: torch.Tensor) -> bool:
+    """``values``: (3, batch, tokens, width): query, key, value. Compares outputs and gradients."""
+    ours, theirs = ([t.clone().requires_grad_() for t in values] for _ in range(2))
+    got, want = kernel(*ours), F.scaled_dot_product_attention(*theirs)
+    got.float().square().sum().backward()
+    want.float().square().sum().backward()
+    pairs = [(got, want)] + [(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True)]
+    return all(a is not None and b is not None and torch.allclose(a, b, atol=5e-2, rtol=5e-2) for a, b in pairs)
 
 
 def apply(module: Any, kind: str) -> None:
