@@ -105,7 +105,7 @@ def _checkpoints(training: Training, numbers: int) -> int:
 
 def _trained(cfg: Config, networks: dict[str, int]) -> int:
     """Numbers that fine-tuning trains."""
-    whole = networks["unet"] + (networks["text_encoder"] if cfg.finetune.train_text_encoder else 0)
+    whole = networks["unet"] + (sum(n for name, n in networks.items() if "text" in name) if cfg.finetune.train_text_encoder else 0)
     return whole if not cfg.finetune.lora_rank else round(2.3e-4 * cfg.finetune.lora_rank * whole)  # as in SD 1.5: 0.2 M a rank
 
 

@@ -217,7 +217,7 @@ def test_every_kind_is_encoded_tuned_exported_and_drawn_with(kind: str, bases: P
     told = load_file(run.node("encode") / "prompts.safetensors")
     assert told.keys() == ({"text", "pooled", "time_ids"} if kind == "sdxl" else {"text"})
     finetune(cfg, run, World())
-    losses = [row["loss"] for row in read_lines(run.node("finetune") / "metrics.jsonl")]
+    losses = first_losses(run)
     assert len(losses) == 2
     assert all(0.1 < loss < 5 for loss in losses)  # a random network against unit noise
     name = "StableDiffusionXLPipeline" if kind == "sdxl" else "StableDiffusionPipeline"
@@ -232,6 +232,59 @@ def test_every_kind_is_encoded_tuned_exported_and_drawn_with(kind: str, bases: P
     assert len(Dataset.open(run.dataset(cfg, "synthetic"))) == 6
 
 
+def first_losses(run: RunDir) -> list[float]:
+    return [row["loss"] for row in read_lines(run.node("finetune") / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_both_text_encoders_of_sdxl_train(rank: int, bases: Path, prepared: Path, drawn: Path, tmp_path: Path) -> None:
+    """Whole or by LoRA. Before the first update they tell the UNet what encode has cached, zeros for the empty prompt included."""
+    import diffusers
+
+    losses = {}
+    for both in (False, True):
+        more = {"finetune.train_text_encoder": both, "finetune.lora_rank": rank, "finetune.caption_dropout": 0.5, "finetune.lr": 1e-2,
+                "finetune.warmup_steps": 0}
+        cfg, run = begin(prepared, drawn, tmp_path / str(both), **{"model.base": bases / "sdxl", **more})
+        encode(cfg, run, Task(0, 1))
+        finetune(cfg, run, World())
+        losses[both] = first_losses(run)
+    assert losses[True][0] == pytest.approx(losses[False][0], rel=1e-5)
+    tuned, base = diffusers.StableDiffusionXLPipeline.from_pretrained(run.weights), diffusion.load_base(cfg.model)
+    changed = {key.split(".")[0] for key, value in weights(tuned).items() if not torch.equal(value, weights(base)[key])}
+    assert changed == {"unet", "text_encoder", "text_encoder_2"}
+    if rank:
+        base.load_lora_weights(run.weights / "lora")
+        base.fuse_lora()
+        base.unload_lora_weights()
+        assert all(torch.allclose(value, weights(base)[key], atol=1e-6) for key, value in weights(tuned).items())
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("zero", [0, 2])
+def test_both_text_encoders_of_sdxl_train_on_two_ranks(zero: int, bases: Path, prepared: Path, drawn: Path, tmp_path: Path) -> None:
+    """Data parallelism waits for every gradient; the losses are those of one rank."""
+    losses = []
+    for ranks in (1, 2):
+        more = {"model.base": bases / "sdxl", "finetune.zero": zero, "finetune.train_text_encoder": True, "finetune.steps": 4}
+        cfg, run = begin(prepared, drawn, tmp_path / str(ranks), **more)
+        encode(cfg, run, Task(0, 1))
+        tune(run, ranks)
+        losses.append(first_losses(run))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert len(losses[0]) == 4
+
+
+def tune(run: RunDir, ranks: int) -> None:
+    """As torchrun would start it."""
+    env = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    gang = [subprocess.Popen([sys.executable, "-m", "jobs.finetune", str(run.path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             text=True, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
+    said = [process.communicate(timeout=180)[0] for process in gang]
+    assert [process.returncode for process in gang] == [0] * ranks, said[0][-3000:]
+
+
 @pytest.mark.soak  # make test has bf16 in tests/train/test_matrix.py; here it is SDXL
 @pytest.mark.timeout(400)
 def test_two_ranks_in_bf16_as_on_gpus(bases: Path, prepared: Path, drawn: Path, tmp_path: Path) -> None:
@@ -241,12 +294,8 @@ def test_two_ranks_in_bf16_as_on_gpus(bases: Path, prepared: Path, drawn: Path, 
         more = {"model.base": bases / "sdxl", "finetune.precision": precision, "finetune.gradient_checkpointing": True, "finetune.zero": 2}
         cfg, run = begin(prepared, drawn, tmp_path / precision, **more)
         encode(cfg, run, Task(0, 1))
-        env = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-        gang = [subprocess.Popen([sys.executable, "-m", "jobs.finetune", str(run.path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                 text=True, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
-        said = [process.communicate(timeout=180)[0] for process in gang]
-        assert [process.returncode for process in gang] == [0] * ranks, said[0][-3000:]
-        losses[precision] = [row["loss"] for row in read_lines(run.node("finetune") / "metrics.jsonl")]
+        tune(run, ranks)
+        losses[precision] = first_losses(run)
         saved = load_file(run.weights / "unet/diffusion_pytorch_model.safetensors")
         assert {value.dtype for value in saved.values()} == {torch.float32}
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)

@@ -191,11 +191,25 @@ def encode_prompts(pipe: Any, prompts: list[str], size: int) -> dict[str, torch.
     found = []
     for prompt in prompts:
         hidden, _, pooled, _ = pipe.encode_prompt(prompt, device=device, do_classifier_free_guidance=False)
-        known = 0.0 if prompt == "" and pipe.config.force_zeros_for_empty_prompt else 1.0  # zeros are what SDXL was trained with
-        found.append((hidden * known, pooled * known))
+        found.append((hidden * _known(pipe, prompt), pooled * _known(pipe, prompt)))
     time_ids = torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32)  # the image's own size, its crop, the size wanted
     return {"text": torch.cat([f[0] for f in found]).float().cpu(), "pooled": torch.cat([f[1] for f in found]).float().cpu(),
             "time_ids": time_ids.repeat(len(prompts), 1)}
+
+
+def _known(pipe: Any, prompt: str) -> float:
+    """0 for a prompt whose embedding is to be zeros, which is what SDXL was trained with."""
+    return 0.0 if prompt == "" and pipe.config.force_zeros_for_empty_prompt else 1.0
+
+
+def tokens(pipe: Any, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """What a text encoder that trains is told, as ``denoiser.Denoiser`` wants it: one row a prompt."""
+    def of(tokenizer: Any) -> torch.Tensor:
+        return tokenizer(prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+
+    if not is_xl(pipe):
+        return {"tokens": of(pipe.tokenizer)}
+    return {"tokens": of(pipe.tokenizer), "tokens_2": of(pipe.tokenizer_2), "known": torch.tensor([_known(pipe, prompt) for prompt in prompts])}
 
 
 def is_xl(pipe: Any) -> bool:

@@ -140,7 +140,9 @@ class Engine:
     def _zero(self, cpu: bool) -> dict[str, Any]:
         place = {"device": "cpu", "pin_memory": not cpu}
         parts = {"none": (), "optimizer": ("optimizer",), "parameters": ("optimizer", "param")}[self.cfg.offload]
-        return {"stage": self.cfg.zero, **{f"offload_{part}": place for part in parts}}
+        # on GPUs gradients are summed beside the backward pass, in pieces as small as data parallelism's are: its own would be two for all of SD 1.5
+        buckets = {} if cpu else {"overlap_comm": True, "reduce_bucket_size": 50_000_000}
+        return {"stage": self.cfg.zero, **buckets, **{f"offload_{part}": place for part in parts}}
 
     @property
     def device(self) -> torch.device:

@@ -35,12 +35,9 @@ class Prompts:
         texts = read_json(run.node("encode") / "prompts.json")
         if texts is None:
             raise UserError(f"{run.node('encode')} has no prompts.json: run encode first")
+        values = load_file(run.node("encode") / "prompts.safetensors")
         if cfg.finetune.train_text_encoder:
-            tokenizer = pipe.tokenizer
-            values = {"tokens": tokenizer(texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
-                                          return_tensors="pt").input_ids}
-        else:
-            values = load_file(run.node("encode") / "prompts.safetensors")
+            values = {**diffusion.tokens(pipe, texts), **{name: values[name] for name in values.keys() & {"time_ids"}}}
         return cls({text: row for row, text in enumerate(texts)}, {name: tensor.numpy() for name, tensor in values.items()})
 
 
