@@ -225,12 +225,12 @@ def test_the_page_says_what_a_reader_must_know(made: tuple[Config, RunDir]) -> N
 
 def test_only_accepted_synthetic_images_are_shown(made: tuple[Config, RunDir]) -> None:
     cfg, run = made
-    grids = {(name, source) for name, source, *_ in pictures.grids(cfg, run)}
+    grids = {(name, source) for name, source, *_ in pictures.grids(cfg, run, {})}
     assert grids == {(c, s) for c in ("benign", "malignant") for s in ("real", "synthetic")}
     accepted = read_json(run.node("screen") / "accepted.json")
     write_json(run.node("screen") / "accepted.json", {"keys": [k for k in accepted["keys"] if int(k[4:]) % 2]})
     try:
-        assert ("benign", "synthetic") not in {(name, source) for name, source, *_ in pictures.grids(cfg, run)}
+        assert ("benign", "synthetic") not in {(name, source) for name, source, *_ in pictures.grids(cfg, run, {})}
     finally:
         write_json(run.node("screen") / "accepted.json", accepted)
 

@@ -47,13 +47,13 @@ def spread(ci: list[float] | None, sign: bool = False) -> str:
 def render(cfg: Config, run: RunDir, summary: dict[str, Any]) -> str:
     """The whole page, pictures and all. ``summary``: as ``results.summary`` gives it."""
     epochs, split = _epochs(cfg, run, summary["arms"])
-    sheets, all_sheets = pictures.sheets(run)
+    (sheets, all_sheets), bad = pictures.sheets(run), dict[str, str]()
     return environment().get_template("report.html.j2").render(
         name=run.name, path=cfg.run, summary=summary, missing=missing(cfg, run), metrics=METRICS, main=MAIN, classes=pictures.CLASSES,
         epochs=epochs, epochs_of=split, roc=figures.roc(summary["arms"]), reliability=figures.reliability(summary["arms"]),
         loss=figures.loss(figures.lines(run.node("finetune") / "metrics.jsonl")), previews=pictures.previews(run),
-        prompts=read_hint(run.node("finetune") / "previews/prompts.json") or [], grids=pictures.grids(cfg, run),
-        sheets=sheets, all_sheets=all_sheets, pairs=pictures.pairs(cfg, run), plots=pictures.plots(run),
+        prompts=read_hint(run.node("finetune") / "previews/prompts.json") or [], grids=pictures.grids(cfg, run, bad),
+        sheets=sheets, all_sheets=all_sheets, pairs=pictures.pairs(cfg, run, bad), bad=bad, plots=pictures.plots(run),
         screening=screening.tables(summary["synthetic"]),
         copy_quantile=getattr(cfg.screen, "copy_quantile", None), config=configs.dump(cfg), provenance=read_json(run.path / "provenance.json") or {},
         lineage=_lineage(cfg, run), groups_told=descent.told(_lineage(cfg, run)),

@@ -98,7 +98,9 @@ def _agreement(found: dict[str, Any]) -> Table | None:
         return None
     rows: list[tuple[str, ...]] = [(name, *(_text("copy_recall", share.get(kind), {}) for kind in ("synthetic", "real_val")))
                                    for name, share in agreement["per_class"].items()]
-    notes = [f"That classifier of real images has an AUROC of {agreement['auroc_val']:.3f} on the real validation images."]
+    auroc = agreement.get("auroc_val")
+    notes = ["The AUROC of that classifier of real images is not known." if auroc is None else
+             f"That classifier of real images has an AUROC of {auroc:.3f} on the real validation images."]
     if detector.get("auroc") is not None:
         notes.append(f"A simple detector tells synthetic from real images with an AUROC of {detector['auroc']:.3f} on {detector['tested']:,} images "
                      "that it was not trained on (0.5: it cannot tell them apart).")
