@@ -196,8 +196,9 @@ def check_page(text: str) -> Page:
     assert "url(http" not in text and "@import" not in text  # noqa: PT018
     assert all(a.get("alt") for tag, a in found.tags if tag == "img")
     assert all(a.get("scope") in ("row", "col") for tag, a in found.tags if tag == "th")
+    assert not re.search(r"<th[^>]*>\s*</th>", text)
     names = [tag for tag, _ in found.tags]
-    assert names.count("table") == names.count("caption")
+    assert names.count("table") == names.count("caption") == names.count("thead")
     levels = [int(tag[1]) for tag in names if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert all(after <= before + 1 for before, after in pairwise(levels))

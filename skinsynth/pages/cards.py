@@ -58,7 +58,7 @@ def facts(cfg: Config, run: RunDir, summary: dict[str, Any]) -> dict[str, Any]:
             "groups_told": descent.told(lineage),
             "settings": manifest.get("settings", {}), "classes": [(targets.get(t, t), n) for t, n in manifest.get("classes", {}).items()],
             "screen": summary["synthetic"], "screening": screening.short(summary["synthetic"]), "train": summary["data"].get("train", {}),
-            "finetune": cfg.finetune, "prompts": _prompts(cfg),
+            "finetune": cfg.finetune, "prompts": _prompts(cfg), "plus_minus": screening.plus_minus(cfg.screen),
             "data_name": cfg.data.name,
             "metadata": Path(cfg.data.metadata).name if cfg.data.metadata else None, "data_licence": DATA_LICENCE,
             "base_licence": LICENCES.get(base, "licence not known to skinsynth: see its model card"), "others": _others(cfg),

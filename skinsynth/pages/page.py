@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def environment() -> jinja2.Environment:
     """Of the HTML templates: whatever comes from a run is escaped."""
     found = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     found.filters |= {"metric": lambda name: NAMES.get(name, name.replace("_", " ")), "p": p_text, "number": number, "signed": signed,
-                      "range": spread}
+                      "range": spread, "quote": shlex.quote}
     return found
 
 
@@ -46,16 +47,19 @@ def spread(ci: list[float] | None, sign: bool = False) -> str:
 
 def render(cfg: Config, run: RunDir, summary: dict[str, Any]) -> str:
     """The whole page, pictures and all. ``summary``: as ``results.summary`` gives it."""
-    epochs, split = _epochs(cfg, run, summary["arms"])
+    curves = {arm: {seed: figures.lines(folder / "epochs.jsonl") for seed, folder in predictions.finished(cfg, run, arm).items()}
+              for arm in summary["arms"]}
+    epochs, split = figures.epochs(curves, {arm: row["chosen_step"] for arm, row in summary["arms"].items()})
     (sheets, all_sheets), bad = pictures.sheets(run), dict[str, str]()
     return environment().get_template("report.html.j2").render(
         name=run.name, path=cfg.run, summary=summary, missing=missing(cfg, run), metrics=METRICS, main=MAIN, classes=pictures.CLASSES,
-        epochs=epochs, epochs_of=split, roc=figures.roc(summary["arms"]), reliability=figures.reliability(summary["arms"]),
+        epochs=epochs, epochs_of=split, epoch_rows=_epoch_rows(curves), roc=figures.roc(summary["arms"]),
+        reliability=figures.reliability(summary["arms"]),
         loss=figures.loss(figures.lines(run.node("finetune") / "metrics.jsonl")), previews=pictures.previews(run),
         prompts=read_hint(run.node("finetune") / "previews/prompts.json") or [], grids=pictures.grids(cfg, run, bad),
         sheets=sheets, all_sheets=all_sheets, pairs=pictures.pairs(cfg, run, bad), bad=bad, plots=pictures.plots(run),
         screening=screening.tables(summary["synthetic"]),
-        copy_quantile=getattr(cfg.screen, "copy_quantile", None), config=configs.dump(cfg), provenance=read_json(run.path / "provenance.json") or {},
+        plus_minus=screening.plus_minus(cfg.screen), config=configs.dump(cfg), provenance=read_json(run.path / "provenance.json") or {},
         lineage=_lineage(cfg, run), groups_told=descent.told(_lineage(cfg, run)),
         set_aside=run.metrics("prepare").get("set_aside", {}), steps=steps(cfg))
 
@@ -66,17 +70,22 @@ def _lineage(cfg: Config, run: RunDir) -> dict[str, Any]:
     return read_json(run.weights / "lineage.json") or manifest.get("lineage") or {}
 
 
-def _epochs(cfg: Config, run: RunDir, arms: dict[str, Any]) -> tuple[str | None, str]:
-    curves = {arm: {seed: figures.lines(folder / "epochs.jsonl") for seed, folder in predictions.finished(cfg, run, arm).items()} for arm in arms}
-    return figures.epochs(curves, {arm: row["chosen_step"] for arm, row in arms.items()})
+def _epoch_rows(curves: dict[str, dict[int, list[dict[str, Any]]]]) -> list[tuple[str, int, int, float, float]]:
+    """(arm, seed, step, passes, accuracy) of what the plot of the epochs shows."""
+    split = figures.split_of(curves)
+    return [(arm, seed, row["step"], row["epoch"], row[split]["accuracy"])
+            for arm, seeds in curves.items() for seed, rows in seeds.items() for row in rows]
 
 
 def steps(cfg: Config) -> list[tuple[str, str, str]]:
-    """(what is shown, the file that it is read from, the command that makes it)."""
-    arms = [(f"figures, curves and subgroups of {arm}", f"classify/{arm}/**/predictions.csv and epochs.jsonl",
-             f"python -m jobs.classify {cfg.run} --arm {arm}") for arm in cfg.classify.arms]
-    return [("data", "prepare/done.json", f"python -m jobs.prepare {cfg.run}"),
-            ("fine-tuning loss, previews", "finetune/metrics.jsonl, finetune/previews", f"python -m jobs.finetune {cfg.run}"),
-            ("synthetic images", "the shards of the run", f"python -m jobs.generate {cfg.run}"),
-            ("screening, nearest pairs", "screen/done.json, screen/pairs.json", f"python -m jobs.screen {cfg.run}"), *arms,
-            ("this page, report.json", "report/", f"python -m jobs.report {cfg.run}")]
+    """(what is shown, the file that it is read from, the command that makes it), of the stages that the run's chain has."""
+    arms = [(f"figures, curves and subgroups of {arm}", f"classify/{arm}/**/predictions.csv and epochs.jsonl", f"classify {{run}} --arm {arm}")
+            for arm in cfg.classify.arms]
+    of = {"prepare": [("data", "prepare/done.json", "prepare {run}")],
+          "finetune": [("fine-tuning loss, previews", "finetune/metrics.jsonl, finetune/previews", "finetune {run}")],
+          "generate": [("synthetic images", "the shards of the run", "generate {run}")],
+          "screen": [("screening, nearest pairs", "screen/done.json, screen/pairs.json", "screen {run}")]}
+    if cfg.data.synthetic:
+        of["prepare"].append(("synthetic images, made elsewhere", "the shards of the run", "prepare {run}"))
+    rows = [row for node in configs.needs(cfg) for row in of.get(node, [])] + arms + [("this page, report.json", "report/", "report {run}")]
+    return [(shown, file, "python -m jobs." + command.format(run=shlex.quote(cfg.run))) for shown, file, command in rows]

@@ -96,4 +96,5 @@ def _page(found: list[tuple[str, RunDir, Config]], summary: dict[str, Any]) -> s
     return page.environment().get_template("several.html.j2").render(
         runs={str(run.path): name for name, run, _ in found}, summary=summary, sentence=sentence, metrics=METRICS, main=page.MAIN, spaces=spaces,
         missing=[f"{name}: {line}" for name, run, cfg in found for line in results.missing(cfg, run)], plot=figures.intervals(known, "AUROC"),
+        plus_minus={name: screening.plus_minus(cfg.screen) for name, _, cfg in found},
         screening={name: screening.short(row) for name, row in summary["synthetic"].items()})
