@@ -79,7 +79,7 @@ def test_the_datasheet_says_what_is_a_patients(tmp_path: Path, method: str, redr
         assert ("one of 2 real training images" in text) == bool(made_from)
     assert columns in sheet
     assert f"| method | {method}{f', of the {redraw}' if redraw else ''}{', strength 0.6' if made_from else ''} |" in sheet
-    assert "2 groups" in sheet, "those that the generator was trained on, without those that were drawn over"
+    assert "| generator trained on | isic-train: 2 groups" in sheet, "without those that were drawn over"
     lineage = read_json(run.path / "report/report.json")["lineage"]
     assert (lineage["method"], lineage["strength"], lineage["redraw"]) == (method, made_from.get("strength"), redraw)
     assert lineage["drawn_over"] == ({"images": 2, "groups": 1} if made_from else None)
@@ -106,6 +106,7 @@ def test_images_from_elsewhere_are_of_unknown_lineage_wherever_they_appear(tmp_p
     for needed in (UNKNOWN, "whether from photographs of patients, is not known here", "| images made elsewhere | 15 |",
                    "stand in the table that came with it", "here it does not know all"):
         assert needed in sheet, needed
+    assert "| generator trained on | unknown |" in sheet
     assert "Prompts" not in sheet
     assert "/home/somebody" not in sheet + (run.path / "report/report.json").read_text()
     found = read_json(run.path / "report/report.json")
