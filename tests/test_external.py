@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -93,7 +94,16 @@ def test_through_the_chain_without_finetuning(folders: dict[str, Path], drawn: P
     assert "27, of unknown lineage" in done.stdout
     report = read_json(tmp_path / "run/report/report.json")
     assert report["synthetic"]["generated"] == 27
-    assert "unknown" in (tmp_path / "run/report/index.html").read_text()
+    page = " ".join((tmp_path / "run/report/index.html").read_text().split())
+    said = "nobody can tell whether test images were among what it saw"
+    assert page.count(said) == 3, "in the verdict, beside the pictures, and where their screening is told"
+    assert f"{said}. If they were, the figures of hybrid may be too good" in page
+    assert re.search(r"\d+ synthetic of unknown lineage", page)
+    assert "not up to date" not in page
+    sheet = (tmp_path / "shards/run-synthetic/DATASHEET.md").read_text()
+    assert said in sheet
+    assert "| images made elsewhere | 27 |" in sheet
+    assert "starts from no photograph" not in sheet
     plan = json.loads(skinsynth("estimate", "configs/demo.yaml", *items, "--json").stdout)["plan"]
     assert plan["classes"] == {"benign": {"images": 13}, "malignant": {"images": 14}}
 

@@ -196,8 +196,9 @@ def check_page(text: str) -> Page:
     assert "url(http" not in text and "@import" not in text  # noqa: PT018
     assert all(a.get("alt") for tag, a in found.tags if tag == "img")
     assert all(a.get("scope") in ("row", "col") for tag, a in found.tags if tag == "th")
+    assert not re.search(r"<th[^>]*>\s*</th>", text)
     names = [tag for tag, _ in found.tags]
-    assert names.count("table") == names.count("caption")
+    assert names.count("table") == names.count("caption") == names.count("thead")
     levels = [int(tag[1]) for tag in names if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert all(after <= before + 1 for before, after in pairwise(levels))
@@ -225,12 +226,12 @@ def test_the_page_says_what_a_reader_must_know(made: tuple[Config, RunDir]) -> N
 
 def test_only_accepted_synthetic_images_are_shown(made: tuple[Config, RunDir]) -> None:
     cfg, run = made
-    grids = {(name, source) for name, source, *_ in pictures.grids(cfg, run)}
+    grids = {(name, source) for name, source, *_ in pictures.grids(cfg, run, {})}
     assert grids == {(c, s) for c in ("benign", "malignant") for s in ("real", "synthetic")}
     accepted = read_json(run.node("screen") / "accepted.json")
     write_json(run.node("screen") / "accepted.json", {"keys": [k for k in accepted["keys"] if int(k[4:]) % 2]})
     try:
-        assert ("benign", "synthetic") not in {(name, source) for name, source, *_ in pictures.grids(cfg, run)}
+        assert ("benign", "synthetic") not in {(name, source) for name, source, *_ in pictures.grids(cfg, run, {})}
     finally:
         write_json(run.node("screen") / "accepted.json", accepted)
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import jinja2
 
-from skinsynth.data import descent
 from skinsynth.files import read_json, write_text
 from skinsynth.knobs import Config
-from skinsynth.pages import screening
+from skinsynth.pages import origin, screening
 from skinsynth.run import RunDir
 
 LICENCES = {  # of the base models that are named in the shipped configurations, and the usual ones, as their hubs say
@@ -48,17 +47,14 @@ def _environment() -> jinja2.Environment:
 
 def facts(cfg: Config, run: RunDir, summary: dict[str, Any]) -> dict[str, Any]:
     """What both cards say. Paths are named by their last part: where things lay on one machine is nobody's business."""
-    manifest = read_json(run.dataset(cfg, "synthetic") / "manifest.json") or {}
-    lineage = read_json(run.weights / "lineage.json") or manifest.get("lineage") or {}
+    manifest, found = read_json(run.dataset(cfg, "synthetic") / "manifest.json") or {}, summary["lineage"]
+    lineage, targets = origin.lineage(cfg, run), {"0": "benign", "1": "malignant"}
     base = str(lineage.get("base", "unknown"))
-    targets = {"0": "benign", "1": "malignant"}
-    if "source" in manifest.get("settings", {}):
-        manifest["settings"]["source"] = Path(str(manifest["settings"]["source"])).name
-    return {"name": run.name, "seed": cfg.seed, "manifest": manifest, "lineage": {**lineage, "base": _name(base)},
-            "groups_told": descent.told(lineage),
+    return {"name": run.name, "seed": cfg.seed, "manifest": manifest, "lineage": {**lineage, "base": origin.name(base)}, "origin": found,
+            "made": origin.made(found), "columns": origin.columns(cfg, found), "unknown": origin.unknown(summary),
             "settings": manifest.get("settings", {}), "classes": [(targets.get(t, t), n) for t, n in manifest.get("classes", {}).items()],
             "screen": summary["synthetic"], "screening": screening.short(summary["synthetic"]), "train": summary["data"].get("train", {}),
-            "finetune": cfg.finetune, "prompts": _prompts(cfg),
+            "finetune": cfg.finetune, "prompts": _prompts(cfg), "plus_minus": screening.plus_minus(cfg.screen),
             "data_name": cfg.data.name,
             "metadata": Path(cfg.data.metadata).name if cfg.data.metadata else None, "data_licence": DATA_LICENCE,
             "base_licence": LICENCES.get(base, "licence not known to skinsynth: see its model card"), "others": _others(cfg),
@@ -71,9 +67,4 @@ def _prompts(cfg: Config) -> list[str]:
 
 
 def _others(cfg: Config) -> list[str]:
-    return [f"merged LoRA: `{_name(cfg.model.lora)}`"] if cfg.model.lora else []
-
-
-def _name(base: str) -> str:
-    """A hub id as it is; of a path its last part."""
-    return Path(base).name if Path(base).is_absolute() or base.startswith((".", "~")) or base.count("/") > 1 else base
+    return [f"merged LoRA: `{origin.name(cfg.model.lora)}`"] if cfg.model.lora else []

@@ -40,16 +40,23 @@ def looks(arms: list[str]) -> dict[str, dict[str, str]]:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``.jsonl`` file; none where it is not there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The rows of a ``.jsonl`` file; none where it is not there. A line that was torn, as the last one of a job that was killed, is left out."""
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def split_of(curves: dict[str, dict[int, list[dict[str, Any]]]]) -> str:
+    """``test`` where all rows have it, as those of the first releases; ``val``; empty where there is no row."""
+    rows = [row for seeds in curves.values() for found in seeds.values() for row in found]
+    return "" if not rows else "test" if all("test" in row for row in rows) else "val"
 
 
 def epochs(curves: dict[str, dict[int, list[dict[str, Any]]]], chosen: dict[str, list[int | None]]) -> tuple[str | None, str]:
     """(figure, which images it is drawn from). ``curves``: arm -> seed -> rows of ``epochs.jsonl``; ``chosen``: arm -> step of each seed."""
-    rows = [row for seeds in curves.values() for found in seeds.values() for row in found]
-    if not rows:
+    if not (split := split_of(curves)):
         return None, ""
-    split = "test" if all("test" in row for row in rows) else "val"
 
     def draw(axes: Any) -> None:
         for arm, look in looks(list(curves)).items():
@@ -60,7 +67,7 @@ def epochs(curves: dict[str, dict[int, list[dict[str, Any]]]], chosen: dict[str,
                     axes.plot(row["epoch"], 100 * row[split]["accuracy"], marker="*", ms=11, color=look["color"])
         axes.set_xlabel("passes over the real training images")
         axes.set_ylabel("accuracy, %")
-        axes.legend(frameon=False)
+        axes.legend(framealpha=0.85, edgecolor="none")  # over lines that cross it
 
     return svg(draw), {"test": "test", "val": "validation"}[split]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from skinsynth.data.cache import open_dataset
+from skinsynth.data.shards import BadSample, Dataset
 from skinsynth.errors import UserError
 from skinsynth.files import read_json
 from skinsynth.knobs import Config
@@ -32,8 +34,22 @@ def png(image: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()).decode()
 
 
-def grids(cfg: Config, run: RunDir) -> list[tuple[str, str, int, str]]:
-    """(class, source, number of images, picture) of the first images of each class: real training images, and accepted synthetic ones."""
+def readable(data: Dataset, numbers: Iterable[int], most: int, bad: dict[str, str]) -> list[np.ndarray]:
+    """The first images, ``most`` of them, that can be read: uint8 (height, width, 3). ``bad`` gets the keys of others before them, and why."""
+    found: list[np.ndarray] = []
+    for number in numbers:
+        if len(found) == most:
+            break
+        try:
+            found.append(data.image(number))
+        except BadSample as error:
+            bad[error.key] = f"{Path(error.folder).name}/{error.shard}: {error.reason}"
+    return found
+
+
+def grids(cfg: Config, run: RunDir, bad: dict[str, str]) -> list[tuple[str, str, int, str]]:
+    """(class, source, number of images, picture) of the first images of each class: real training images, and accepted synthetic ones. ``bad``: as
+    in ``readable``."""
     found, accepted = [], set((read_json(run.node("screen") / "accepted.json") or {"keys": []})["keys"])
     for target, name in CLASSES.items():
         for source, kind in (("real", "train"), ("synthetic", "synthetic")):
@@ -41,24 +57,26 @@ def grids(cfg: Config, run: RunDir) -> list[tuple[str, str, int, str]]:
                 data = open_dataset(cfg, run, kind)
             except UserError:  # said on the page: the grid is not there
                 continue
-            chosen = [i for i in data.select({"target": target}) if kind == "train" or data.keys[i] in accepted][:GRID]
-            if chosen:
-                images = [data.image(i) for i in chosen] + [np.full_like(data.image(chosen[0]), 255)] * (-len(chosen) % COLUMNS)
-                rows = [np.concatenate(images[r:r + COLUMNS], axis=1) for r in range(0, len(images), COLUMNS)]
-                found.append((name, source, len(chosen), png(np.concatenate(rows))))
+            chosen = (i for i in data.select({"target": target}) if kind == "train" or data.keys[i] in accepted)
+            images = readable(data, chosen, GRID, bad)
+            if images:
+                filled = images + [np.full_like(images[0], 255)] * (-len(images) % COLUMNS)
+                rows = [np.concatenate(filled[r:r + COLUMNS], axis=1) for r in range(0, len(filled), COLUMNS)]
+                found.append((name, source, len(images), png(np.concatenate(rows))))
     return found
 
 
-def pairs(cfg: Config, run: RunDir) -> list[dict[str, Any]]:
-    """The nearest pairs as ``screen`` found them, each with its picture: synthetic left, training right."""
+def pairs(cfg: Config, run: RunDir, bad: dict[str, str]) -> list[dict[str, Any]]:
+    """The nearest pairs as ``screen`` found them, each with its picture: synthetic left, training right. ``bad``: as in ``readable``."""
     listed = read_json(run.node("screen") / "pairs.json") or []
     try:
         synthetic, train = open_dataset(cfg, run, "synthetic"), open_dataset(cfg, run, "train")
     except UserError:
         return []
     number = {key: i for data in (synthetic, train) for i, key in enumerate(data.keys)}
-    return [{**pair, "picture": png(np.concatenate([synthetic.image(number[pair["key"]]), train.image(number[pair["train_key"]])], axis=1))}
+    both = [(pair, [*readable(synthetic, [number[pair["key"]]], 1, bad), *readable(train, [number[pair["train_key"]]], 1, bad)])
             for pair in listed if pair["key"] in number and pair["train_key"] in number]
+    return [{**pair, "picture": png(np.concatenate(images, axis=1))} for pair, images in both if len(images) == 2]
 
 
 def previews(run: RunDir) -> list[tuple[str, str | None]]:

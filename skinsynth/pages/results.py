@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from skinsynth.files import read_json, sha256_file, sha256_of
 from skinsynth.knobs import Config
+from skinsynth.pages import figures, origin
 from skinsynth.quality import predictions
 from skinsynth.quality.compare import compare
 from skinsynth.quality.verdict import verdict
@@ -14,9 +16,11 @@ SPLITS = ("train", "val", "test")
 
 
 def summary(cfg: Config, run: RunDir) -> dict[str, Any]:
-    """``arms``, ``differences``, ``subgroups``, ``test`` (see ``quality.compare``), ``synthetic``, ``data``, ``unfinished``, ``verdict``.
+    """``arms``, ``differences``, ``subgroups``, ``test`` (see ``quality.compare``), ``synthetic``, ``lineage`` (see ``origin.facts``), ``data``,
+    ``unfinished``, ``outdated``, ``verdict``.
 
-    ``arms`` also says of each ``train_samples``, ``steps`` and, per seed, ``chosen_step``. ``unfinished``: arm -> the seeds that it has.
+    ``arms`` has what ``arm_facts`` gives as well. ``unfinished``: arm -> the seeds that it has. ``outdated``: arms that finished before what they
+    are made from was made anew.
 
     Raises:
         UserError: predictions that are damaged, or of other test images than the first arm's.
@@ -24,11 +28,48 @@ def summary(cfg: Config, run: RunDir) -> dict[str, Any]:
     found, prepared = predictions.read(cfg, run, predictions.arms_of(cfg)), run.metrics("prepare")
     compared = compare(found) if found else {"arms": {}, "differences": [], "subgroups": [], "test": None}
     for arm, row in compared["arms"].items():
-        facts = [predictions.seed_facts(run, arm, folder) for folder in predictions.finished(cfg, run, arm).values()]
-        row |= {"train_samples": facts[0].get("train_samples", {}), "steps": facts[0].get("steps"),
-                "chosen_step": [one.get("chosen_step") for one in facts]}
-    return {**compared, "synthetic": run.metrics("screen"), "data": {s: prepared[s] for s in SPLITS if s in prepared},
-            "unfinished": unfinished(cfg, run), "verdict": verdict(compared)}
+        row |= arm_facts(cfg, run, arm)
+    return {**compared, "synthetic": screened(cfg, run), "lineage": origin.facts(cfg, run), "data": {s: prepared[s] for s in SPLITS if s in prepared},
+            "unfinished": unfinished(cfg, run), "outdated": [arm for arm in cfg.classify.arms if _outdated(run, f"classify/{arm}")],
+            "verdict": with_lineage(verdict(compared), compared["arms"])}
+
+
+def screened(cfg: Config, run: RunDir) -> dict[str, Any]:
+    """What ``screen`` measured, ``lineage`` (known, unknown) always among it."""
+    found = run.metrics("screen")
+    return {"lineage": _descent(cfg, run), **found} if found else {}
+
+
+def _descent(cfg: Config, run: RunDir) -> str:
+    return "known" if origin.facts(cfg, run).get("known") else "unknown"
+
+
+def arm_facts(cfg: Config, run: RunDir, arm: str) -> dict[str, Any]:
+    """What an arm was trained on and how, its seeds one after the other in each list.
+
+    ``train_samples``: source -> images. ``mix``: its phases, each with ``share`` of the steps and the ``sources``' weights. ``lineage`` of the
+    synthetic images: known, unknown; None without such. ``steps``, ``chosen_step``. ``epochs``: ``step``, ``epoch``, and the validation images'
+    ``accuracy`` and ``auroc`` of each evaluation.
+    """
+    folders, knobs = predictions.finished(cfg, run, arm).values(), cfg.classify.arms[arm]
+    facts, whole = [predictions.seed_facts(run, arm, folder) for folder in folders], sum(part.share for part in knobs.parts) or 1
+    told = next((one["lineage"] for one in facts if one.get("lineage")), None) or _descent(cfg, run)
+    return {"train_samples": facts[0].get("train_samples", {}), "lineage": told if "synthetic" in knobs.used else None,
+            "mix": [{"share": round(part.share / whole, 4), "sources": dict(part.sources)} for part in knobs.parts],
+            "steps": [one.get("steps") for one in facts], "chosen_step": [one.get("chosen_step") for one in facts],
+            "epochs": [[_epoch(row) for row in figures.lines(folder / "epochs.jsonl")] for folder in folders]}
+
+
+def _epoch(row: dict[str, Any]) -> dict[str, Any]:
+    figs = {name: row["val"].get(name) for name in ("accuracy", "auroc")}
+    return {"step": row["step"], "epoch": row["epoch"], **{name: None if v is None else round(v, 4) for name, v in figs.items()}}
+
+
+def with_lineage(found: dict[str, Any], arms: dict[str, Any]) -> dict[str, Any]:
+    """The verdict; among what may not be concluded, and first, what it means for the arms that nobody knows what trained the generator."""
+    names = [arm for arm, row in arms.items() if row["lineage"] == "unknown"]
+    line = f"{origin.UNKNOWN} If they were, the figures of {', '.join(names)} may be too good."
+    return {**found, "may_not": [line, *found["may_not"]]} if names else found
 
 
 def unfinished(cfg: Config, run: RunDir) -> dict[str, list[int]]:
@@ -36,8 +77,23 @@ def unfinished(cfg: Config, run: RunDir) -> dict[str, list[int]]:
     return {arm: list(predictions.finished(cfg, run, arm)) for arm in cfg.classify.arms if not run.metrics(f"classify/{arm}")}
 
 
+def _outdated(run: RunDir, node: str) -> bool:
+    """Whether a node that finished was made from other things than there are now. ``RunDir.is_done`` asks for the files as well: a run that was
+    copied without its shards would have to be made anew, yet what is told of it stays true."""
+    done, here = read_json(run.done_path(node)) or {}, run.path.resolve()
+    if any((here / path).is_file() and sha256_file(here / path) != sha256 for path, sha256 in done.get("reads", {}).items()):
+        return True
+    return any(_made(run, need) != made or (made is not None and _outdated(run, need)) for need, made in done.get("needs", {}).items())
+
+
+def _made(run: RunDir, node: str) -> str | None:
+    """As a node that needs this one has noted it."""
+    done = read_json(run.done_path(node))
+    return None if done is None else done.get("made") or sha256_of(done)
+
+
 def missing(cfg: Config, run: RunDir) -> list[str]:
-    """Sentences about what is not there, with the reasons that the jobs left."""
+    """Sentences about what is not there or not up to date, with the reasons that the jobs left."""
     found = [] if cfg.classify.arms else ["The configuration names no arm."]
     for arm, seeds in unfinished(cfg, run).items():
         has = f"only its seeds {', '.join(map(str, seeds))} are counted" if seeds else "it is not in the comparison"
@@ -46,10 +102,16 @@ def missing(cfg: Config, run: RunDir) -> list[str]:
     for stage, what in (("prepare", "the data are not described"), ("screen", "there are no screened synthetic images")):
         if not run.done_path(stage).is_file():
             found.append(f"{stage} has not finished: {what}.")
+        elif _outdated(run, stage):
+            found.append(f"{stage} was done before what it reads was made anew, or withdrawn from: its figures are of then. Launch again.")
+    for arm in cfg.classify.arms:
+        if _outdated(run, f"classify/{arm}"):
+            found += [f"Arm {arm} is out of date: what it was trained on was made anew since, so it may have seen other images than there are now. "
+                      "Its figures are of then; launch again.", *_why(run, [f"classify/{arm}"])]
     return found + _why(run, ["prepare", "encode", "finetune", "generate", "screen"])
 
 
 def _why(run: RunDir, nodes: list[str]) -> list[str]:
     """What the jobs of those nodes that are not done left as their last words; a message may be long, its beginning names the thing."""
-    return [f"{node} failed: {why if len(why) <= 300 else why[:297] + '...'}" for node in nodes if not run.done_path(node).is_file()
-            for why in dict.fromkeys(run.failures(node).values())]
+    return [f"{node} failed: {why if len(why) <= 300 else why[:297] + '...'}" for node in nodes
+            if not run.done_path(node).is_file() or _outdated(run, node) for why in dict.fromkeys(run.failures(node).values())]

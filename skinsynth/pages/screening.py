@@ -1,9 +1,12 @@
-"""What ``screen`` found, as tables: for the report, and short for cards and comparisons."""
+"""What ``screen`` found, as tables: for the report, and short for cards and comparisons. Of the images' descent it speaks wherever they appear."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
+
+from skinsynth.knobs import Screen
 
 SHORT = {"generated": "generated", "accepted": "accepted", "kid": "KID, synthetic to real training images",
          "kid_real": "for scale: KID, real held-out to real training images", "copy_planted": "copies planted, of each disguise",
@@ -29,7 +32,14 @@ def short(found: dict[str, Any]) -> list[tuple[str, str]]:
     """(what, value) of the main figures, rejections by reason among them."""
     rejected = [(f"rejected: {reason}", str(n)) for reason, n in (found.get("rejected") or {}).items() if n]
     rows = [(label, _text(key, found[key], found)) for key, label in SHORT.items() if key in found]
-    return [*rows[:2], *rejected, *rows[2:]]
+    told = [("what trained their generator", "unknown: test images may be among it")] if found.get("lineage") == "unknown" else []
+    return [*rows[:2], *told, *rejected, *rows[2:]]
+
+
+def plus_minus(knobs: Screen) -> str:
+    """What ± means beside KID."""
+    return (f"KID is the mean over {knobs.kid_subsets} random subsets of up to {knobs.kid_subset_size} images a side, and the number after ± the "
+            "standard deviation over these: no standard error, and no interval of the mean.")
 
 
 def _text(key: str, value: Any, beside: dict[str, Any]) -> str:
@@ -40,7 +50,15 @@ def _text(key: str, value: Any, beside: dict[str, Any]) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     std = beside.get(f"{key}_std")
-    return f"{value:.3f}" + (f" ± {std:.3f}" if std is not None else "")
+    if std is None:
+        return f"{value:.3f}"
+    digits = _digits(std)
+    return f"{value:.{digits}f} ± {std:.{digits}f}"
+
+
+def _digits(std: float) -> int:
+    """Decimals that show two digits of a spread: three or more, and no more than the five that are measured."""
+    return 5 if std <= 0 else min(5, max(3, 1 - math.floor(math.log10(std))))
 
 
 def tables(found: dict[str, Any]) -> list[Table]:
@@ -59,7 +77,7 @@ def _fates(found: dict[str, Any]) -> Table | None:
     failures = (found.get("gate") or {}).get("failures", [])
     notes = [f"The set as a whole did not pass, and was used because the configuration says so: {failure}." for failure in failures]
     return Table("What became of the synthetic images; beside it the share of real held-out images that the same limit would set aside",
-                 ("", "synthetic", "real held-out", "limit"), rows, notes)
+                 ("what became of them", "synthetic", "real held-out", "limit"), rows, notes)
 
 
 def _distances(found: dict[str, Any]) -> Table | None:
@@ -72,7 +90,7 @@ def _distances(found: dict[str, Any]) -> Table | None:
                                    for name, label in named.items() if values.get(name)]
     warned = [label for name, label in named.items() if (values.get(name) or {}).get("fid_warning")]
     notes = [f"FID is biased by so few images ({', '.join(warned)}): go by KID, which is not."] if warned else []
-    return Table(f"Distances to the real training images in the feature space {found.get('features', 'unknown')}", ("", *HEADS), rows, notes)
+    return Table(f"Distances to the real training images in the feature space {found.get('features', 'unknown')}", ("compared", *HEADS), rows, notes)
 
 
 def _kid_alone(found: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +107,7 @@ def _copies(found: dict[str, Any]) -> Table | None:
     rows: list[tuple[str, ...]] = [(f"planted copies found, {DISGUISES.get(name, name)}", f"{100 * share:.1f} %") for name, share in each.items()]
     rows += [(SHORT[key], _text(key, found[key], found)) for key in ("copy_planted", "copy_false_alarms", "copied_share", "copy_threshold")
              if key in found]
-    return Table("Copies of training images: how well they are found, and how many there are", ("", "value"), rows)
+    return Table("Copies of training images: how well they are found, and how many there are", ("measure", "value"), rows)
 
 
 def _agreement(found: dict[str, Any]) -> Table | None:
@@ -98,8 +116,11 @@ def _agreement(found: dict[str, Any]) -> Table | None:
         return None
     rows: list[tuple[str, ...]] = [(name, *(_text("copy_recall", share.get(kind), {}) for kind in ("synthetic", "real_val")))
                                    for name, share in agreement["per_class"].items()]
-    notes = [f"That classifier of real images has an AUROC of {agreement['auroc_val']:.3f} on the real validation images."]
+    auroc = agreement.get("auroc_val")
+    notes = ["The AUROC of that classifier of real images is not known." if auroc is None else
+             f"That classifier of real images has an AUROC of {auroc:.3f} on the real validation images."]
     if detector.get("auroc") is not None:
         notes.append(f"A simple detector tells synthetic from real images with an AUROC of {detector['auroc']:.3f} on {detector['tested']:,} images "
                      "that it was not trained on (0.5: it cannot tell them apart).")
-    return Table("Share of the images that a plain classifier of real images sees as their class", ("", "synthetic", "real validation"), rows, notes)
+    return Table("Share of the images that a plain classifier of real images sees as their class", ("class", "synthetic", "real validation"), rows,
+                 notes)

@@ -55,22 +55,17 @@ def gather(found: list[tuple[str, RunDir, Config]]) -> dict[str, Any]:
     rows += [row for one, other in combinations(of, 2) for row in _unpaired(one, other)]
     holm([row for row in rows if row["metric"] == "auroc"])
     by_set = {arm: {**row, "test": size(images)} for images, figs in zip(sets, of, strict=True) for arm, row in arms(images, figs).items()}
-    ordered = {f"{name}/{arm}": {**by_set[f"{name}/{arm}"], "train_samples": _samples(cfg, run, arm)}
+    ordered = {f"{name}/{arm}": {**by_set[f"{name}/{arm}"], **results.arm_facts(cfg, run, arm)}
             for name, run, cfg in found for arm in predictions.arms_of(cfg) if f"{name}/{arm}" in by_set}
     fewest = min((row["test"] for row in ordered.values()), key=lambda test: test["positive"], default=None)
-    return {"arms": ordered, "differences": rows, "synthetic": {name: run.metrics("screen") for name, run, _ in found},
+    return {"arms": ordered, "differences": rows, "synthetic": {name: results.screened(cfg, run) for name, run, cfg in found},
             "unfinished": {name: results.unfinished(cfg, run) for name, run, cfg in found}, "same_test_images": len(sets) <= 1,
-            "verdict": verdict({"arms": ordered, "differences": rows, "test": fewest}, "these runs")}
+            "verdict": results.with_lineage(verdict({"arms": ordered, "differences": rows, "test": fewest}, "these runs"), ordered)}
 
 
 def _unpaired(one: dict[str, dict[str, Estimate]], other: dict[str, dict[str, Estimate]]) -> list[dict[str, Any]]:
     return [{"arms": [second, first], "metric": m, **difference(one[first][m], other[second][m]), "paired": False}
             for first in one for second in other for m in METRICS]
-
-
-def _samples(cfg: Config, run: RunDir, arm: str) -> dict[str, int]:
-    folder = next(iter(predictions.finished(cfg, run, arm).values()))
-    return predictions.seed_facts(run, arm, folder).get("train_samples", {})
 
 
 def _sets(read: list[tuple[str, Predictions]]) -> list[Predictions]:
@@ -96,4 +91,5 @@ def _page(found: list[tuple[str, RunDir, Config]], summary: dict[str, Any]) -> s
     return page.environment().get_template("several.html.j2").render(
         runs={str(run.path): name for name, run, _ in found}, summary=summary, sentence=sentence, metrics=METRICS, main=page.MAIN, spaces=spaces,
         missing=[f"{name}: {line}" for name, run, cfg in found for line in results.missing(cfg, run)], plot=figures.intervals(known, "AUROC"),
+        plus_minus={name: screening.plus_minus(cfg.screen) for name, _, cfg in found},
         screening={name: screening.short(row) for name, row in summary["synthetic"].items()})

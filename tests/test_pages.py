@@ -1,0 +1,270 @@
+"""The report's pages: whose the synthetic images are, what is out of date or damaged, how arms and numbers are told; nothing said that is not so."""
+
+from __future__ import annotations
+
+import html
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from test_report import Page, check_page, make
+
+from skinsynth.data import external
+from skinsynth.data.shards import Dataset
+from skinsynth.files import read_json, write_json
+from skinsynth.knobs import Arm, Config, Phase
+from skinsynth.pages import figures, pictures, screening, several
+from skinsynth.run import RunDir, Task
+from skinsynth.stages import report as stage
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, RunDir]:
+    cfg, run = make(tmp_path_factory.mktemp("pages"))
+    stage.report(cfg, run, Task())
+    return cfg, run
+
+
+def words(text: str) -> str:
+    return " ".join(Page(text).words.split())
+
+
+def words_of(run: RunDir) -> str:
+    return words((run.path / "report/index.html").read_text())
+
+
+def manifest(cfg: Config, run: RunDir, **facts: object) -> None:
+    path = run.dataset(cfg, "synthetic") / "manifest.json"
+    write_json(path, {**read_json(path), **facts})
+
+
+def elsewhere(cfg: Config, run: RunDir) -> None:
+    """As if the synthetic images were ``data.synthetic``."""
+    shutil.rmtree(run.node("finetune"))
+    cfg.data.synthetic = "/home/somebody/theirs"
+    manifest(cfg, run, lineage=external.LINEAGE, settings={"size": 16, "source": cfg.data.synthetic})
+
+
+def armless(folder: Path) -> tuple[Config, RunDir]:
+    """Without the arms' figures, which take seconds to resample."""
+    cfg, run = make(folder)
+    shutil.rmtree(run.path / "classify")
+    return cfg, run
+
+
+NO_PATIENT = "starts from no photograph"
+UNKNOWN = "nobody can tell whether test images were among what it saw"
+
+
+@pytest.mark.parametrize(("method", "redraw", "prompt", "said", "columns"), [
+    ("text-to-image", None, "a mole", NO_PATIENT, "are not known of any image"),
+    ("text-to-image", None, "a {diagnosis} {site}", NO_PATIENT, "from which its prompt was filled"),
+    ("image-to-image", None, "a mole", "Of the patient's lesion and skin something may still be seen", "training image that it was drawn over"),
+    ("inpaint", "lesion", "a mole", "the skin round it is a patient's", "training image that it was drawn over"),
+    ("inpaint", "skin", "a mole", "the lesion itself is a patient's, as it was photographed", "training image that it was drawn over")])
+def test_the_datasheet_says_what_is_a_patients(tmp_path: Path, method: str, redraw: str | None, prompt: str, said: str, columns: str) -> None:
+    cfg, run = armless(tmp_path)
+    cfg.generate.classes["benign"].prompts = [prompt]
+    made_from = {} if method == "text-to-image" else {"strength": 0.6, **({"redraw": redraw} if redraw else {})}
+    over = {"drawn_over": {"images": ["train-1", "train-3"], "groups": ["g1"]}} if made_from else {}
+    manifest(cfg, run, settings={"method": method, **made_from}, lineage={"base": "builtin", "group_ids": ["g1", "g2", "g7"], **over})
+    stage.report(cfg, run, Task())
+    sheet = (run.dataset(cfg, "synthetic") / "DATASHEET.md").read_text()
+    for text in (" ".join(sheet.split()), words_of(run)):
+        assert said in text
+        assert (NO_PATIENT in text) == (method == "text-to-image")
+        assert ("strength 0.6" in text) == bool(made_from)
+        assert ("one of 2 real training images" in text) == bool(made_from)
+    assert columns in sheet
+    assert f"| method | {method}{f', of the {redraw}' if redraw else ''}{', strength 0.6' if made_from else ''} |" in sheet
+    assert "| generator trained on | isic-train: 2 groups" in sheet, "without those that were drawn over"
+    lineage = read_json(run.path / "report/report.json")["lineage"]
+    assert (lineage["method"], lineage["strength"], lineage["redraw"]) == (method, made_from.get("strength"), redraw)
+    assert lineage["drawn_over"] == ({"images": 2, "groups": 1} if made_from else None)
+
+
+def test_images_from_elsewhere_are_of_unknown_lineage_wherever_they_appear(tmp_path: Path) -> None:
+    cfg, run = make(tmp_path)
+    elsewhere(cfg, run)
+    stage.report(cfg, run, Task())
+    text = (run.path / "report/index.html").read_text()
+    check_page(text)
+    parts = {part.split('"')[0]: words(f'<h2 id="{part}') for part in text.split("</main>")[0].split('<h2 id="')[1:]}
+    parts["verdict"] = words(re.search('<section class="verdict".*?</section>', text, re.DOTALL)[0])  # type: ignore[index]
+    assert f"{UNKNOWN}. If they were, the figures of hybrid may be too good." in parts['verdict']
+    assert "30 real, 12 synthetic of unknown lineage" in parts["comparison"]
+    assert UNKNOWN in parts["images"]
+    assert parts["images"].count(", synthetic of unknown lineage") == 2
+    assert UNKNOWN in parts["screening"]
+    assert "Nothing was fine-tuned in this run: its synthetic images were made elsewhere (theirs)" in parts["finetune"]
+    assert "There are no previews" not in parts["finetune"]
+    assert not re.search(r"jobs\.(finetune|generate|encode)", parts["again"])
+    assert "synthetic images, made elsewhere" in parts["again"]
+    sheet = " ".join((run.dataset(cfg, "synthetic") / "DATASHEET.md").read_text().split())
+    for needed in (UNKNOWN, "whether from photographs of patients, is not known here", "| images made elsewhere | 15 |",
+                   "stand in the table that came with it", "here it does not know all"):
+        assert needed in sheet, needed
+    assert "| generator trained on | unknown |" in sheet
+    assert "Prompts" not in sheet
+    assert "/home/somebody" not in sheet + (run.path / "report/report.json").read_text()
+    found = read_json(run.path / "report/report.json")
+    assert (found["lineage"]["known"], found["arms"]["hybrid"]["lineage"], found["arms"]["baseline"]["lineage"]) == (False, "unknown", None)
+    assert found["synthetic"]["lineage"] == "unknown"
+
+
+def test_unknown_lineage_is_said_of_several_runs_too(made: tuple[Config, RunDir], tmp_path: Path) -> None:
+    cfg, run = make(tmp_path / "second")
+    elsewhere(cfg, run)
+    run.config_path.write_text(run.config_path.read_text().replace("synthetic: null", "synthetic: /home/somebody/theirs"))
+    text = check_page(several.reports([made[1].path, run.path], tmp_path / "out").read_text()).words
+    text = " ".join(text.split())
+    assert f"{UNKNOWN}. If they were, the figures of run <i>&-2/hybrid may be too good." in text
+    assert text.count("30 real, 12 synthetic of unknown lineage") == 1
+    assert text.count("unknown: test images may be among it") == 1
+    assert text.count("the number after ± the standard deviation over these: no standard error") == 2
+
+
+def test_known_lineage_is_not_called_unknown(made: tuple[Config, RunDir]) -> None:
+    sheet = (made[1].dataset(made[0], "synthetic") / "DATASHEET.md").read_text()
+    assert UNKNOWN not in words_of(made[1]) + " ".join(sheet.split())
+    assert "of unknown lineage" not in words_of(made[1])
+
+
+def test_arms_that_were_trained_on_other_images_are_told(tmp_path: Path) -> None:
+    cfg, run = make(tmp_path)
+    stage.report(cfg, run, Task())
+    assert run.is_done("report")
+    run.finish("screen", {**run.metrics("screen"), "accepted": 3}, [])
+    stage.report(cfg, run, Task())
+    text, found = words_of(run), read_json(run.path / "report/report.json")
+    assert "not complete, or not up to date" in text
+    assert "Arm hybrid is out of date: what it was trained on was made anew since" in text
+    assert "Arm baseline" not in text
+    assert found["outdated"] == ["hybrid"]
+    assert not run.is_done("report")
+    run.finish("classify/hybrid", run.metrics("classify/hybrid"), [])
+    stage.report(cfg, run, Task())
+    assert "out of date" not in words_of(run)
+    assert run.is_done("report")
+
+
+def test_a_withdrawal_is_told_and_a_run_without_its_shards_is_not_out_of_date(tmp_path: Path) -> None:
+    cfg, run = make(tmp_path)
+    folder = run.dataset(cfg, "synthetic")
+    for node in ("screen", "classify/hybrid"):
+        run.finish(node, run.metrics(node), [], [folder / "manifest.json", folder / "withdrawn.json"] if node == "screen" else None)
+    alone = RunDir(tmp_path / "copy/alone")
+    shutil.copytree(run.path, alone.path)
+    cfg.data.shards = str(tmp_path / "copy/shards")
+    stage.report(cfg, alone, Task())
+    assert read_json(alone.path / "report/report.json")["outdated"] == []
+    cfg.data.shards = str(tmp_path / "shards")
+    (folder / "withdrawn.json").write_text("{}")
+    stage.report(cfg, run, Task())
+    assert read_json(run.path / "report/report.json")["outdated"] == ["hybrid"]
+    assert "screen was done before what it reads was made anew, or withdrawn from" in words_of(run)
+
+
+def damage(folder: Path, number: int) -> None:
+    """One image's bytes in its tar."""
+    offset, size, *_ = Dataset.open(folder).places[number][1]["jpg"]
+    with open(folder / "00000.tar", "r+b") as tar:
+        tar.seek(offset)
+        tar.write(bytes(size))
+
+
+def test_a_damaged_image_is_left_out_and_named(tmp_path: Path) -> None:
+    cfg, run = armless(tmp_path)
+    damage(run.dataset(cfg, "train"), 3)
+    damage(run.dataset(cfg, "synthetic"), 1)
+    stage.report(cfg, run, Task())
+    text = " ".join(check_page((run.path / "report/index.html").read_text()).words.split())
+    assert "2 images that would be shown cannot be read and are left out: train-3 (isic-train/00000.tar: is damaged" in text
+    assert "syn-1 (run <i>&-synthetic/00000.tar: is damaged" in text
+    bad: dict[str, str] = {}
+    counts = {(name, source): n for name, source, n, _ in pictures.grids(cfg, run, bad)}
+    assert counts == {("benign", "real"): 12, ("benign", "synthetic"): 6, ("malignant", "real"): 12, ("malignant", "synthetic"): 5}
+    assert pictures.pairs(cfg, run, bad) == []  # its training image is train-3
+
+
+def test_a_torn_log_is_no_crash(tmp_path: Path) -> None:
+    cfg, run = armless(tmp_path)
+    (run.node("finetune") / "metrics.jsonl").write_text('{"step": 1, "loss": 0.3}\n{"step": 2, "loss": 0.2}\n{"step": 3, "lo')
+    assert [row["step"] for row in figures.lines(run.node("finetune") / "metrics.jsonl")] == [1, 2]
+    stage.report(cfg, run, Task())
+    assert "loss of fine-tuning" in words_of(run)
+
+
+def test_an_agreement_without_auroc_is_no_crash(tmp_path: Path) -> None:
+    cfg, run = armless(tmp_path)
+    shares = {"benign": {"synthetic": 0.5, "real_val": 0.6}, "malignant": {"synthetic": 0.5, "real_val": None}}
+    run.finish("screen", {**run.metrics("screen"), "agreement": {"auroc_val": None, "per_class": shares}}, [])
+    stage.report(cfg, run, Task())
+    assert "The AUROC of that classifier of real images is not known" in words_of(run)
+
+
+def test_arms_are_told_apart_by_their_mix_and_each_seeds_steps(tmp_path: Path) -> None:
+    cfg, run = make(tmp_path, arms=("real", "half", "threefold", "staged"), strengths=(0.5, 0.6, 0.7, 0.8))
+    cfg.classify.arms["threefold"] = Arm({"real": 1, "synthetic": 3})
+    cfg.classify.arms["staged"] = Arm(phases=[Phase({"synthetic": 1}, 3), Phase({"real": 1.5, "synthetic": 1}, 1)])
+    for seed in range(3):
+        path = run.node(f"classify/half/seed-{seed}") / "metrics.json"
+        write_json(path, {**read_json(path), "steps": (20, 12, 8)[seed]})
+    stage.report(cfg, run, Task())
+    table = words_of(run).split("How the arms were trained")[1].split("AUROC of each seed")[0]
+    for needed in ("real alone", "1 real : 1 synthetic", "1 real : 3 synthetic", "20, 12, 8",
+                   "synthetic alone for 75 % of the steps, then 3 real : 2 synthetic for 25 %"):
+        assert needed in table, needed
+    arms = read_json(run.path / "report/report.json")["arms"]
+    assert arms["half"]["steps"] == [20, 12, 8]
+    assert arms["staged"]["mix"] == [{"share": 0.75, "sources": {"synthetic": 1}}, {"share": 0.25, "sources": {"real": 1.5, "synthetic": 1}}]
+    first = arms["real"]["epochs"][0]
+    rows = figures.lines(run.node("classify/real") / "seed-0/epochs.jsonl")
+    assert [(row["step"], row["epoch"]) for row in first] == [(10, 1.0), (20, 2.0)]
+    assert first[1]["accuracy"] == pytest.approx(rows[1]["val"]["accuracy"], abs=1e-4)
+
+
+def test_the_limit_of_copies_is_told_as_measured(tmp_path: Path) -> None:
+    cfg, run = armless(tmp_path)
+    stage.report(cfg, run, Task())
+    assert "by it 1.0 % of the real test images would be called copies" in words_of(run)
+    assert "99.5" not in words_of(run).split("How to reproduce")[0]
+    run.finish("screen", {k: v for k, v in run.metrics("screen").items() if k != "copy_false_alarms"}, [])
+    stage.report(cfg, run, Task())
+    assert "would be called copies" not in words_of(run)
+
+
+def test_a_small_kid_keeps_its_digits_and_its_spread_is_explained(made: tuple[Config, RunDir]) -> None:
+    found = {"kid": 0.31, "kid_std": 0.02, "kid_real": 0.00004, "kid_real_std": 0.00031}
+    assert [value for _, value in screening.short(found)] == ["0.310 ± 0.020", "0.00004 ± 0.00031"]
+    assert screening.tables({"kid": 0.1, "kid_std": 0.0042})[0].rows[0][3] == "0.1000 ± 0.0042"
+    sheet = (made[1].dataset(made[0], "synthetic") / "DATASHEET.md").read_text()
+    for text in (words_of(made[1]), sheet, (made[1].weights / "MODEL_CARD.md").read_text()):
+        assert "the mean over 50 random subsets of up to 100 images a side, and the number after ± the standard deviation over these" in text
+
+
+def test_what_is_plotted_stands_in_tables_and_no_colour_judges(made: tuple[Config, RunDir]) -> None:
+    text = (made[1].path / "report/index.html").read_text()
+    found = read_json(made[1].path / "report/report.json")
+    epochs, bins = (re.search(rf"<details><summary>{name}.*?</details>", text, re.DOTALL)[0]  # type: ignore[index]
+                    for name in ("The values of this plot", "The values of the reliability plot"))
+    assert epochs.count("<tr>") == 1 + 2 * 2
+    assert bins.count("<tr>") == 1 + sum(len(row["calibration"]) for row in found["arms"].values())
+    assert f"<td>{found['arms']['hybrid']['calibration'][0]['share']:.3f}</td>" in bins
+    assert not re.search(r"\.verdict \{[^}]*(green|--good)", text)
+
+
+def test_the_commands_on_the_page_can_be_pasted(made: tuple[Config, RunDir], tmp_path: Path) -> None:
+    path = str(made[1].path)
+    text = (made[1].path / "report/index.html").read_text()
+    line = html.unescape(re.search("<pre[^>]*>(skinsynth launch.*?)</pre>", text)[1])  # type: ignore[index]
+    assert shlex.split(line) == ["skinsynth", "launch", f"{path}/config.yaml", f"run={path}-again"]
+    commands = [shlex.split(html.unescape(found)) for found in re.findall("<code>(python -m jobs.*?)</code>", text)]
+    assert {command[2] for command in commands} == {f"jobs.{stage}" for stage in ("prepare", "finetune", "generate", "screen", "classify", "report")}
+    assert {command[3] for command in commands} == {path}
+    _, other = make(tmp_path / "second")
+    compared = several.reports([path, other.path], tmp_path / "out").read_text()
+    line = html.unescape(re.search("<pre[^>]*>(skinsynth report.*?)</pre>", compared)[1])  # type: ignore[index]
+    assert shlex.split(line) == ["skinsynth", "report", path, str(other.path)]
