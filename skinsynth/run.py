@@ -119,7 +119,7 @@ class RunDir:
         if any(sha256_or_none(here / path) != sha256 for path, sha256 in done.get("reads", {}).items()):
             return False
         needs = done.get("needs", {})  # None: that was not done when this was run by hand
-        return all(self._made(need) == made and (made is None or self.is_done(need)) for need, made in needs.items())
+        return all(self.made(need) == made and (made is None or self.is_done(need)) for need, made in needs.items())
 
     def finish(self, node: str, metrics: dict[str, Any], outputs: list[Path], reads: list[Path] | None = None) -> None:
         """The last write of a node: from now on it is skipped. ``reads``: small files, there or not, that no node of this run alone decides on;
@@ -130,10 +130,10 @@ class RunDir:
         made = sha256_of([metrics, [sha256_file(path) for path in outputs if path.is_file()]])
         needs = configs.needs(self.config()).get(node, ()) if self.config_path.exists() else ()
         write_json(self.done_path(node), {"node": node, "metrics": metrics, "outputs": paths, "relative": True, "made": made, "reads": read,
-                                          "needs": {need: self._made(need) for need in needs}})
+                                          "needs": {need: self.made(need) for need in needs}})
         shutil.rmtree(self.node(node) / "failed", ignore_errors=True)
 
-    def _made(self, node: str) -> str | None:
+    def made(self, node: str) -> str | None:
         """A hash of what a node made when it finished last: made again with the same bytes it is the same, and nothing need follow. None: it
         did not finish. An older run has no such hash; one of what is noted does."""
         done = read_json(self.done_path(node))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from skinsynth.files import read_json, sha256_file, sha256_of
+from skinsynth.files import read_json, sha256_file
 from skinsynth.knobs import Config
 from skinsynth.pages import figures, origin
 from skinsynth.quality import predictions
@@ -83,13 +83,7 @@ def _outdated(run: RunDir, node: str) -> bool:
     done, here = read_json(run.done_path(node)) or {}, run.path.resolve()
     if any((here / path).is_file() and sha256_file(here / path) != sha256 for path, sha256 in done.get("reads", {}).items()):
         return True
-    return any(_made(run, need) != made or (made is not None and _outdated(run, need)) for need, made in done.get("needs", {}).items())
-
-
-def _made(run: RunDir, node: str) -> str | None:
-    """As a node that needs this one has noted it."""
-    done = read_json(run.done_path(node))
-    return None if done is None else done.get("made") or sha256_of(done)
+    return any(run.made(need) != made or (made is not None and _outdated(run, need)) for need, made in done.get("needs", {}).items())
 
 
 def missing(cfg: Config, run: RunDir) -> list[str]:
