@@ -364,7 +364,7 @@ def test_too_few_accepted_stops_with_the_counts_and_leaves_no_list(screened: Pat
     for name in ("done", "accepted"):
         (tmp_path / f"run/screen/{name}.json").unlink()
     cfg.screen.min_accepted = 0.9
-    with pytest.raises(UserError, match=r"of 36 synthetic images were accepted \(2 broken, 1 blank, \d copy, \d blur, (\d \w+, )*4 duplicate\)"):
+    with pytest.raises(UserError, match=r"of 36 synthetic images were accepted \(2 broken, 1 blank, \d copy, (\d [\w-]+, )*4 duplicate\)"):
         screen(cfg, run, Task())
     assert not (tmp_path / "run/screen/accepted.json").exists()
     assert (tmp_path / "run/screen/rejected.json").exists()
@@ -405,19 +405,34 @@ def test_a_set_of_which_nothing_is_left_is_told_not_crashed_on(screened: Path, t
     assert run.metrics("screen")["kid"] is None
 
 
-def test_test_images_among_the_synthetic_ones_are_found_whatever_was_done_to_their_bytes(screened: Path, tmp_path: Path, images: np.ndarray) -> None:
-    """As in a set from elsewhere: a validation image as JPEG of low quality, a test image mirrored. Neither is near any training image."""
+def test_test_images_among_the_synthetic_ones_are_found_whatever_was_done_to_them(screened: Path, tmp_path: Path, images: np.ndarray) -> None:
+    """As in a set from elsewhere: mirrored, turned, as JPEG of low quality, cropped, tinted, all of these. None is near any training image."""
     shutil.copytree(screened, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "shards/run-synthetic")
-    leaked = [encode_jpeg(images[45], 50), encode_jpeg(np.ascontiguousarray(images[60][:, ::-1]), 80)]
-    write(tmp_path / "shards/run-synthetic", synthetic([*(encode_jpeg(image, 95) for image in images[66:80]), *leaked]), 7, kind="synthetic",
-          lineage={"group_ids": None})
+    poses = [np.ascontiguousarray(turned[0]) for turned in copies.turns(images[60][None])]
+    disguised = [copies.plant(images[45], 3, kind) for kind in ("crop", "colour", "jpeg", "all")]
+    files = [*(encode_jpeg(image, 95) for image in images[66:80]), *(encode_jpeg(image, 80) for image in [*poses, *disguised])]
+    write(tmp_path / "shards/run-synthetic", synthetic(files), 7, kind="synthetic", lineage={"group_ids": None})
     cfg, run = settings(tmp_path)
     screen(cfg, run, Task())
     told = {sample["key"]: (sample["reason"], sample["value"]) for sample in read_json(run.node("screen") / "rejected.json")["samples"]}
-    assert told["syn-00000014"] == ("held-out", "val-005")
-    assert told["syn-00000015"] == ("held-out", "test-004")
-    assert [reason for reason, _ in told.values()].count("held-out") == 2
+    assert [told.get(f"syn-{n:08d}") for n in range(14, 26)] == [("held-out", "test-004")] * 8 + [("held-out", "val-005")] * 4
+    assert [told.get(f"syn-{n:08d}", ("", ""))[0] for n in range(14)].count("held-out") <= 1
+
+
+def test_parts_of_an_older_version_are_made_anew(screened: Path, tmp_path: Path) -> None:
+    """They say neither what was searched nor in how many turns."""
+    cfg, run = again(screened, tmp_path)
+    for path in (tmp_path / "run/screen/parts").glob("*.json"):
+        part = read_json(path)
+        part["made"].pop("turns", None)
+        part["made"].pop("against", None)
+        path.write_text(json.dumps(part))
+    for path in (tmp_path / "run/screen/parts").glob("*.np[yz]"):
+        if not path.name.startswith(("train", "val", "test")):
+            path.write_bytes(b"of another form")
+    screen(cfg, run, Task())
+    assert outcome(tmp_path) == outcome(screened)
 
 
 def test_withdrawn_images_are_screened_no_more(screened: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def screen(cfg: Config, run: RunDir, task: Task) -> None:
     tolerate = cfg.data.on_error == "skip"  # a synthetic image that cannot be read is rejected; the real ones are the measure
     sets = {kind: open_dataset(cfg, run, kind, tolerate and kind == "synthetic") for kind in (*REAL, "synthetic")}
     check_lineage(sets)
-    parts = Parts(cfg, run.node(NODE) / "parts", sets)
+    parts = Parts(cfg, run.node(NODE) / "parts", sets, task.index)
     if _up_to_date(run, parts):
         return
     mine = set(task.mine([unit.number for unit in parts.units if not parts.have(unit)]))
@@ -84,17 +84,13 @@ def _up_to_date(run: RunDir, parts: Parts) -> bool:
 def make(parts: Parts, units: list[Unit], run: RunDir, task: Task) -> None:
     """The parts of this task: those of training shards first, since all others are searched in their thumbnails."""
     progress = Progress(run, NODE, task.index, sum(unit.count for unit in units), "images")
-    extractor, gallery = _extractor(parts.cfg, run) if units else None, None
-    limit = parts.cfg.screen.duplicate
+    extractor, limit = _extractor(parts.cfg, run) if units else None, parts.cfg.screen.duplicate
     for unit in units:
         assert extractor is not None
-        if unit.kind != "train" and gallery is None:
-            gallery = parts.gallery(task.index)
         if unit.kind == "planted":
-            assert gallery is not None
-            parts.plant(unit, gallery, progress)
+            parts.plant(unit, progress)
         else:
-            parts.inspect(unit, extractor, gallery, progress)
+            parts.inspect(unit, extractor, progress)
         if unit.kind == "synthetic" and limit is not None:
             parts.compare(unit, limit)
 
@@ -117,7 +113,7 @@ class Verdict:
         near, pairs = self.cfg.screen.duplicate, np.empty((0, 2), np.int64)
         self.measured = gate.Measured(parts.broken("synthetic"), parts.column("synthetic", "measures"), self._matches("synthetic"),
                                       self.evidence.agreement(), pairs if near is None else parts.pairs(near),
-                                      {} if self.cfg.screen.held_out is None else parts.held_out(self.cfg.screen.held_out),
+                                      {} if self.cfg.screen.held_out is None else parts.held_out(self.cfg.screen.held_out, self.copy_limit),
                                       lambda: np.concatenate([parts.read(unit, "prints") for unit in parts.of("synthetic")]), near)
         self.reasons = self.measured.reasons(self.limits, self.copy_limit, self.cfg.screen.agreement)
         self.keep = np.array([i for i, reason in enumerate(self.reasons) if reason is None], np.int64)
