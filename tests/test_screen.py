@@ -14,6 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 from skinsynth.data.codec import encode_jpeg
@@ -148,7 +149,7 @@ def test_the_metrics_hold_the_evidence_with_its_sizes(screened: Path) -> None:
 def test_the_mean_spectra_are_those_of_all_whole_images(screened: Path, images: np.ndarray) -> None:
     cfg, run = settings(screened)
     sets = sets_of(screened)
-    parts = Parts(cfg, run.node("screen") / "parts", sets)
+    parts = Parts(cfg, run.node("screen") / "parts", sets, "")
     real_mean = np.mean([spectrum.transforms(sets[kind].image(i)) for kind in ("train", "val", "test") for i in range(len(sets[kind]))], 0)
     assert np.allclose(parts.spectra(("train", "val", "test")), real_mean)
     whole = [i for i in range(36) if i not in parts.broken("synthetic")]
@@ -224,7 +225,7 @@ def test_a_task_makes_the_training_thumbnails_that_it_misses_and_a_pair_of_shard
     folder = tmp_path / "run/screen/parts"
     for path in [*folder.glob("train-*.npy"), *folder.glob("*.near.json"), folder / "00004.json"]:
         path.unlink()
-    units = Parts(cfg, folder, sets_of(tmp_path)).units
+    units = Parts(cfg, folder, sets_of(tmp_path), "").units
     assert units[4].kind == "test"
     screen(cfg, run, Task(4, 5))
     assert outcome(tmp_path) == outcome(screened)
@@ -347,6 +348,7 @@ def test_another_feature_space_is_measured_anew_and_named(screened: Path, tmp_pa
     from transformers import Dinov2Config, Dinov2Model
 
     cfg, run = again(screened, tmp_path)
+    torch.manual_seed(0)
     small = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
     Dinov2Model(small).save_pretrained(tmp_path / "dinov2-small")
     (tmp_path / "dinov2-small/preprocessor_config.json").write_text('{"size": 28}')
@@ -356,6 +358,11 @@ def test_another_feature_space_is_measured_anew_and_named(screened: Path, tmp_pa
     assert metrics["features"] == "dinov2-small"
     assert metrics["kid"] != RunDir(screened / "run").metrics("screen")["kid"]
     assert metrics["rejected"] == RunDir(screened / "run").metrics("screen")["rejected"]
+    torch.manual_seed(1)
+    Dinov2Model(small).save_pretrained(tmp_path / "dinov2-small")  # other weights in the same folder
+    (tmp_path / "run/screen/done.json").unlink()
+    screen(cfg, run, Task())
+    assert run.metrics("screen")["kid"] != metrics["kid"], "the features of the old weights were taken"
 
 
 def test_too_few_accepted_stops_with_the_counts_and_leaves_no_list(screened: Path, tmp_path: Path) -> None:
@@ -425,8 +432,8 @@ def test_parts_of_an_older_version_are_made_anew(screened: Path, tmp_path: Path)
     cfg, run = again(screened, tmp_path)
     for path in (tmp_path / "run/screen/parts").glob("*.json"):
         part = read_json(path)
-        part["made"].pop("turns", None)
-        part["made"].pop("against", None)
+        for name in ("turns", "against", "network"):
+            part["made"].pop(name, None)
         path.write_text(json.dumps(part))
     for path in (tmp_path / "run/screen/parts").glob("*.np[yz]"):
         if not path.name.startswith(("train", "val", "test")):

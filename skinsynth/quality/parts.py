@@ -54,12 +54,13 @@ class Unit:
 
 @dataclass
 class Parts:
-    """The units of a run and their folder. Raises ``UserError`` where one of the ``sets`` is empty. ``first``: the training shard from which on
-    missing thumbnails are made: tasks that come at once share the work."""
+    """The units of a run and their folder. Raises ``UserError`` where one of the ``sets`` is empty. ``network``: the hash of what the
+    features are taken with. ``first``: the training shard from which on missing thumbnails are made: tasks that come at once share the work."""
 
     cfg: Config
     folder: Path
     sets: dict[str, Dataset]
+    network: str
     first: int = 0
     units: list[Unit] = field(init=False)
     against: dict[str, str] = field(init=False)  # array of ``SEARCHED`` -> a hash of what is searched for it
@@ -79,10 +80,6 @@ class Parts:
                 found += [(kind, n, sha256, count) for n, (sha256, count) in enumerate(_shards(self.sets[kind])) if count]
         self.units = [Unit(number, *rest) for number, rest in enumerate(found)]
 
-    def screened(self) -> dict[str, str]:
-        """Of each set a hash of its images, and of what its manifest says of them."""
-        return {kind: f"{_hash(dataset)[:16]}-{sha256_file(dataset.folder / 'manifest.json')[:16]}" for kind, dataset in sorted(self.sets.items())}
-
     def of(self, kind: str) -> list[Unit]:
         return [unit for unit in self.units if unit.kind == kind]
 
@@ -98,7 +95,7 @@ class Parts:
     def made(self, unit: Unit) -> dict[str, Any]:
         """What a part was made from: another one is not taken for it."""
         return {"kind": unit.kind, "sha256": unit.sha256, "against": {name: self.against[name] for name in self.searches(unit.kind)},
-                "batch": self.cfg.screen.batch, "features": self.cfg.screen.features}
+                "batch": self.cfg.screen.batch, "network": self.network}
 
     def have(self, unit: Unit) -> bool:
         part = read_json(self.path(unit, ".json"))
@@ -291,6 +288,11 @@ class Found:
             self.close(extractor)
         return {"features": np.concatenate(self.features), "measures": np.stack(self.measures), "spectra": self.spectra,
                 "prints": np.stack([near.fingerprint(thumb) for thumb in self.thumbs])}
+
+
+def screened(sets: dict[str, Dataset]) -> dict[str, str]:
+    """Of each set a hash of its images, and of what its manifest says of them."""
+    return {kind: f"{_hash(dataset)[:16]}-{sha256_file(dataset.folder / 'manifest.json')[:16]}" for kind, dataset in sorted(sets.items())}
 
 
 def _shards(dataset: Dataset) -> Iterator[tuple[str, int]]:

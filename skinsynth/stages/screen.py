@@ -33,7 +33,7 @@ from skinsynth.files import read_json, sha256_file, write_bytes, write_json
 from skinsynth.knobs import Config
 from skinsynth.quality import copies, defects, features, gate, sheet, spectrum
 from skinsynth.quality.evidence import Evidence
-from skinsynth.quality.parts import PLANTED, PLANTS, REAL, Parts, Unit, matches
+from skinsynth.quality.parts import PLANTED, PLANTS, REAL, Parts, Unit, matches, screened
 from skinsynth.run import Progress, RunDir, Task
 
 NODE = "screen"
@@ -51,9 +51,9 @@ def screen(cfg: Config, run: RunDir, task: Task) -> None:
     tolerate = cfg.data.on_error == "skip"  # a synthetic image that cannot be read is rejected; the real ones are the measure
     sets = {kind: open_dataset(cfg, run, kind, tolerate and kind == "synthetic") for kind in (*REAL, "synthetic")}
     check_lineage(sets)
-    parts = Parts(cfg, run.node(NODE) / "parts", sets, task.index)
-    if _up_to_date(run, parts):
+    if _up_to_date(run, sets):
         return
+    parts = Parts(cfg, run.node(NODE) / "parts", sets, features.network_sha256(cfg, run), task.index)
     mine = set(task.mine([unit.number for unit in parts.units if not parts.have(unit)]))
     make(parts, [unit for unit in parts.units if unit.number in mine], run, task)
     if all(parts.have(unit) for unit in parts.units):
@@ -75,10 +75,10 @@ def check_lineage(sets: dict[str, Dataset]) -> bool:
     return lineage.get("group_ids") is not None
 
 
-def _up_to_date(run: RunDir, parts: Parts) -> bool:
+def _up_to_date(run: RunDir, sets: dict[str, Dataset]) -> bool:
     """Whether these very images were screened: a set that was made anew, or of which samples are withdrawn, is another one."""
     accepted = read_json(run.node(NODE) / "accepted.json")
-    return run.is_done(NODE) and accepted is not None and accepted.get("screened") == parts.screened()
+    return run.is_done(NODE) and accepted is not None and accepted.get("screened") == screened(sets)
 
 
 def make(parts: Parts, units: list[Unit], run: RunDir, task: Task) -> None:
@@ -132,7 +132,7 @@ class Verdict:
         classes = Counter(self.synthetic.columns["class"][i] for i in self.keep)
         write_json(self.folder / "accepted.json", {
             "dataset": str(self.synthetic.folder), "manifest_sha256": sha256_file(self.synthetic.folder / "manifest.json"),
-            "screened": self.parts.screened(),
+            "screened": screened(self.parts.sets),
             "count": len(self.keep), "classes": dict(sorted(classes.items())), "keys": [self.synthetic.keys[i] for i in self.keep]})
         sets = [dataset.folder for dataset in self.parts.sets.values()]  # as ``_up_to_date`` looks at them, for who knows no datasets
         self.run.finish(NODE, metrics, [self.folder / "accepted.json", self.folder / "rejected.json"],
