@@ -27,7 +27,7 @@ from skinsynth.quality import copies, spectrum
 from skinsynth.quality.evidence import choose
 from skinsynth.quality.parts import Parts
 from skinsynth.run import RunDir, Task
-from skinsynth.stages.screen import screen
+from skinsynth.stages.screen import copies_searched, screen
 
 SIZE = 64
 
@@ -131,7 +131,8 @@ def test_the_metrics_hold_the_evidence_with_its_sizes(screened: Path) -> None:
     metrics = RunDir(screened / "run").metrics("screen")
     distances = metrics["distances"]
     assert (distances["all"]["images"], distances["all"]["real_images"], distances["real"]["images"]) == (metrics["accepted"], 40, 26)
-    assert set(distances["per_class"]) == {"benign", "malignant"}
+    assert set(distances["per_class"]) == set(distances["real_per_class"]) == {"benign", "malignant"}
+    assert [(row["images"], row["real_images"]) for row in distances["real_per_class"].values()] == [(13, 20), (13, 20)]
     assert metrics["kid"] == distances["all"]["kid"]
     assert all(0 <= distances["all"][name] <= 1 for name in ("precision", "recall", "coverage"))
     assert "too small for FID" in distances["all"]["fid_warning"]
@@ -142,6 +143,7 @@ def test_the_metrics_hold_the_evidence_with_its_sizes(screened: Path) -> None:
     assert 0 <= metrics["agreement"]["auroc_val"] <= 1
     assert 0 < metrics["detector"]["tested"] < 40 + 26 + 36
     assert metrics["lineage"] == "known"
+    assert metrics["copies_searched"]["images"] == 40
     assert metrics["gate"] == {"passed": True, "failures": []}
     assert metrics == read_json(screened / "run/screen/metrics.json")
 
@@ -285,6 +287,21 @@ def test_a_generator_of_unknown_origin_is_said_to_be_one(screened: Path, tmp_pat
     cfg, run = settings(tmp_path)
     screen(cfg, run, Task())
     assert run.metrics("screen")["lineage"] == "unknown"
+
+
+@pytest.mark.parametrize(("lineage", "missing", "told"), [
+    ({"group_ids": []}, 0, "the run's 40 training images, among them all"),
+    ({"group_ids": ["g"], "trained_on": {"images": ["train-001"], "groups": ["g"]}}, 0, "among them all"),
+    ({"group_ids": ["g"], "trained_on": {"images": ["train-001", "a", "b"], "groups": ["g"]}}, 2, "2 other images that trained the generator"),
+    ({"group_ids": ["g"]}, None, "which images trained the generator is not known"),
+    ({"group_ids": None, "trained_on": {"images": ["train-001"]}}, None, "which images trained the generator is not known"),
+    (None, None, "which images trained the generator is not known")])
+def test_it_is_told_among_which_images_copies_were_looked_for(screened: Path, lineage: Any, missing: int | None, told: str) -> None:
+    sets = sets_of(screened)
+    sets["synthetic"].manifest["lineage"] = lineage
+    found = copies_searched(sets)
+    assert (found["images"], found["not_searched"]) == (40, missing)
+    assert told in found["told"]
 
 
 def again(screened: Path, folder: Path) -> tuple[Config, RunDir]:

@@ -75,6 +75,22 @@ def check_lineage(sets: dict[str, Dataset]) -> bool:
     return lineage.get("group_ids") is not None
 
 
+def copies_searched(sets: dict[str, Dataset]) -> dict[str, Any]:
+    """Among which images copies were looked for, and how many of those that are known to have trained the generator are not among them (None:
+    nobody wrote down all that did): of these no copy can be found. A general base model's own training images are never searched."""
+    train, lineage = sets["train"], sets["synthetic"].manifest.get("lineage") or {}
+    known = descent.trained_on(lineage)
+    told = lineage.get("group_ids") is not None and (bool(known["images"]) or not known["groups"])  # older lineages list groups alone
+    missing = len(set(known["images"]) - set(train.keys)) if told else None
+    if missing is None:
+        more = "; which images trained the generator is not known, and copies of those that are not among them cannot be found"
+    elif missing:
+        more = f"; {missing:,} other images that trained the generator were not at hand, and copies of them cannot be found"
+    else:
+        more = ", among them all that the generator is known to be fine-tuned on"
+    return {"images": len(train), "not_searched": missing, "told": f"the run's {len(train):,} training images{more}"}
+
+
 def _up_to_date(run: RunDir, sets: dict[str, Dataset]) -> bool:
     """Whether these very images were screened: a set that was made anew, or of which samples are withdrawn, is another one."""
     accepted = read_json(run.node(NODE) / "accepted.json")
@@ -184,7 +200,7 @@ class Verdict:
             "kid_ratio": gate.kid_ratio(whole["kid"], real["kid"], real["kid_std"]), **against, **self._copy_metrics(),
             "agreement": self.evidence.agreement_metrics(self.measured.agreement, self.keep),
             "limits": self.limits.values, "real_rejected": self._real_rejected(),
-            "lineage": "known" if check_lineage(self.parts.sets) else "unknown"}
+            "lineage": "known" if check_lineage(self.parts.sets) else "unknown", "copies_searched": copies_searched(self.parts.sets)}
         failed = gate.failures(metrics, self.cfg.screen)
         return {**metrics, "gate": {"passed": not failed, "failures": failed}}
 
