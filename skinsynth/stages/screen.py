@@ -3,7 +3,7 @@
     broken      cannot be decoded, or has another size than asked for
     blank       shows next to nothing (its grey levels hardly spread)
     copy        a near-copy of a training image: a patient's picture, not a new one
-    held-out    the validation or test image itself, or nearly: what is judged on must not be trained on
+    held-out    a validation or test image, or nearly, also turned, cropped or tinted: what is judged on must not be trained on
     blur, frame, clipped, saturated    such as next to no real training image is (quality.defects)
     class       a classifier of real images does not see its class (only with screen.agreement)
     duplicate   the same picture as an earlier synthetic image, or nearly
@@ -14,7 +14,7 @@ the real images (``quality.evidence``) and writes the lists; that needs no image
 
 Memory: pictures and features are read a part at a time, and features kept of ``screen.max_features`` images a class. What grows with the set is its
 index, which every stage holds that opens it, and beside it 0.2 kB of keys and measures an image (measured at 800 to 80,000), and its print as well
-(0.3 kB) where one has more near-duplicates than are noted; with the training set, its thumbnails (4 kB each), in which each task searches.
+(0.3 kB) where one has more near-duplicates than are noted; with the real sets, their thumbnails (4 kB each), in which each task searches.
 """
 
 from __future__ import annotations
