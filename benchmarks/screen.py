@@ -47,9 +47,9 @@ def duplicates_by_loop(prints: np.ndarray, later: range) -> list[tuple[int, int]
     """As ``near.near_pairs``, of the later ones, one pair at a time."""
     rows, found = [p.astype(np.float32) for p in prints], []
     for j in later:
-        mirrored, kept = rows[j][:, ::-1], 0
+        poses, kept = [np.ascontiguousarray(turned[0]) for turned in copies.turns(rows[j][None])], 0
         for i in range(j):
-            product = max(float(np.vdot(rows[i], rows[j])), float(np.vdot(rows[i], mirrored)))
+            product = max(float(np.vdot(rows[i], pose)) for pose in poses)
             length = float(np.linalg.norm(rows[i]) * np.linalg.norm(rows[j]))
             if kept < near.KEPT and product >= LIMIT * max(length, 1.0):
                 found.append((j, i))
@@ -89,7 +89,7 @@ def main() -> None:
             lambda fast, slow: fast[:len(known)] == slow)
     prints = np.stack([near.fingerprint(thumb) for thumb in thumbs])
     last = range(len(prints) - SLOW["duplicates"], len(prints))
-    compare("duplicates", f"{len(prints)} images among themselves (loop: the last {len(last)} with all before), as they are and mirrored; equal",
+    compare("duplicates", f"{len(prints)} images among themselves (loop: the last {len(last)} with all before), in eight poses; equal",
             (len(prints) * (len(prints) - 1) // 2, sum(last)), lambda: near.near_pairs(prints, prints, LIMIT, same=True),
             lambda: duplicates_by_loop(prints, last), lambda fast, slow: [tuple(row) for row in fast.tolist() if row[0] in last] == slow)
 

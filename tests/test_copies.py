@@ -81,6 +81,20 @@ def test_duplicates_in_training_do_not_hide_a_copy(drawn: Path) -> None:
     assert gallery.search(t[:1]).copies(1.0).all()
 
 
+def test_other_photographs_of_the_lesion_do_not_hide_a_copy(drawn: Path) -> None:
+    """Five of them among the training images, each with its own crop and light: as near to the copy as its original, all but."""
+    images = load(sorted((drawn / "images").glob("*.jpg"))[:50])
+    t, found = thumbs(images), []
+    for i in range(12):
+        views = thumbs(np.stack([copies.plant(copies.plant(images[i], n, "crop"), n, "colour") for n in range(5)]))
+        groups = [*map(str, range(40)), *[str(i)] * 5]
+        gallery = copies.Gallery(np.concatenate([t[:40], views]), groups)
+        found.append(gallery.search(thumbs(copies.plant(images[i], 7 * i + 3)[None])).nearness[0])
+    assert np.mean(np.array(found) > copies.LIMITS[1]) >= 0.9
+    strangers = copies.Gallery(t[:40], [*map(str, range(40))]).search(t[40:])
+    assert np.array_equal(strangers.nearness, copies.Gallery(t[:40]).search(t[40:]).nearness), "groups of one change nothing"
+
+
 def test_a_handful_of_training_images_is_enough_and_none_is_refused(drawn: Path) -> None:
     t = thumbs(load(sorted((drawn / "images").glob("*.jpg"))[:5]))
     got = copies.Gallery(t[:2]).search(t[1:2])

@@ -8,14 +8,16 @@ import re
 import shutil
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 from conftest import overrides, skinsynth
 
 from skinsynth import config
 from skinsynth.chain import chain as nodes
-from skinsynth.data import external
+from skinsynth.data import external, isic
 from skinsynth.data.export import export
-from skinsynth.data.shards import Dataset
+from skinsynth.data.shards import KEY, Dataset
 from skinsynth.data.verify import verify
 from skinsynth.errors import UserError
 from skinsynth.files import read_json
@@ -48,6 +50,67 @@ def test_every_form_of_folder_is_read(folders: dict[str, Path], form: str) -> No
     assert aside == []
     assert sorted(row.target for row in rows) == [0] * 13 + [1] * 14
     assert all(Path(str(row.file)).is_file() for row in rows)
+
+
+FORMS = {  # files, table, keys
+    "split and labels": (["train/benign/1.png", "train/malignant/1.png"], {}, ["benign_1", "malignant_1"]),
+    "upper case": (["Train/Benign/1.PNG", "Train/MALIGNANT/1.jpg"], {}, ["Benign_1", "MALIGNANT_1"]),
+    "numbers": (["0/a.png", "1/a.png"], {}, ["0_a", "1_a"]),
+    "webp": (["benign/1.webp", "malignant/1.WebP"], {}, ["benign_1", "malignant_1"]),
+    "paths in the table": (["train/benign/1.png", "train/malignant/1.png"],
+                           {"train/metadata.csv": "file_name,label\nbenign/1.png,benign\nmalignant/1.png,malignant\n"}, ["benign_1", "malignant_1"]),
+    "labels by folder": (["benign/1.png", "malignant/1.png"], {"Metadata.CSV": "file_name,text\nbenign/1.png,a mole\nmalignant\\1.png,a melanoma\n"},
+                         ["benign_1", "malignant_1"]),
+    "lines of JSON": (["train/a.png", "train/b.png"], {"train/metadata.jsonl": '{"file_name": "a.png", "label": 0, "more": [1]}\n\n'
+                                                                              '{"file_name": "b.png", "label": true}\n'}, ["a", "b"]),
+    "spaces and dots": (["a 1.png", "b.2.png", "\u00e4.png"], {"metadata.csv": "file_name,label\na 1.png,0\nb.2.png,1\n\u00e4.png,1\n"},
+                        ["_", "a_1", "b_2"]),
+    "below images": (["images/x.webp", "images/y.jpg"], {"metadata.csv": "isic_id,benign_malignant\nx,benign\ny,malignant\n"}, ["x", "y"]),
+}
+
+
+def write_files(root: Path, files: list[str], tables: dict[str, str]) -> None:
+    for number, name in enumerate(files):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        written, data = cv2.imencode(Path(name).suffix.lower(), np.full((32, 32, 3), 90 + number, np.uint8))
+        assert written
+        (root / name).write_bytes(data.tobytes())
+    for name, text in tables.items():
+        (root / name).write_text(text)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_folders_as_the_hub_has_them_are_read(form: str, tmp_path: Path) -> None:
+    files, tables, keys = FORMS[form]
+    write_files(tmp_path, files, tables)
+    rows, aside = external.read(tmp_path)
+    assert aside == []
+    assert sorted(row.image_name for row in rows) == keys
+    assert {0, 1} == {row.target for row in rows}
+    assert {str(Path(str(row.file)).relative_to(tmp_path)) for row in rows} == set(files)
+    assert all(isic.read_image(Path(str(row.file))).shape == (32, 32, 3) for row in rows)
+
+
+def test_names_that_give_the_same_key_stay_two_images(tmp_path: Path) -> None:
+    long = "x" * 130
+    files = ["a 1.png", "a_1.png", "a_1.jpg", f"{long}1.png", f"{long}2.png"]
+    lines = [f"{name},{n % 2}" for n, name in enumerate(files)]
+    write_files(tmp_path, files, {"metadata.csv": "\n".join(["file_name,label", *lines, lines[0]])})
+    rows, aside = external.read(tmp_path)
+    assert [item["reason"] for item in aside] == ["duplicated id (the same row again; kept once)"]
+    assert len({row.image_name for row in rows}) == 5
+    assert all(KEY.fullmatch(row.image_name) for row in rows)
+    assert [Path(str(row.file)).name for row in rows] == files
+
+
+def test_no_path_leaves_the_folder(tmp_path: Path) -> None:
+    write_files(tmp_path, ["secret.png", "set/a.png", "set/b.png"], {})
+    outside = ["../secret.png", str(tmp_path / "secret.png"), "b/../../secret.png", "..\\secret.png"]
+    lines = [json.dumps({"file_name": name, "label": n % 2}) for n, name in enumerate(["a.png", "b.png", *outside, "none.png"])]
+    (tmp_path / "set/metadata.jsonl").write_text("\n".join(lines))
+    rows, aside = external.read(tmp_path / "set")
+    assert [row.image_name for row in rows] == ["a", "b"]
+    assert [item["reason"] for item in aside] == ["the image's path leaves the folder"] * 4 + ["image file is missing"]
 
 
 def test_they_become_a_dataset_whatever_the_number_of_tasks(folders: dict[str, Path], drawn: Path, chain: Path, tmp_path: Path) -> None:
@@ -109,7 +172,11 @@ def test_through_the_chain_without_finetuning(folders: dict[str, Path], drawn: P
 
 
 def test_a_folder_that_cannot_be_used_is_told(drawn: Path, tmp_path: Path) -> None:
-    for path, message in ((tmp_path / "no", "is not a folder"), (tmp_path, "has neither metadata.csv")):
+    write_files(tmp_path, ["half/benign/1.png", "lines/a.png"], {"lines/metadata.jsonl": '{"file_name": "a.png"}\nno JSON'})
+    (tmp_path / "half/malignant").mkdir()
+    for path, message in ((tmp_path / "no", "is not a folder"), (tmp_path, "has neither metadata.csv .* it has: half, lines.* another form"),
+                          (tmp_path / "half", "the folder malignant in .*half holds no image"),
+                          (tmp_path / "lines", "line 2 of .* is no JSON object")):
         with pytest.raises(UserError, match=message):
             external.read(path)
     (tmp_path / "metadata.csv").write_text("file_name,label\na.jpg,benign\n")

@@ -151,6 +151,24 @@ def test_the_runs_own_classifier_gives_its_class_token_with_its_own_scaling(tmp_
         features.make(cfg, run)
 
 
+def test_the_runs_own_classifier_is_shown_what_it_was_trained_on(tmp_path: Path) -> None:
+    """Its mean and deviation stand beside its weights; and other weights, or another mean, are another network."""
+    cfg = Config(screen=Screen(features="classifier", batch=4), classify=Classify(arms={"baseline": Arm({"real": 1})}))
+    run = RunDir(tmp_path / "run")
+    folder = run.node("classify/baseline") / "seed-0/weights"
+    model = vit.build(Classify(model="small", hidden_size=16, layers=1, heads=2, patch=8), 32, 0)
+    model.save_pretrained(folder)
+    inputs, hashes = vit.Inputs(32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), {features.network_sha256(cfg, run)}
+    inputs.write(folder)
+    found = torch.from_numpy(features.make(cfg, run)(IMAGES))
+    with torch.inference_mode():
+        logits = vit.logits(model.eval(), torch.from_numpy(IMAGES).permute(0, 3, 1, 2), inputs.side, inputs.mean, inputs.std)
+        assert torch.allclose(model.classifier(found), logits, atol=1e-4)
+    hashes.add(features.network_sha256(cfg, run))
+    vit.build(Classify(model="small", hidden_size=16, layers=1, heads=2, patch=8), 32, 1).save_pretrained(folder)
+    assert len({*hashes, features.network_sha256(cfg, run)}) == 3
+
+
 def test_pull_fetches_it_like_the_others(tmp_path: Path) -> None:
     said: list[str] = []
     folder = save(network("vit"), tmp_path / "vit")

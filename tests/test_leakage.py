@@ -39,6 +39,18 @@ def test_a_patient_in_two_splits_is_an_error(make: Setup, one: str, other: str) 
         Data(cfg, run, "baseline", 0)
 
 
+@pytest.mark.parametrize(("kind", "other"), [("patient", "test"), ("lesion", "val"), ("patient", "val")])
+def test_a_patient_or_lesion_in_two_splits_is_an_error_whatever_the_groups_are_called(make: Setup, kind: str, other: str) -> None:
+    """As after a split was prepared apart, or with another list of duplicates."""
+    cfg, run = make()
+    keys = {split: Dataset.open(run.dataset(cfg, split)).keys[2] for split in ("train", other)}
+    for split in ("train", other):
+        plant(run, cfg, split, lambda part: part["columns"][kind].__setitem__(2, "IX_same"))
+    said = rf"(?s)leakage: 1 {kind}s are in both .*IX_same: {keys['train']} \(train\) and {keys[other]} \({other}\)"
+    with pytest.raises(UserError, match=said):
+        Data(cfg, run, "baseline", 0)
+
+
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_a_group_that_trained_the_generator_is_an_error(make: Setup, split: str) -> None:
     cfg, run = make()

@@ -29,7 +29,8 @@ def pictures(real: Path) -> np.ndarray:
 @pytest.mark.real
 def test_real_redrawn_pictures_are_near_and_others_are_not(pictures: np.ndarray) -> None:
     own = prints(pictures)
-    for change in (lambda x: decode(encode_jpeg(x, 60)), lambda x: cv2.GaussianBlur(x, (0, 0), 0.7), lambda x: np.ascontiguousarray(x[:, ::-1]),
+    turned = [lambda x, n=n: np.ascontiguousarray(list(copies.turns(x[None]))[n][0]) for n in range(8)]
+    for change in (lambda x: decode(encode_jpeg(x, 60)), lambda x: cv2.GaussianBlur(x, (0, 0), 0.7), *turned,
                    lambda x: np.clip(x * 1.1 + 9, 0, 255).astype(np.uint8)):
         changed = prints(np.stack([change(x) for x in pictures]))
         assert (np.diag(near.correlation(own, changed)) >= LIMIT).mean() >= 0.97
@@ -41,12 +42,16 @@ def random_prints(n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(-127, 128, (n, near.SIDE, near.SIDE)).astype(np.int8)
 
 
+def poses(print_: np.ndarray) -> list[np.ndarray]:
+    return [pose for quarter in range(4) for turned in [np.rot90(print_, quarter)] for pose in (turned, turned.T)]
+
+
 def slow_pairs(earlier: np.ndarray, later: np.ndarray, limit: float, same: bool) -> list[tuple[int, int]]:
     found = []
     for j, y in enumerate(later.astype(np.float64)):
         mine = []
         for i, x in enumerate(earlier.astype(np.float64)):
-            corr = max((x * z).sum() for z in (y, y[:, ::-1])) / np.linalg.norm(x) / np.linalg.norm(y)
+            corr = max((x * z).sum() for z in poses(y)) / np.linalg.norm(x) / np.linalg.norm(y)
             if corr >= limit and (i < j or not same):
                 mine.append((j, i))
         found += mine[:near.KEPT]
@@ -57,13 +62,27 @@ def slow_pairs(earlier: np.ndarray, later: np.ndarray, limit: float, same: bool)
 def test_pairs_are_those_of_the_loop_whatever_the_blocks(same: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = random_prints(23), random_prints(30, 1)
     two[[3, 9, 17, 18, 19, 20, 21]] = one[5]
-    two[11] = one[6][:, ::-1]
+    two[[11, 12, 13, 14]] = one[6][:, ::-1], np.rot90(one[6]), one[6][::-1], np.rot90(one[6], 2).T
     one = two[:23] if same else one
     expected = slow_pairs(one, two if not same else one, LIMIT, same)
     assert len(expected) > 4
     for block in (1024, 7, 1):
         monkeypatch.setattr(near, "BLOCK", block)
         assert [tuple(row) for row in near.near_pairs(one, two if not same else one, LIMIT, same).tolist()] == expected
+
+
+@pytest.mark.parametrize("few", [1, 10_000])
+def test_the_bound_rules_out_no_pair_that_is_near(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of pictures as smooth as lesions, many of them nearly the same in another turn; whether the few that are left are looked at alone or all."""
+    rng = np.random.default_rng(2)
+    base = [cv2.GaussianBlur(rng.normal(0, 1, (near.SIDE, near.SIDE)), (0, 0), 3) for _ in range(12)]
+    found = [poses(base[n % 12])[n % 8] + rng.normal(0, 0.1 * np.std(base[n % 12]) * (n % 5), (near.SIDE, near.SIDE)) for n in range(120)]
+    prints_ = np.stack([np.round(127 * x / np.abs(x).max()) for x in found]).astype(np.int8)
+    monkeypatch.setattr(near, "FEW", few)
+    whole = near.correlation(prints_, prints_)
+    for limit in (0.5, 0.9, 0.98):
+        assert np.array_equal(near.within(prints_, prints_, limit), whole >= limit)
+    assert 120 < (whole >= 0.98).sum() < (whole >= 0.9).sum() < whole.size / 4
 
 
 def test_many_equal_ones_make_few_pairs() -> None:

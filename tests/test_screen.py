@@ -14,6 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 from skinsynth.data.codec import encode_jpeg
@@ -26,7 +27,7 @@ from skinsynth.quality import copies, spectrum
 from skinsynth.quality.evidence import choose
 from skinsynth.quality.parts import Parts
 from skinsynth.run import RunDir, Task
-from skinsynth.stages.screen import screen
+from skinsynth.stages.screen import copies_searched, screen
 
 SIZE = 64
 
@@ -130,7 +131,8 @@ def test_the_metrics_hold_the_evidence_with_its_sizes(screened: Path) -> None:
     metrics = RunDir(screened / "run").metrics("screen")
     distances = metrics["distances"]
     assert (distances["all"]["images"], distances["all"]["real_images"], distances["real"]["images"]) == (metrics["accepted"], 40, 26)
-    assert set(distances["per_class"]) == {"benign", "malignant"}
+    assert set(distances["per_class"]) == set(distances["real_per_class"]) == {"benign", "malignant"}
+    assert [(row["images"], row["real_images"]) for row in distances["real_per_class"].values()] == [(13, 20), (13, 20)]
     assert metrics["kid"] == distances["all"]["kid"]
     assert all(0 <= distances["all"][name] <= 1 for name in ("precision", "recall", "coverage"))
     assert "too small for FID" in distances["all"]["fid_warning"]
@@ -141,6 +143,7 @@ def test_the_metrics_hold_the_evidence_with_its_sizes(screened: Path) -> None:
     assert 0 <= metrics["agreement"]["auroc_val"] <= 1
     assert 0 < metrics["detector"]["tested"] < 40 + 26 + 36
     assert metrics["lineage"] == "known"
+    assert metrics["copies_searched"]["images"] == 40
     assert metrics["gate"] == {"passed": True, "failures": []}
     assert metrics == read_json(screened / "run/screen/metrics.json")
 
@@ -148,7 +151,7 @@ def test_the_metrics_hold_the_evidence_with_its_sizes(screened: Path) -> None:
 def test_the_mean_spectra_are_those_of_all_whole_images(screened: Path, images: np.ndarray) -> None:
     cfg, run = settings(screened)
     sets = sets_of(screened)
-    parts = Parts(cfg, run.node("screen") / "parts", sets)
+    parts = Parts(cfg, run.node("screen") / "parts", sets, "")
     real_mean = np.mean([spectrum.transforms(sets[kind].image(i)) for kind in ("train", "val", "test") for i in range(len(sets[kind]))], 0)
     assert np.allclose(parts.spectra(("train", "val", "test")), real_mean)
     whole = [i for i in range(36) if i not in parts.broken("synthetic")]
@@ -224,7 +227,7 @@ def test_a_task_makes_the_training_thumbnails_that_it_misses_and_a_pair_of_shard
     folder = tmp_path / "run/screen/parts"
     for path in [*folder.glob("train-*.npy"), *folder.glob("*.near.json"), folder / "00004.json"]:
         path.unlink()
-    units = Parts(cfg, folder, sets_of(tmp_path)).units
+    units = Parts(cfg, folder, sets_of(tmp_path), "").units
     assert units[4].kind == "test"
     screen(cfg, run, Task(4, 5))
     assert outcome(tmp_path) == outcome(screened)
@@ -284,6 +287,21 @@ def test_a_generator_of_unknown_origin_is_said_to_be_one(screened: Path, tmp_pat
     cfg, run = settings(tmp_path)
     screen(cfg, run, Task())
     assert run.metrics("screen")["lineage"] == "unknown"
+
+
+@pytest.mark.parametrize(("lineage", "missing", "told"), [
+    ({"group_ids": []}, 0, "the run's 40 training images, among them all"),
+    ({"group_ids": ["g"], "trained_on": {"images": ["train-001"], "groups": ["g"]}}, 0, "among them all"),
+    ({"group_ids": ["g"], "trained_on": {"images": ["train-001", "a", "b"], "groups": ["g"]}}, 2, "2 other images that trained the generator"),
+    ({"group_ids": ["g"]}, None, "which images trained the generator is not known"),
+    ({"group_ids": None, "trained_on": {"images": ["train-001"]}}, None, "which images trained the generator is not known"),
+    (None, None, "which images trained the generator is not known")])
+def test_it_is_told_among_which_images_copies_were_looked_for(screened: Path, lineage: Any, missing: int | None, told: str) -> None:
+    sets = sets_of(screened)
+    sets["synthetic"].manifest["lineage"] = lineage
+    found = copies_searched(sets)
+    assert (found["images"], found["not_searched"]) == (40, missing)
+    assert told in found["told"]
 
 
 def again(screened: Path, folder: Path) -> tuple[Config, RunDir]:
@@ -347,6 +365,7 @@ def test_another_feature_space_is_measured_anew_and_named(screened: Path, tmp_pa
     from transformers import Dinov2Config, Dinov2Model
 
     cfg, run = again(screened, tmp_path)
+    torch.manual_seed(0)
     small = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
     Dinov2Model(small).save_pretrained(tmp_path / "dinov2-small")
     (tmp_path / "dinov2-small/preprocessor_config.json").write_text('{"size": 28}')
@@ -356,6 +375,11 @@ def test_another_feature_space_is_measured_anew_and_named(screened: Path, tmp_pa
     assert metrics["features"] == "dinov2-small"
     assert metrics["kid"] != RunDir(screened / "run").metrics("screen")["kid"]
     assert metrics["rejected"] == RunDir(screened / "run").metrics("screen")["rejected"]
+    torch.manual_seed(1)
+    Dinov2Model(small).save_pretrained(tmp_path / "dinov2-small")  # other weights in the same folder
+    (tmp_path / "run/screen/done.json").unlink()
+    screen(cfg, run, Task())
+    assert run.metrics("screen")["kid"] != metrics["kid"], "the features of the old weights were taken"
 
 
 def test_too_few_accepted_stops_with_the_counts_and_leaves_no_list(screened: Path, tmp_path: Path) -> None:
@@ -364,7 +388,7 @@ def test_too_few_accepted_stops_with_the_counts_and_leaves_no_list(screened: Pat
     for name in ("done", "accepted"):
         (tmp_path / f"run/screen/{name}.json").unlink()
     cfg.screen.min_accepted = 0.9
-    with pytest.raises(UserError, match=r"of 36 synthetic images were accepted \(2 broken, 1 blank, \d copy, \d blur, (\d \w+, )*4 duplicate\)"):
+    with pytest.raises(UserError, match=r"of 36 synthetic images were accepted \(2 broken, 1 blank, \d copy, (\d [\w-]+, )*4 duplicate\)"):
         screen(cfg, run, Task())
     assert not (tmp_path / "run/screen/accepted.json").exists()
     assert (tmp_path / "run/screen/rejected.json").exists()
@@ -405,19 +429,34 @@ def test_a_set_of_which_nothing_is_left_is_told_not_crashed_on(screened: Path, t
     assert run.metrics("screen")["kid"] is None
 
 
-def test_test_images_among_the_synthetic_ones_are_found_whatever_was_done_to_their_bytes(screened: Path, tmp_path: Path, images: np.ndarray) -> None:
-    """As in a set from elsewhere: a validation image as JPEG of low quality, a test image mirrored. Neither is near any training image."""
+def test_test_images_among_the_synthetic_ones_are_found_whatever_was_done_to_them(screened: Path, tmp_path: Path, images: np.ndarray) -> None:
+    """As in a set from elsewhere: mirrored, turned, as JPEG of low quality, cropped, tinted, all of these. None is near any training image."""
     shutil.copytree(screened, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "shards/run-synthetic")
-    leaked = [encode_jpeg(images[45], 50), encode_jpeg(np.ascontiguousarray(images[60][:, ::-1]), 80)]
-    write(tmp_path / "shards/run-synthetic", synthetic([*(encode_jpeg(image, 95) for image in images[66:80]), *leaked]), 7, kind="synthetic",
-          lineage={"group_ids": None})
+    poses = [np.ascontiguousarray(turned[0]) for turned in copies.turns(images[60][None])]
+    disguised = [copies.plant(images[45], 3, kind) for kind in ("crop", "colour", "jpeg", "all")]
+    files = [*(encode_jpeg(image, 95) for image in images[66:80]), *(encode_jpeg(image, 80) for image in [*poses, *disguised])]
+    write(tmp_path / "shards/run-synthetic", synthetic(files), 7, kind="synthetic", lineage={"group_ids": None})
     cfg, run = settings(tmp_path)
     screen(cfg, run, Task())
     told = {sample["key"]: (sample["reason"], sample["value"]) for sample in read_json(run.node("screen") / "rejected.json")["samples"]}
-    assert told["syn-00000014"] == ("held-out", "val-005")
-    assert told["syn-00000015"] == ("held-out", "test-004")
-    assert [reason for reason, _ in told.values()].count("held-out") == 2
+    assert [told.get(f"syn-{n:08d}") for n in range(14, 26)] == [("held-out", "test-004")] * 8 + [("held-out", "val-005")] * 4
+    assert [told.get(f"syn-{n:08d}", ("", ""))[0] for n in range(14)].count("held-out") <= 1
+
+
+def test_parts_of_an_older_version_are_made_anew(screened: Path, tmp_path: Path) -> None:
+    """They say neither what was searched nor in how many turns."""
+    cfg, run = again(screened, tmp_path)
+    for path in (tmp_path / "run/screen/parts").glob("*.json"):
+        part = read_json(path)
+        for name in ("turns", "against", "network"):
+            part["made"].pop(name, None)
+        path.write_text(json.dumps(part))
+    for path in (tmp_path / "run/screen/parts").glob("*.np[yz]"):
+        if not path.name.startswith(("train", "val", "test")):
+            path.write_bytes(b"of another form")
+    screen(cfg, run, Task())
+    assert outcome(tmp_path) == outcome(screened)
 
 
 def test_withdrawn_images_are_screened_no_more(screened: Path, tmp_path: Path) -> None:

@@ -1,20 +1,27 @@
 """Synthetic images that were made elsewhere (``data.synthetic``) -> ``<run>-synthetic``: prepared like the real ones, screened and used like
 our own. What trained their generator is not known, and is said to be so wherever they appear.
 
-The folder has ``metadata.csv`` (in it, or in ``train/`` as a Hugging Face imagefolder) with ``image_name`` or ``file_name`` and ``target``,
-``label`` or ``benign_malignant``, and the images beside it or in ``images/``; or it has the two folders ``benign`` and ``malignant``.
+The folder, or ``train/`` in it (a Hugging Face imagefolder; other splits are not looked at), has one of::
+
+    metadata.csv or metadata.jsonl    file_name (relative to it, or to images/) or image_name; target, label or benign_malignant, or else the image's
+                                      own folder is its label
+    benign/ and malignant/            images, in upper or lower case, or 0/ and 1/
+
+Images are JPEG, PNG or WebP, under names of any letters: the samples' keys are made of these.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from skinsynth.data import isic
+from skinsynth.data import isic, tables
 from skinsynth.data.codec import encode_jpeg
 from skinsynth.data.isic import Aside, BadImage, Row
 from skinsynth.data.lesion import square
@@ -25,6 +32,11 @@ from skinsynth.knobs import Config
 from skinsynth.run import Progress, RunDir, Task
 
 CLASSES = ("benign", "malignant")  # by target
+LABELS = {"benign": 0, "malignant": 1, "0": 0, "1": 1}  # names of folders -> target
+TABLES = ("metadata.csv", "metadata.jsonl")
+NAMES = ("file_name", *isic.COLUMNS["image_name"])  # columns that name an image, the first that is filled counts
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+SHOWN = 5  # entries of a folder that is refused
 KNOWN = ("sex", "age", "site", "diagnosis")
 LINEAGE = {"base": "elsewhere", "weights_sha256": None, "train": None, "group_ids": None, "trained_group_ids": None}
 
@@ -37,20 +49,95 @@ def read(folder: Path) -> tuple[list[Row], list[Aside]]:
     """
     if not folder.is_dir():
         raise UserError(f"data.synthetic: {folder} is not a folder")
-    tables = [path for path in (folder / "metadata.csv", folder / "train" / "metadata.csv") if path.is_file()]
-    if not tables and not all((folder / name).is_dir() for name in CLASSES):
-        raise UserError(f"data.synthetic: {folder} has neither metadata.csv (nor train/metadata.csv) nor the two folders {' and '.join(CLASSES)}")
-    if not tables:
-        return isic.read_dreambooth(folder / "malignant", folder / "benign")
-    rows, aside = isic.read_metadata(tables[0])
-    images = tables[0].parent / "images" if (tables[0].parent / "images").is_dir() else tables[0].parent
-    found = []
-    for row in rows:
+    entries = sorted(folder.iterdir())
+    for root in (folder, *(path for path in entries if path.name.lower() == "train" and path.is_dir())):
+        inside = sorted(root.iterdir())
+        table = next((path for name in TABLES for path in inside if path.name.lower() == name and path.is_file()), None)
+        if table:
+            return _read_table(table)
+        labelled = [path for path in inside if path.name.lower() in LABELS and path.is_dir()]
+        if len({LABELS[path.name.lower()] for path in labelled}) == len(CLASSES):
+            return _read_labelled(root, labelled)
+    have = ", ".join(path.name for path in entries[:SHOWN]) + " ..." * (len(entries) > SHOWN)
+    raise UserError(f"data.synthetic: {folder} has neither {' nor '.join(TABLES)} nor the two folders {' and '.join(CLASSES)}, in it or in train/; "
+                    f"it has: {have or 'nothing'}. Save images of another form (parquet, arrow, archives) as such a folder")
+
+
+def _read_labelled(root: Path, folders: list[Path]) -> tuple[list[Row], list[Aside]]:
+    """Raises ``UserError`` where a class has no image."""
+    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix.lower() in ENDINGS]
+    targets = {path: LABELS[path.parent.name.lower()] for path in files}
+    for target, name in enumerate(CLASSES):
+        if target not in targets.values():
+            raise UserError(f"data.synthetic: the folder {name} in {root} holds no image ({', '.join(ENDINGS)})")
+    keys = _keys(root, files)
+    rows = [Row(keys[path], target, diagnosis=CLASSES[target], file=str(path)) for path, target in targets.items() if path.is_file()]
+    return rows, [{"key": keys[path], "reason": "not a file (a folder, or a link to nothing)"} for path in files if not path.is_file()]
+
+
+def _read_table(table: Path) -> tuple[list[Row], list[Aside]]:
+    records = tables.read_csv(table, "synthetic") if table.suffix.lower() == ".csv" else _json_lines(table)
+    found, aside, labels = [], [], {*isic.COLUMNS["target"], *isic.COLUMNS["malignancy"]}
+    for line, record in enumerate(map(tables.spelt_out, records), 1):
+        named = next((record[name] for name in NAMES if record.get(name)), "")
         try:
-            found.append(replace(row, file=str(isic.find_image(images, row.image_name))))
+            file = _find(table.parent, named)
         except BadImage as error:
-            aside.append({"key": row.image_name, "reason": str(error)})
-    return found, aside
+            aside.append({"key": named or f"row {line}", "reason": str(error)})
+            continue
+        own = {} if labels & record.keys() else {"target": str(LABELS.get(file.parent.name.lower(), ""))}
+        found.append((file, {**record, **own}))
+    keys = _keys(table.parent, [file for file, _ in found])
+    files = {keys[file]: file for file, _ in found}
+    if not found and records:
+        return [], aside
+    rows, more = isic.parse(table, [{**record, "image_name": keys[file]} for file, record in found])
+    return [replace(row, file=str(files[row.image_name])) for row in rows], aside + more
+
+
+def _json_lines(table: Path) -> list[dict[str, str]]:
+    """The lines of a ``metadata.jsonl`` as a CSV's would be read; what is no plain value is left out.
+
+    Raises:
+        UserError: a line that is no JSON object.
+    """
+    found = []
+    for number, line in enumerate(table.read_bytes().splitlines(), 1):
+        try:
+            record = json.loads(line) if line.strip() else {}
+            found.append({name.strip().lower(): str(int(value) if isinstance(value, bool) else value).strip() for name, value in record.items()
+                          if isinstance(value, str | int | float)})
+        except (ValueError, AttributeError):
+            raise UserError(f"data.synthetic: line {number} of {table} is no JSON object (expected {{\"file_name\": ..., \"label\": ...}})") from None
+    return [record for record in found if record]
+
+
+def _find(root: Path, name: str) -> Path:
+    """The file of an image by its name in a table, with or without its ending. A link is followed: the hub's cache consists of them.
+
+    Raises:
+        BadImage: it is not in the table's folder.
+    """
+    relative = PurePosixPath(name.replace("\\", "/"))
+    if not name:
+        raise BadImage("no image name")
+    if relative.is_absolute() or ".." in relative.parts:
+        raise BadImage("the image's path leaves the folder")
+    for folder in (root, root / "images"):
+        for ending in ("", *ENDINGS, *map(str.upper, ENDINGS)):
+            path = folder / f"{relative}{ending}"
+            if path.suffix.lower() in ENDINGS and path.is_file():
+                return path
+    raise BadImage("image file is missing")
+
+
+def _keys(root: Path, files: Iterable[Path]) -> dict[Path, str]:
+    """A sample's key for each file: its path without what a key may not hold; where two come out the same, with a hash of the path."""
+    names = {path: path.relative_to(root).as_posix() for path in files}
+    plain = {path: re.sub(r"[^A-Za-z0-9_-]", "_", re.sub(r"^images/", "", name).removesuffix(path.suffix))[:100] for path, name in names.items()}
+    often = Counter(plain.values())
+    hashes = {path: hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:16] for path, name in names.items() if often[plain[path]] > 1}
+    return {path: key + (f"-{hashes[path]}" if path in hashes else "") for path, key in plain.items()}
 
 
 def make_units(cfg: Config, run: RunDir, task: Task) -> None:

@@ -66,7 +66,11 @@ def read_metadata(path: Path) -> tuple[list[Row], list[Aside]]:
     Raises:
         UserError: no such file, not a UTF-8 CSV, a needed column is missing, or no row at all.
     """
-    records = tables.read_csv(path, "metadata")
+    return parse(path, tables.read_csv(path, "metadata"))
+
+
+def parse(path: Path, records: list[dict[str, str]]) -> tuple[list[Row], list[Aside]]:
+    """As ``read_metadata``, of the records of a table: strings under lower-case names."""
     if not records:
         raise UserError(f"data.metadata: {path} holds no rows: expected a header line and one line per image")
     records = [tables.spelt_out(record) for record in records]

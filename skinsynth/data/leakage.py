@@ -14,6 +14,7 @@ from skinsynth.errors import UserError
 
 HELD_OUT = ("val", "test")
 SHOWN = 5
+NAMES = {"groups": "groups (patients or lesions)", "patients": "patients", "lesions": "lesions", "images": "image names"}  # of ``descent.KINDS``
 
 
 def check(splits: dict[str, Dataset], synthetic: Source | None) -> str | None:
@@ -23,8 +24,9 @@ def check(splits: dict[str, Dataset], synthetic: Source | None) -> str | None:
     ``unknown`` (weights whose training data nobody wrote down: allowed, and to be told), or None where there are none.
 
     Raises:
-        UserError: synthetic images in a held-out split; a group in two splits; a synthetic image drawn over one of a held-out group, or by a
-            generator that was trained on one; an image whose very bytes are in a held-out split and elsewhere. The samples are named.
+        UserError: synthetic images in a held-out split; a group, patient, lesion or image name in two splits; a synthetic image drawn over one of a
+            held-out group, or by a generator that was trained on one; an image whose very bytes are in a held-out split and elsewhere. The samples
+            are named.
     """
     for name in HELD_OUT:
         kind = splits[name].manifest.get("kind")
@@ -43,11 +45,14 @@ def check(splits: dict[str, Dataset], synthetic: Source | None) -> str | None:
 
 
 def _check_groups(splits: dict[str, Dataset], one: str, other: str) -> None:
-    members = _by_group(splits[one]), _by_group(splits[other])
-    shared = sorted(members[0].keys() & members[1].keys())
-    if shared:
-        found = (f"{group}: {_some(members[0][group])} ({one}) and {_some(members[1][group])} ({other})" for group in shared)
-        raise _leak(f"{len(shared)} groups (patients or lesions) are in both {splits[one].folder} and {splits[other].folder}", found)
+    """By every name: a group may be called otherwise in a split that was prepared apart, and hold the same patient or lesion."""
+    tables = [descent.table(split.folder, split.keys, split.columns) for split in (splits[one], splits[other])]
+    for kind, told in NAMES.items():
+        members = [_members(split.keys, names[kind]) for split, names in zip((splits[one], splits[other]), tables, strict=True)]
+        shared = sorted(members[0].keys() & members[1].keys())
+        if shared:
+            found = (f"{name}: {_some(members[0][name])} ({one}) and {_some(members[1][name])} ({other})" for name in shared)
+            raise _leak(f"{len(shared)} {told} are in both {splits[one].folder} and {splits[other].folder}", found)
 
 
 def _check_descent(held_out: Dataset, name: str, synthetic: Source, lineage: dict[str, Any]) -> None:
@@ -84,9 +89,15 @@ def _print(dataset: Dataset, number: int) -> tuple[int, ...]:
 
 
 def _by_group(dataset: Dataset) -> dict[Any, list[str]]:
+    return _members(dataset.keys, dataset.columns["group"])
+
+
+def _members(keys: list[str], names: list[str | None]) -> dict[Any, list[str]]:
+    """Name -> the samples that bear it; not those without one."""
     found = defaultdict(list)
-    for key, group in zip(dataset.keys, dataset.columns["group"], strict=True):
-        found[group].append(key)
+    for key, name in zip(keys, names, strict=True):
+        if name is not None:
+            found[name].append(key)
     return found
 
 

@@ -106,14 +106,18 @@ class Evidence:
         return sorted(set(zip(columns["class"], columns["target"], strict=True)))
 
     def against(self, keep: np.ndarray) -> dict[str, Any]:
-        """Distances of the accepted images (numbers, ascending) to the training images, of real held-out ones for scale, and per class; and the
-        detector's score."""
+        """Distances of the accepted images (numbers, ascending) to the training images, of real held-out ones for scale, and both per class; and
+        the detector's score."""
         made, train = self._sample("synthetic", keep), self.real["train"]
         held_out = np.concatenate([self.real[kind].whole() for kind in ("val", "test")])
         distances = {"all": self._compare(made.whole(), train.whole()), "real": self._compare(held_out, train.whole())}
         names = np.array(self.parts.sets["synthetic"].columns["class"])[made.numbers]
         per_class = {name: self._compare(made.features[names == name], train.of(target)) for name, target in self._classes()}
-        return {"distances": {**distances, "per_class": per_class}, "detector": self._detector(made)}
+        real_per_class = {name: self._compare(self._held_out(target), train.of(target)) for name, target in self._classes()}
+        return {"distances": {**distances, "per_class": per_class, "real_per_class": real_per_class}, "detector": self._detector(made)}
+
+    def _held_out(self, target: int) -> np.ndarray:
+        return np.concatenate([self.real[kind].of(target) for kind in ("val", "test")])
 
     def _compare(self, x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
         cfg = self.parts.cfg

@@ -21,11 +21,13 @@ import torch.nn.functional as F
 
 from skinsynth.data.withdrawn import withdrawn_keys
 from skinsynth.errors import UserError
+from skinsynth.files import sha256_file, sha256_folder, sha256_of
 from skinsynth.knobs import Config, Model
 from skinsynth.models import hub, inception
-from skinsynth.models.diffusion import at_once, load_vae
+from skinsynth.models.diffusion import at_once, base_sha256, load_vae
 from skinsynth.run import RunDir
 
+PROCESSOR = "preprocessor_config.json"
 MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers of the ways to resize, as processors' files have them
 
 
@@ -130,7 +132,7 @@ class NetworkFeatures(Extractor):
             UserError: not a vision model, or not complete.
         """
         super().__init__(batch, device)
-        self.processing = processing or Processing.read(folder / "preprocessor_config.json")
+        self.processing = processing or Processing.read(folder / PROCESSOR)
         self.model = _load(folder).float().to(device).eval()
         self.has_token = any(name.endswith("cls_token") for name, _ in self.model.named_parameters())
 
@@ -211,10 +213,27 @@ def make(cfg: Config, run: RunDir, device: Any = "cpu") -> Extractor:
         return VaeFeatures(cfg.model, batch, device)
     if wanted == "classifier":
         folder = own_classifier(cfg, run)
+        if (folder / PROCESSOR).is_file():
+            return NetworkFeatures(folder, None, batch, device)
         side = json.loads((folder / "config.json").read_text()).get("image_size") or cfg.prepare.size
-        return NetworkFeatures(folder, Processing(side, side), batch, device)  # it was trained on -1..1 (models.vit)
+        return NetworkFeatures(folder, Processing(side, side), batch, device)  # exported without it: trained on -1..1 (models.vit)
     place = hub.resolve_features(wanted)
     return InceptionFeatures(place, batch, device) if place.is_file() else NetworkFeatures(place, None, batch, device)
+
+
+def network_sha256(cfg: Config, run: RunDir) -> str:
+    """A hash of the network that ``make`` gives, with its configuration: features of another one are not to be taken for its own.
+
+    Raises:
+        UserError: as ``make`` where it is not to be had.
+    """
+    if cfg.screen.features == "vae":
+        base = hub.find_base(cfg.model).weights
+        return sha256_folder(base / "vae", "*") if base.is_dir() else base_sha256(cfg.model)
+    place = own_classifier(cfg, run) if cfg.screen.features == "classifier" else hub.resolve_features(cfg.screen.features)
+    if place.is_file():
+        return sha256_file(place)
+    return sha256_of([sha256_folder(place, pattern) for pattern in ("config.json", PROCESSOR, "*.safetensors")])
 
 
 def evens_out(cfg: Config) -> bool:

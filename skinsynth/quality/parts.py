@@ -6,10 +6,11 @@ A part is ``<n>.npz``, arrays with a row for each image, and, written last, ``<n
     measures   float32 (n, 5 + RINGS)      ``defects.MEASURES``, then the radial power spectrum
     prints     int8 (n, 16, 16)            ``near.fingerprint``
     matches    float64 (n, 3)              nearest training image, similarity, nearness (``copies.Matches``); not of training images
+    held_out   float64 (n, 3)              the same of the nearest validation or test image; of synthetic images
     spectra    float64 (2, side, side // 2 + 1)    sums of ``spectrum.transforms``
 
-Training shards also give ``train-<sha256>.npy``, their thumbnails, under the name of their content. A task that searches takes those that are there
-and makes the others itself, which is cheap (they are decoded, no network runs): so tasks may run in any order, alone, and at once, and none waits.
+Real shards also give ``<kind>-<sha256>.npy``, their thumbnails, under the name of their content. A task that searches takes those that are there and
+makes the others itself, which is cheap (they are decoded, no network runs): so tasks may run in any order, alone, and at once, and none waits.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ REAL = ("train", "val", "test")
 KINDS = (*REAL, "planted", "synthetic")  # so numbered that a synthetic set made anew leaves the parts of the real ones valid
 PLANTS = (*copies.DISGUISES, "all")  # a unit each: disguised copies of training images, to measure how many are found
 PLANTED = 200  # of each
+SEARCHED = {"matches": ("train",), "held_out": ("val", "test")}  # array of a part -> the kinds among which its images were searched for
 
 
 @dataclass(frozen=True, order=True)
@@ -52,31 +54,31 @@ class Unit:
 
 @dataclass
 class Parts:
-    """The units of a run and their folder. Raises ``UserError`` where one of the ``sets`` is empty."""
+    """The units of a run and their folder. Raises ``UserError`` where one of the ``sets`` is empty. ``network``: the hash of what the
+    features are taken with. ``first``: the training shard from which on missing thumbnails are made: tasks that come at once share the work."""
 
     cfg: Config
     folder: Path
     sets: dict[str, Dataset]
+    network: str
+    first: int = 0
     units: list[Unit] = field(init=False)
-    against: str = field(init=False)  # a hash of all training shards: what was searched
+    against: dict[str, str] = field(init=False)  # array of ``SEARCHED`` -> a hash of what is searched for it
+    galleries: dict[str, copies.Gallery] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         empty = [str(dataset.folder) for dataset in self.sets.values() if not len(dataset)]
         if empty:
             raise UserError(f"{', '.join(empty)} holds no images: screening compares synthetic images with real ones of all three splits: give each "
                             "a share (prepare.split) and images enough")
-        self.against = _hash(self.sets["train"])
+        self.against = {name: " ".join(_hash(self.sets[kind], grouped=True) for kind in kinds) for name, kinds in SEARCHED.items()}
         found: list[tuple[str, int, str, int]] = []
         for kind in KINDS:
             if kind == "planted":
-                found += [(kind, n, self.against, min(PLANTED, len(self.sets["train"]))) for n in range(len(PLANTS))]
+                found += [(kind, n, self.against["matches"], min(PLANTED, len(self.sets["train"]))) for n in range(len(PLANTS))]
             else:
                 found += [(kind, n, sha256, count) for n, (sha256, count) in enumerate(_shards(self.sets[kind])) if count]
         self.units = [Unit(number, *rest) for number, rest in enumerate(found)]
-
-    def screened(self) -> dict[str, str]:
-        """Of each set a hash of its images, and of what its manifest says of them."""
-        return {kind: f"{_hash(dataset)[:16]}-{sha256_file(dataset.folder / 'manifest.json')[:16]}" for kind, dataset in sorted(self.sets.items())}
 
     def of(self, kind: str) -> list[Unit]:
         return [unit for unit in self.units if unit.kind == kind]
@@ -84,10 +86,16 @@ class Parts:
     def path(self, unit: Unit, end: str) -> Path:
         return self.folder / f"{unit.number:05d}{end}"
 
+    def searches(self, kind: str) -> list[str]:
+        """The arrays of ``SEARCHED`` that a part of this kind has."""
+        if kind == "train":
+            return []
+        return list(SEARCHED) if kind == "synthetic" and self.cfg.screen.held_out is not None else ["matches"]
+
     def made(self, unit: Unit) -> dict[str, Any]:
         """What a part was made from: another one is not taken for it."""
-        return {"kind": unit.kind, "sha256": unit.sha256, "against": self.against, "batch": self.cfg.screen.batch,
-                "features": self.cfg.screen.features}
+        return {"kind": unit.kind, "sha256": unit.sha256, "against": {name: self.against[name] for name in self.searches(unit.kind)},
+                "batch": self.cfg.screen.batch, "network": self.network}
 
     def have(self, unit: Unit) -> bool:
         part = read_json(self.path(unit, ".json"))
@@ -130,16 +138,25 @@ class Parts:
 
     # ---- making ----
 
-    def gallery(self, first: int) -> copies.Gallery:
-        """All training thumbnails. Those that are missing are made, from shard ``first`` on: tasks that come at once share the work."""
-        units = self.of("train")
-        for unit in units[first % len(units):] + units[:first % len(units)]:
+    def _search(self, name: str, thumbs: np.ndarray) -> np.ndarray:
+        """The array ``name`` of ``SEARCHED``, of these thumbnails."""
+        if name not in self.galleries:
+            self.galleries[name] = self._gallery(SEARCHED[name])
+        found = self.galleries[name].search(thumbs, _threads())
+        return np.stack([found.index.astype(np.float64), found.similarity, found.nearness], 1)
+
+    def _gallery(self, kinds: tuple[str, ...]) -> copies.Gallery:
+        """All thumbnails of these kinds. Those that are missing are made."""
+        units = [unit for kind in kinds for unit in self.of(kind)]
+        start = self.first % len(units)
+        for unit in units[start:] + units[:start]:
             if not self._thumbs(unit).exists():
                 self._write_thumbs(unit, np.stack([copies.thumbnail(image) for _, image in self._images(unit)]))
-        return copies.Gallery(np.concatenate([np.load(self._thumbs(unit), allow_pickle=False) for unit in units]))
+        thumbs = np.concatenate([np.load(self._thumbs(unit), allow_pickle=False) for unit in units])
+        return copies.Gallery(thumbs, [group for kind in kinds for group in self.sets[kind].columns["group"]])
 
     def _thumbs(self, unit: Unit) -> Path:
-        return self.folder / f"train-{unit.sha256[:16]}.npy"
+        return self.folder / f"{unit.kind}-{unit.sha256[:16]}.npy"
 
     def _write_thumbs(self, unit: Unit, thumbs: np.ndarray) -> None:
         write_bytes(self._thumbs(unit), to_npy(thumbs))
@@ -158,8 +175,8 @@ class Parts:
                                 "again")
             yield wrong, image
 
-    def inspect(self, unit: Unit, extractor: Extractor, gallery: copies.Gallery | None, progress: Progress) -> None:
-        """Writes the part of one shard. ``gallery`` None: nothing is searched (training images)."""
+    def inspect(self, unit: Unit, extractor: Extractor, progress: Progress) -> None:
+        """Writes the part of one shard."""
         found, batch = Found(self.cfg.prepare.size), self.cfg.screen.batch
         for wrong, image in self._images(unit):
             found.add(wrong, image)
@@ -169,18 +186,16 @@ class Parts:
         progress.advance(len(found.images))
         arrays = found.arrays(extractor)
         thumbs = np.stack(found.thumbs)
-        if gallery:
-            arrays["matches"] = _columns(gallery.search(thumbs, _threads()))
-        elif not self._thumbs(unit).exists():
+        if unit.kind in REAL and not self._thumbs(unit).exists():
             self._write_thumbs(unit, thumbs)
-        self._write(unit, arrays, found.broken)
+        self._write(unit, arrays | {name: self._search(name, thumbs) for name in self.searches(unit.kind)}, found.broken)
 
-    def plant(self, unit: Unit, gallery: copies.Gallery, progress: Progress) -> None:
+    def plant(self, unit: Unit, progress: Progress) -> None:
         """Writes the part of one disguise: the matches of disguised copies of training images."""
         train = self.sets["train"]
         chosen = np.random.default_rng(self.cfg.seed).permutation(len(train))[:unit.count]
         thumbs = np.stack([copies.thumbnail(copies.plant(train.image(int(i)), int(i), PLANTS[unit.shard])) for i in chosen])
-        self._write(unit, {"matches": _columns(gallery.search(thumbs, _threads()))}, {})
+        self._write(unit, {"matches": self._search("matches", thumbs)}, {})
         progress.advance(unit.count)
 
     def _write(self, unit: Unit, arrays: dict[str, np.ndarray], broken: dict[int, str]) -> None:
@@ -203,7 +218,7 @@ class Parts:
         write_json(self.path(unit, ".near.json"), {"made": self._compared(limit), "others": [other.number for other in others]})
 
     def _compared(self, limit: float) -> dict[str, Any]:
-        return {"set": _hash(self.sets["synthetic"]), "limit": limit}
+        return {"set": _hash(self.sets["synthetic"]), "limit": limit, "turns": 8}
 
     def _near(self, earlier: Unit, later: Unit, limit: float) -> np.ndarray:
         first = {unit.number: sum(u.count for u in self.of("synthetic")[:unit.shard]) for unit in (earlier, later)}
@@ -223,19 +238,20 @@ class Parts:
         found += [self._near(a, b, limit) for a in units for b in units if a.number <= b.number and (a.number, b.number) not in seen]
         return _first(np.unique(np.concatenate(found), axis=0))
 
-
-    def held_out(self, limit: float) -> dict[int, str]:
-        """Number of a synthetic image -> key of the validation or test image that it is (nearly, or mirrored): nobody may train on that."""
-        units = [unit for kind in ("val", "test") for unit in self.of(kind)]
-        prints = np.concatenate([self.read(unit, "prints") for unit in units])
-        keys = [key for kind in ("val", "test") for key in self.sets[kind].keys]
+    def held_out(self, limit: float, copy_limit: float) -> dict[int, str]:
+        """Number of a synthetic image -> key of the validation or test image that it is, or nearly: nobody may train on that. By the print
+        (correlation ``limit``), which noise and JPEG do not change, and by the search for copies, which crops and tints do not lead astray."""
+        kinds = SEARCHED["held_out"]
+        prints = np.concatenate([self.read(unit, "prints") for kind in kinds for unit in self.of(kind)])
+        keys = [key for kind in kinds for key in self.sets[kind].keys]
         found: dict[int, str] = {}
         start = 0
         for unit in self.of("synthetic"):
             for image, real in near.near_pairs(prints, self.read(unit, "prints"), limit).tolist():
                 found.setdefault(start + image, keys[real])
             start += unit.count
-        return found
+        searched = matches(self.column("synthetic", "held_out"))
+        return {image: keys[searched.index[image]] for image in np.flatnonzero(searched.copies(copy_limit)).tolist()} | found
 
 
 @dataclass
@@ -274,6 +290,11 @@ class Found:
                 "prints": np.stack([near.fingerprint(thumb) for thumb in self.thumbs])}
 
 
+def screened(sets: dict[str, Dataset]) -> dict[str, str]:
+    """Of each set a hash of its images, and of what its manifest says of them."""
+    return {kind: f"{_hash(dataset)[:16]}-{sha256_file(dataset.folder / 'manifest.json')[:16]}" for kind, dataset in sorted(sets.items())}
+
+
 def _shards(dataset: Dataset) -> Iterator[tuple[str, int]]:
     """(hash, count) of each shard, as far as it may be read: where samples of it are withdrawn, its part must be made anew without them."""
     for number, shard in enumerate(dataset.manifest["shards"]):
@@ -282,9 +303,10 @@ def _shards(dataset: Dataset) -> Iterator[tuple[str, int]]:
         yield shard["sha256"] if whole else hashlib.sha256(" ".join([shard["sha256"], *keys]).encode()).hexdigest(), len(keys)
 
 
-def _hash(dataset: Dataset) -> str:
-    """One hash of all shards."""
-    return hashlib.sha256(" ".join(sha256 for sha256, _ in _shards(dataset)).encode()).hexdigest()
+def _hash(dataset: Dataset, grouped: bool = False) -> str:
+    """One hash of all shards, and of the groups of their samples, which a shard's bytes do not say."""
+    groups = [str(group) for group in dataset.columns["group"]] if grouped else []
+    return hashlib.sha256(" ".join([*(sha256 for sha256, _ in _shards(dataset)), *groups]).encode()).hexdigest()
 
 
 def _first(pairs: np.ndarray) -> np.ndarray:
@@ -293,12 +315,8 @@ def _first(pairs: np.ndarray) -> np.ndarray:
     return pairs[np.arange(len(pairs)) - starts < near.KEPT]
 
 
-def _columns(matches: copies.Matches) -> np.ndarray:
-    return np.stack([matches.index.astype(np.float64), matches.similarity, matches.nearness], 1)
-
-
 def matches(columns: np.ndarray) -> copies.Matches:
-    """The other way round, of float64 (n, 3)."""
+    """Of an array of ``SEARCHED``."""
     return copies.Matches(columns[:, 0].astype(np.int64), columns[:, 1], columns[:, 2])
 
 

@@ -3,7 +3,7 @@
     broken      cannot be decoded, or has another size than asked for
     blank       shows next to nothing (its grey levels hardly spread)
     copy        a near-copy of a training image: a patient's picture, not a new one
-    held-out    the validation or test image itself, or nearly: what is judged on must not be trained on
+    held-out    a validation or test image, or nearly, also turned, cropped or tinted: what is judged on must not be trained on
     blur, frame, clipped, saturated    such as next to no real training image is (quality.defects)
     class       a classifier of real images does not see its class (only with screen.agreement)
     duplicate   the same picture as an earlier synthetic image, or nearly
@@ -14,7 +14,7 @@ the real images (``quality.evidence``) and writes the lists; that needs no image
 
 Memory: pictures and features are read a part at a time, and features kept of ``screen.max_features`` images a class. What grows with the set is its
 index, which every stage holds that opens it, and beside it 0.2 kB of keys and measures an image (measured at 800 to 80,000), and its print as well
-(0.3 kB) where one has more near-duplicates than are noted; with the training set, its thumbnails (4 kB each), in which each task searches.
+(0.3 kB) where one has more near-duplicates than are noted; with the real sets, their thumbnails (4 kB each), in which each task searches.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from skinsynth.files import read_json, sha256_file, write_bytes, write_json
 from skinsynth.knobs import Config
 from skinsynth.quality import copies, defects, features, gate, sheet, spectrum
 from skinsynth.quality.evidence import Evidence
-from skinsynth.quality.parts import PLANTED, PLANTS, REAL, Parts, Unit, matches
+from skinsynth.quality.parts import PLANTED, PLANTS, REAL, Parts, Unit, matches, screened
 from skinsynth.run import Progress, RunDir, Task
 
 NODE = "screen"
@@ -51,9 +51,9 @@ def screen(cfg: Config, run: RunDir, task: Task) -> None:
     tolerate = cfg.data.on_error == "skip"  # a synthetic image that cannot be read is rejected; the real ones are the measure
     sets = {kind: open_dataset(cfg, run, kind, tolerate and kind == "synthetic") for kind in (*REAL, "synthetic")}
     check_lineage(sets)
-    parts = Parts(cfg, run.node(NODE) / "parts", sets)
-    if _up_to_date(run, parts):
+    if _up_to_date(run, sets):
         return
+    parts = Parts(cfg, run.node(NODE) / "parts", sets, features.network_sha256(cfg, run), task.index)
     mine = set(task.mine([unit.number for unit in parts.units if not parts.have(unit)]))
     make(parts, [unit for unit in parts.units if unit.number in mine], run, task)
     if all(parts.have(unit) for unit in parts.units):
@@ -75,26 +75,38 @@ def check_lineage(sets: dict[str, Dataset]) -> bool:
     return lineage.get("group_ids") is not None
 
 
-def _up_to_date(run: RunDir, parts: Parts) -> bool:
+def copies_searched(sets: dict[str, Dataset]) -> dict[str, Any]:
+    """Among which images copies were looked for, and how many of those that are known to have trained the generator are not among them (None:
+    nobody wrote down all that did): of these no copy can be found. A general base model's own training images are never searched."""
+    train, lineage = sets["train"], sets["synthetic"].manifest.get("lineage") or {}
+    known = descent.trained_on(lineage)
+    told = lineage.get("group_ids") is not None and (bool(known["images"]) or not known["groups"])  # older lineages list groups alone
+    missing = len(set(known["images"]) - set(train.keys)) if told else None
+    if missing is None:
+        more = "; which images trained the generator is not known, and copies of those that are not among them cannot be found"
+    elif missing:
+        more = f"; {missing:,} other images that trained the generator were not at hand, and copies of them cannot be found"
+    else:
+        more = ", among them all that the generator is known to be fine-tuned on"
+    return {"images": len(train), "not_searched": missing, "told": f"the run's {len(train):,} training images{more}"}
+
+
+def _up_to_date(run: RunDir, sets: dict[str, Dataset]) -> bool:
     """Whether these very images were screened: a set that was made anew, or of which samples are withdrawn, is another one."""
     accepted = read_json(run.node(NODE) / "accepted.json")
-    return run.is_done(NODE) and accepted is not None and accepted.get("screened") == parts.screened()
+    return run.is_done(NODE) and accepted is not None and accepted.get("screened") == screened(sets)
 
 
 def make(parts: Parts, units: list[Unit], run: RunDir, task: Task) -> None:
     """The parts of this task: those of training shards first, since all others are searched in their thumbnails."""
     progress = Progress(run, NODE, task.index, sum(unit.count for unit in units), "images")
-    extractor, gallery = _extractor(parts.cfg, run) if units else None, None
-    limit = parts.cfg.screen.duplicate
+    extractor, limit = _extractor(parts.cfg, run) if units else None, parts.cfg.screen.duplicate
     for unit in units:
         assert extractor is not None
-        if unit.kind != "train" and gallery is None:
-            gallery = parts.gallery(task.index)
         if unit.kind == "planted":
-            assert gallery is not None
-            parts.plant(unit, gallery, progress)
+            parts.plant(unit, progress)
         else:
-            parts.inspect(unit, extractor, gallery, progress)
+            parts.inspect(unit, extractor, progress)
         if unit.kind == "synthetic" and limit is not None:
             parts.compare(unit, limit)
 
@@ -117,7 +129,7 @@ class Verdict:
         near, pairs = self.cfg.screen.duplicate, np.empty((0, 2), np.int64)
         self.measured = gate.Measured(parts.broken("synthetic"), parts.column("synthetic", "measures"), self._matches("synthetic"),
                                       self.evidence.agreement(), pairs if near is None else parts.pairs(near),
-                                      {} if self.cfg.screen.held_out is None else parts.held_out(self.cfg.screen.held_out),
+                                      {} if self.cfg.screen.held_out is None else parts.held_out(self.cfg.screen.held_out, self.copy_limit),
                                       lambda: np.concatenate([parts.read(unit, "prints") for unit in parts.of("synthetic")]), near)
         self.reasons = self.measured.reasons(self.limits, self.copy_limit, self.cfg.screen.agreement)
         self.keep = np.array([i for i, reason in enumerate(self.reasons) if reason is None], np.int64)
@@ -136,7 +148,7 @@ class Verdict:
         classes = Counter(self.synthetic.columns["class"][i] for i in self.keep)
         write_json(self.folder / "accepted.json", {
             "dataset": str(self.synthetic.folder), "manifest_sha256": sha256_file(self.synthetic.folder / "manifest.json"),
-            "screened": self.parts.screened(),
+            "screened": screened(self.parts.sets),
             "count": len(self.keep), "classes": dict(sorted(classes.items())), "keys": [self.synthetic.keys[i] for i in self.keep]})
         sets = [dataset.folder for dataset in self.parts.sets.values()]  # as ``_up_to_date`` looks at them, for who knows no datasets
         self.run.finish(NODE, metrics, [self.folder / "accepted.json", self.folder / "rejected.json"],
@@ -188,7 +200,7 @@ class Verdict:
             "kid_ratio": gate.kid_ratio(whole["kid"], real["kid"], real["kid_std"]), **against, **self._copy_metrics(),
             "agreement": self.evidence.agreement_metrics(self.measured.agreement, self.keep),
             "limits": self.limits.values, "real_rejected": self._real_rejected(),
-            "lineage": "known" if check_lineage(self.parts.sets) else "unknown"}
+            "lineage": "known" if check_lineage(self.parts.sets) else "unknown", "copies_searched": copies_searched(self.parts.sets)}
         failed = gate.failures(metrics, self.cfg.screen)
         return {**metrics, "gate": {"passed": not failed, "failures": failed}}
 
