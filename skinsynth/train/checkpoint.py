@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
     from skinsynth.train.engine import Engine
 
 log = logging.getLogger(__name__)
+
+
+class NotFinite(UserError):
+    """A tensor that was to be saved is not; the message is its name."""
 
 
 @dataclass
@@ -137,14 +142,18 @@ class Checkpoints:
         ``state``: small JSON values of the loop.
 
         Raises:
+            NotFinite: on all ranks; nothing is written, and the one before stays the newest.
             UserError: the one before could not be written (on any rank).
         """
         self.wait()
+        mine = self._gather(engine)
+        odd = self.world.gather(next((name for name, value in mine.items() if not _finite(value)), None))  # each looks at what it writes
+        for name in filter(None, odd):
+            raise NotFinite(name)
         final, temp = self.folder / f"step-{step:08d}", self.folder / f".step-{step:08d}.tmp"
         if self.world.is_main:
             shutil.rmtree(temp, ignore_errors=True)
             temp.mkdir(parents=True)
-        mine = self._gather(engine)
         facts = {"step": step, "topology": engine.topology, "identity": self.identity, "state": {**state, "scaler": engine.scaler()}}
         self.world.barrier()  # the folder is there
         self._thread = threading.Thread(target=self._write, args=(final, temp, mine, facts), name="checkpoint", daemon=True)
@@ -219,3 +228,8 @@ class Checkpoints:
                 shutil.rmtree(old, ignore_errors=True)
         for stale in self.folder.glob(".step-*.tmp"):  # left by a gang that died while it saved
             shutil.rmtree(stale, ignore_errors=True)
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """On the CPU at the speed of its memory: ``isfinite`` makes tensors as large."""
+    return not tensor.is_floating_point() or not tensor.numel() or all(math.isfinite(end) for end in torch.aminmax(tensor))

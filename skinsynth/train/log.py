@@ -151,14 +151,19 @@ class TrainLog:
         if bad is None:
             return
         step, loss = bad
-        names = self.data.keys(range(step * cfg.global_batch, (step + 1) * cfg.global_batch))
         what = f"is {loss} at step {step + 1}"
         if math.isfinite(loss):
             what = (f"explodes: {loss:.4g} on average over steps {numbers[0] + 1} to {numbers[-1] + 1}, usually "
                     f"{statistics.median(self.usual[-500:]):.4g}; the highest at step {step + 1}")
+        raise self.blame(step, what)
+
+    def blame(self, step: int, what: str) -> UserError:
+        """The error that names the step's samples and says what to do; ``what``: of the loss."""
+        cfg = self.engine.cfg
+        names = self.data.keys(range(step * cfg.global_batch, (step + 1) * cfg.global_batch))
         shown = ", ".join(names[:16]) + (f" and {len(names) - 16} more" if len(names) > 16 else "")
-        raise UserError(f"the loss {what} (samples {shown}): lower the learning rate, take more warm-up steps, or bf16 or fp32 instead of fp16; "
-                        "the last checkpoint is from before")
+        return UserError(f"the loss {what} (samples {shown}): lower the learning rate, take more warm-up steps, or bf16 or fp32 instead of fp16; "
+                         "the last checkpoint is from before")
 
     def bad_samples(self) -> int:
         """How many samples were skipped on all ranks since the start, before a restart too; ``bad-samples.csv`` lists them."""

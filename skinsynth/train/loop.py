@@ -19,7 +19,7 @@ import torch
 from skinsynth.data.order import share
 from skinsynth.data.stream import Feed
 from skinsynth.run import Progress, RunDir
-from skinsynth.train.checkpoint import Checkpoints
+from skinsynth.train.checkpoint import Checkpoints, NotFinite
 from skinsynth.train.engine import Batch, Engine
 from skinsynth.train.log import Clock, Data, TrainLog
 from skinsynth.train.optimizer import ema_decay, learning_rate
@@ -46,7 +46,8 @@ def train(engine: Engine, run: RunDir, node: str, checkpoints: Checkpoints, cloc
 
     Raises:
         Stopped: a stop signal came to any rank; the state is saved, the same command goes on.
-        UserError: the loss is no finite number or explodes, memory is out, a sample cannot be read; the last good checkpoint stays.
+        UserError: the loss is no finite number or explodes, an update leaves what is not finite, memory is out, a sample cannot be read; the last
+            good checkpoint stays.
     """
     cfg, world, found = engine.cfg, engine.world, checkpoints.found
     begin, state = (found.step, dict(found.state)) if found else (0, {})
@@ -75,8 +76,7 @@ def train(engine: Engine, run: RunDir, node: str, checkpoints: Checkpoints, cloc
                 log.pictures(done, evaluate(done, state))
                 log.since = time.perf_counter()  # what is judged is no part of the speed
             if save or state.get("ended"):
-                state["bad_samples"] = log.bad_samples()
-                checkpoints.save(done, engine, state)
+                _save(done, log, checkpoints, engine, state)
             if progress:
                 progress.set(done)
             if state.get("ended"):
@@ -95,13 +95,21 @@ def _next(batches: Iterator[tuple[int, list[Batch]]]) -> tuple[list[Batch], Base
         return [], error
 
 
+def _save(done: int, log: TrainLog, checkpoints: Checkpoints, engine: Engine, state: dict[str, Any]) -> None:
+    """A loss is of the weights before its step's update: what that made of them shows here first."""
+    state["bad_samples"] = log.bad_samples()
+    try:
+        checkpoints.save(done, engine, state)
+    except NotFinite as error:
+        raise log.blame(done - 1, f"is finite at step {done}, but '{error}' is not after that step's update") from None
+
+
 def _leave(node: str, step: int, log: TrainLog, feed: Feed[range, Batch], checkpoints: Checkpoints, engine: Engine, state: dict[str, Any],
            error: BaseException | None) -> NoReturn:
     """All ranks save, and stop: for a signal that one has heard, or a batch that one could not read."""
     if step > (checkpoints.found.step if checkpoints.found else 0):
         log.flush(feed.waited)
-        state["bad_samples"] = log.bad_samples()
-        checkpoints.save(step, engine, state)
+        _save(step, log, checkpoints, engine, state)
         checkpoints.wait()
     engine.world.together(error)
     raise Stopped(f"{node} stopped at step {step} of {engine.cfg.steps}; the same command goes on from there")

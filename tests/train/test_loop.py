@@ -73,6 +73,34 @@ def test_a_loss_that_is_no_number_stops_at_the_last_good_checkpoint(tmp_path: Pa
     assert len(losses(run)) == 20
 
 
+def test_an_update_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
+    """The loss of the step is finite, its gradient is not. Without the mistake the same command goes on as if it had never been."""
+    def poisoned(model: Any, batch: Batch) -> torch.Tensor:
+        bad = torch.sqrt((model.weight * 0).sum()) if 79 in batch["position"] else 0.0  # zero, with a gradient of infinity times zero
+        return square(model, batch) + bad
+
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"finite at step 20, but '\w+/\w+' is not after .*\(samples sample-76, sample-77, .*from before"):
+            go(tmp_path / "run", poisoned)
+        assert steps_of(RunDir(tmp_path / "run")) == [10]
+    run, _ = go(tmp_path / "run")
+    whole, _ = go(tmp_path / "whole")
+    assert losses(run) == losses(whole)
+
+
+def test_at_a_stop_what_is_not_finite_is_not_saved_either(tmp_path: Path) -> None:
+    world = World()
+
+    def poisoned(model: Any, batch: Batch) -> torch.Tensor:
+        if 63 in batch["position"]:
+            world.note_stop(signal.SIGUSR2, None)
+        return square(model, batch) + (torch.sqrt((model.weight * 0).sum()) if 63 in batch["position"] else 0.0)
+
+    with pytest.raises(UserError, match="finite at step 16, but"):
+        go(tmp_path / "run", poisoned, world)
+    assert steps_of(RunDir(tmp_path / "run")) == [10]
+
+
 def test_a_loss_that_explodes_stops_too(tmp_path: Path) -> None:
     def exploding(model: Any, batch: Batch) -> torch.Tensor:
         return square(model, batch) * torch.where(batch["position"].max() >= 160, 1e4, 1.0)
