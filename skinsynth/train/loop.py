@@ -1,7 +1,8 @@
 """The one training loop: batches by position, steps, checkpoints, stop signals.
 
 A loop that is started again goes on from the last whole checkpoint, at the very sample where it was. The ranks talk once
-a step, before it: whether one has heard a signal, or could not read its batch. Then all save, or leave, at the same step.
+a step, before it: whether one has heard a signal, or could not read its batch, or not write its part of a checkpoint. Then all save, or
+leave, at the same step.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def train(engine: Engine, run: RunDir, node: str, checkpoints: Checkpoints, cloc
         batches = iter(feed)
         for step in left:
             mine, error = _next(batches)
+            error = error or checkpoints.error
             talk = world.max(2 if error else int(world.stop))
             if talk:
                 _leave(node, step, log, feed, checkpoints, engine, state, error)
@@ -106,7 +108,7 @@ def _save(done: int, log: TrainLog, checkpoints: Checkpoints, engine: Engine, st
 
 def _leave(node: str, step: int, log: TrainLog, feed: Feed[range, Batch], checkpoints: Checkpoints, engine: Engine, state: dict[str, Any],
            error: BaseException | None) -> NoReturn:
-    """All ranks save, and stop: for a signal that one has heard, or a batch that one could not read."""
+    """All ranks save, and stop: for a signal that one has heard, a batch that one could not read, or what it could not write."""
     if step > (checkpoints.found.step if checkpoints.found else 0):
         log.flush(feed.waited)
         _save(step, log, checkpoints, engine, state)
