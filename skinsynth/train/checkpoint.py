@@ -70,6 +70,10 @@ class Checkpoint:
         """What is there of a parameter: ``weight``, ``exp_avg`` ..."""
         return [full.split("/", 1)[0] for full in self._index if full.split("/", 1)[1] == name]
 
+    def close(self) -> None:
+        """Lets go of the files, which are mapped while they are read from: deleted, they would take their room on the disk until the end."""
+        self.__dict__.pop("_index", None)
+
 
 @dataclass
 class Checkpoints:

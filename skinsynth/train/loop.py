@@ -52,6 +52,8 @@ def train(engine: Engine, run: RunDir, node: str, checkpoints: Checkpoints, cloc
     """
     cfg, world, found = engine.cfg, engine.world, checkpoints.found
     begin, state = (found.step, dict(found.state)) if found else (0, {})
+    if found:
+        found.close()  # the engine has its state
     place = place or Place(run.node(node))
     log = TrainLog(place.folder, engine, begin, clock, data, state)
     progress = Progress(run, node, place.number, cfg.steps, "steps", begin, cfg.steps * place.of) if world.is_main else None

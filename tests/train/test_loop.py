@@ -210,6 +210,29 @@ def test_the_newest_are_kept_and_those_of_every_so_many_steps(tmp_path: Path) ->
     assert steps_of(run) == [20, 40, 60]
 
 
+def test_a_checkpoint_that_was_gone_on_from_is_let_go_of(tmp_path: Path) -> None:
+    """Its room on the disk is free once it is pruned, not when the process ends."""
+    def mapped() -> list[str]:
+        return [line for line in Path("/proc/self/maps").read_text().splitlines() if f"{tmp_path}/run" in line]
+
+    seen: list[int] = []
+
+    def watching(model: Any, batch: Batch) -> torch.Tensor:
+        seen.append(len(mapped()))
+        return square(model, batch)
+
+    go(tmp_path / "run", steps=10)
+    cfg, run, world = Training(zero=0), RunDir(tmp_path / "run"), World()
+    found = Checkpoints(run.node("it") / "checkpoints", world, {"lr": 1e-3}).found
+    assert found
+    Engine(cfg, world, torch.nn.Linear(1, 1), "it", found)
+    assert mapped(), "it is seen while it is read from"
+    found.close()
+    go(tmp_path / "run", watching, steps=20)
+    assert seen
+    assert not any(seen)
+
+
 def test_a_full_disk_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     """The writing thread's error reaches the loop; nothing half-written looks whole, and the same command goes on."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
