@@ -392,6 +392,36 @@ def test_only_the_last_phase_is_judged_by(make: Setup, monkeypatch: pytest.Monke
     assert (facts["chosen_step"], facts["chosen_by"]["value"], facts["steps"]) == (8, 0.9, steps)
 
 
+def test_the_best_weights_do_not_pile_up(make: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation that gets better each time keeps what the checkpoints need, from which a restart finds its own best."""
+    cfg, run = make(steps=24, evaluate_every=1, checkpoint_every=2, keep=1, keep_every=8)
+    folder, figures, world, at, seen = run.node("classify/baseline") / "seed-0", Judge._metrics, World(), [0], []
+
+    def planted(self: Judge, name: str, scores: np.ndarray) -> dict[str, Any]:
+        if name == "val":
+            at[0] += 1
+            world.stop = at[0] == 21
+            seen.append({int(path.name[5:]) for path in folder.glob("best-*")})
+        return figures(self, name, scores) | ({"auroc": at[0] / 100} if name == "val" else {})
+
+    monkeypatch.setattr(Judge, "_metrics", planted)
+    with pytest.raises(Stopped, match="at step 21 "):
+        classify(cfg, run, world, "baseline")
+    assert max(map(len, seen)) <= 7, "of two that are kept for good, the newest and the one on its way, and what came between"
+    assert {8, 16} <= seen[-1]
+    newest = max((folder / "checkpoints").iterdir())
+    shutil.rmtree(newest)
+    shutil.copytree(folder, run.path / "before")
+    at[0] = 16
+    classify(cfg, run, World(), "baseline")
+    assert read_json(folder / "metrics.json")["chosen_step"] == 24
+    shutil.rmtree(folder)
+    os.rename(run.path / "before", folder)
+    at[0] = -9
+    classify(cfg, run, World(), "baseline")
+    assert read_json(folder / "metrics.json")["chosen_step"] == 16, "that of the checkpoint which was gone on from"
+
+
 def test_the_seeds_of_an_arm_are_tasks_and_by_hand_a_seed_is_named(make: Setup, capsys: pytest.CaptureFixture[str]) -> None:
     import argparse
 

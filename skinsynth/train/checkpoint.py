@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from skinsynth.errors import UserError
-from skinsynth.files import read_json, sha256_file, sync, write_json
+from skinsynth.files import read_hint, read_json, sha256_file, sync, write_json
 from skinsynth.world import World
 
 if TYPE_CHECKING:
@@ -267,6 +267,12 @@ class Checkpoints:
         for old in whole[:-self.keep]:
             if not self.keep_every or int(old.name[5:]) % self.keep_every:
                 shutil.rmtree(old, ignore_errors=True)
+
+
+def states(folder: Path) -> dict[int, dict[str, Any]]:
+    """Step -> state of the loop, of the checkpoints that are on disk now, as far as can be told without reading their tensors."""
+    found = {path: read_hint(path / "complete.json") for path in folder.glob("step-*")}
+    return {int(path.name[5:]): facts["state"] for path, facts in found.items() if facts}
 
 
 def _finite(tensor: torch.Tensor) -> bool:

@@ -24,6 +24,7 @@ from skinsynth.knobs import Config
 from skinsynth.models import vit
 from skinsynth.quality.metrics import binary_metrics
 from skinsynth.train.arms import CLASSES, Data
+from skinsynth.train.checkpoint import states
 from skinsynth.train.engine import Batch, Engine
 from skinsynth.train.log import keep_lines
 from skinsynth.world import World
@@ -120,6 +121,14 @@ class Judge:
         self.model.save_pretrained(temp)
         self.inputs.write(temp)
         put_in_place(temp, folder)
+        self._forget(step)
+
+    def _forget(self, step: int) -> None:
+        """The former best that no checkpoint refers to; one that is on its way to the disk refers to none older than the newest there does."""
+        needed = {state["best_step"] for at, state in states(self.folder / "checkpoints").items() if at < step and "best_step" in state}
+        for old in self.folder.glob("best-*"):
+            if int(old.name[5:]) < max(needed, default=0) and int(old.name[5:]) not in needed:
+                shutil.rmtree(old)
 
     def _best(self, step: int) -> Path:
         return self.folder / f"best-{step:08d}"
