@@ -26,7 +26,8 @@ from skinsynth.train.log import Clock, Data, TrainLog
 from skinsynth.train.optimizer import ema_decay, learning_rate
 from skinsynth.world import Stopped
 
-Evaluate = Callable[[int, dict[str, Any]], dict[str, np.ndarray] | None]  # (steps done, state) -> pictures for TensorBoard
+Judge = Callable[[int, dict[str, Any]], None]  # of (steps done, state)
+Show = Callable[[int], dict[str, np.ndarray] | None]  # steps done -> pictures for TensorBoard
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,12 @@ class Place:
 
 
 def train(engine: Engine, run: RunDir, node: str, checkpoints: Checkpoints, clock: Clock, data: Data, loss: Callable[[Any, Batch], torch.Tensor],
-          evaluate: Evaluate | None = None, evaluate_every: int = 0, place: Place | None = None) -> dict[str, Any]:
-    """Trains to ``cfg.steps``; returns the loop's small state, which ``evaluate(step, state)`` may write to (JSON values).
+          judge: Judge | None = None, show: Show | None = None, every: int = 0, place: Place | None = None) -> dict[str, Any]:
+    """Trains to ``cfg.steps``; returns the loop's small state.
 
-    ``evaluate`` is called on all ranks each ``evaluate_every`` steps and at the end; where it sets ``state["ended"]``, on all ranks alike,
-    the training ends there. ``place``: where a node has several trainings, which of them this is.
+    ``judge`` and ``show`` are called on all ranks each ``every`` steps and at the end: the one before a checkpoint, since it may write to the
+    state (JSON values), and the other after it, since a checkpoint need not wait for pictures. Where the state has ``ended``, on all ranks
+    alike, the training ends. ``place``: where a node has several trainings, which of them this is.
 
     Raises:
         Stopped: a stop signal came to any rank; the state is saved, the same command goes on.
@@ -72,15 +74,18 @@ def train(engine: Engine, run: RunDir, node: str, checkpoints: Checkpoints, cloc
                 _leave(node, step, log, feed, checkpoints, engine, state, error)
             log.add(step, engine.step(learning_rate(cfg, step), ema_decay(cfg, step), mine, log.counted(loss)))
             done = step + 1
-            judged = evaluate is not None and (done == cfg.steps or (evaluate_every > 0 and done % evaluate_every == 0))
-            save = done % cfg.checkpoint_every == 0 or done == cfg.steps
-            if save or judged or done % cfg.log_every == 0:
+            last = done == cfg.steps
+            look, save = last or (every > 0 and done % every == 0), last or done % cfg.checkpoint_every == 0
+            if save or look or done % cfg.log_every == 0:
                 log.flush(feed.waited)
-            if evaluate and judged:
-                log.pictures(done, evaluate(done, state))
-                log.since = time.perf_counter()  # what is judged is no part of the speed
+            if judge and look:
+                judge(done, state)
             if save or state.get("ended"):
                 _save(done, log, checkpoints, engine, state)
+            if show and look:
+                log.pictures(done, show(done))
+            if look:
+                log.since = time.perf_counter()  # that is no part of the speed
             if progress:
                 progress.set(done)
             if state.get("ended"):

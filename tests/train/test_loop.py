@@ -46,14 +46,16 @@ def square(model: Any, batch: Batch) -> torch.Tensor:
     return ((model(batch["x"][:, None]) - 3) ** 2).mean()
 
 
-def go(folder: Path, loss: Callable[[Any, Batch], torch.Tensor] = square, world: World | None = None, **keys: Any) -> tuple[RunDir, Any]:
+def go(folder: Path, loss: Callable[[Any, Batch], torch.Tensor] = square, world: World | None = None, more: dict[str, Any] | None = None,
+       **keys: Any) -> tuple[RunDir, Any]:
+    """``more``: for ``train``."""
     cfg = Training(**{"steps": 60, "global_batch": 4, "lr": 1e-3, "log_every": 5, "checkpoint_every": 10, "zero": 0, **keys})
     run, world = RunDir(folder), world or World()
     torch.manual_seed(0)
     model = torch.nn.Linear(1, 1)
     checkpoints = Checkpoints(run.node("it") / "checkpoints", world, {"lr": cfg.lr}, cfg.keep, cfg.keep_every)
     engine = Engine(cfg, world, model, "it", checkpoints.found)
-    return run, train(engine, run, "it", checkpoints, Clock(), Numbers(), loss)
+    return run, train(engine, run, "it", checkpoints, Clock(), Numbers(), loss, **(more or {}))
 
 
 def steps_of(run: RunDir) -> list[int]:
@@ -137,6 +139,24 @@ def test_a_stop_goes_on_at_that_very_step(tmp_path: Path) -> None:
     assert steps_of(RunDir(tmp_path / "run")) == [10, 17]
     run, _ = go(tmp_path / "run")
     assert losses(run) == losses(whole)
+
+
+def test_what_is_drawn_keeps_no_checkpoint_waiting(tmp_path: Path) -> None:
+    """Killed while it draws, it would go on from that very step; what was judged there is in its state."""
+    run, seen = RunDir(tmp_path / "run"), []
+
+    def judge(step: int, state: dict[str, Any]) -> None:
+        state["judged"] = step
+
+    def show(step: int) -> None:
+        end = time.monotonic() + 5
+        while step not in steps_of(run) and time.monotonic() < end:
+            time.sleep(0.01)  # a thread writes it meanwhile
+        found = Checkpoints(run.node("it") / "checkpoints", World(), {"lr": 1e-3}).found
+        seen.append((step, found and found.step, found and found.state["judged"]))
+
+    go(run.path, more={"judge": judge, "show": show, "every": 30})
+    assert seen == [(30, 30, 30), (60, 60, 60)]
 
 
 def test_the_list_of_bad_samples_outlives_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
