@@ -65,7 +65,7 @@ def train(engine: Engine, run: RunDir, node: str, checkpoints: Checkpoints, cloc
     todo = ((step, share(step, cfg.global_batch, engine.micro, world.rank, world.size)) for step in left)
     cuda = engine.device.type == "cuda"
     with closing(checkpoints), Feed(data.batch, todo, data.workers, pin=cuda, turns=not cuda) as feed:
-        batches = iter(feed)
+        batches, due = iter(feed), False
         for step in left:
             mine, error = _next(batches)
             error = error or checkpoints.error
@@ -75,13 +75,14 @@ def train(engine: Engine, run: RunDir, node: str, checkpoints: Checkpoints, cloc
             log.add(step, engine.step(learning_rate(cfg, step), ema_decay(cfg, step), mine, log.counted(loss)))
             done = step + 1
             last = done == cfg.steps
-            look, save = last or (every > 0 and done % every == 0), last or done % cfg.checkpoint_every == 0
-            if save or look or done % cfg.log_every == 0:
+            look, due = last or (every > 0 and done % every == 0), due or done % cfg.checkpoint_every == 0
+            if due or look or done % cfg.log_every == 0:
                 log.flush(feed.waited)
             if judge and look:
                 judge(done, state)
-            if save or state.get("ended"):
+            if last or state.get("ended") or (due and not log.unusual()):
                 _save(done, log, checkpoints, engine, state)
+                due = False
             if show and look:
                 log.pictures(done, show(done))
             if look:

@@ -107,14 +107,29 @@ def test_at_a_stop_what_is_not_finite_is_not_saved_either(tmp_path: Path) -> Non
     assert steps_of(RunDir(tmp_path / "run")) == [10]
 
 
-def test_a_loss_that_explodes_stops_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("log_every", [1, 5, 1000])
+def test_a_loss_that_explodes_stops_too(tmp_path: Path, log_every: int) -> None:
+    """However many of them are looked at together."""
     def exploding(model: Any, batch: Batch) -> torch.Tensor:
         return square(model, batch) * torch.where(batch["position"].max() >= 160, 1e4, 1.0)
 
-    with pytest.raises(UserError, match=r"explodes: .* over steps 41 to 45, usually"):
-        go(tmp_path / "run", exploding)
+    with pytest.raises(UserError, match=r"explodes: .* over steps 32 to 41, usually .* at step 41 \(samples sample-160, "):
+        go(tmp_path / "run", exploding, log_every=log_every)
     assert steps_of(RunDir(tmp_path / "run")) == [30, 40]
     go(tmp_path / "free", exploding, explode=1e9)
+
+
+def test_one_hard_batch_stops_nothing_and_is_no_time_to_save(tmp_path: Path) -> None:
+    """The loss of the step before a checkpoint is 100 times the usual one: that of the next one shows whether the weights have exploded."""
+    def spiky(model: Any, batch: Batch, steps: range) -> torch.Tensor:
+        loss = square(model, batch)
+        return 1 + 0 * loss + (99 if int(batch["position"][0]) // 4 + 1 in steps else 0)
+
+    run, _ = go(tmp_path / "once", lambda *given: spiky(*given, range(30, 31)), keep=9)
+    assert steps_of(run) == [10, 20, 31, 40, 50, 60]
+    with pytest.raises(UserError, match=r"explodes: 20\.8 on average over steps 22 to 31, usually 1; 100 at step 31"):
+        go(tmp_path / "more", lambda *given: spiky(*given, range(30, 61)))
+    assert steps_of(RunDir(tmp_path / "more")) == [10, 20]
 
 
 def test_out_of_memory_says_what_to_turn_on(tmp_path: Path) -> None:
