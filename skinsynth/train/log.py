@@ -1,6 +1,7 @@
 """What a training tells: one line per step in ``metrics.jsonl``, TensorBoard beside it, where the time of a start went.
 
-The losses stay on the device until they are flushed, so that no step waits for the device.
+The losses stay on the device until they are flushed, so that no step waits for the device. Speeds and memory are rank 0's, and the same in all
+lines of a flush.
 """
 
 from __future__ import annotations
@@ -125,7 +126,8 @@ class TrainLog:
         self.losses += losses
         seconds = max(1e-9, time.perf_counter() - self.since)
         speed = self._speed(cfg, len(losses), seconds, waited - self.waited)
-        self.waiting, self.since, self.waited = [], time.perf_counter(), waited
+        self.waiting, self.waited = [], waited
+        self.resume()
         if not self.board:
             return
         rows = [{"step": step + 1, "loss": value, "lr": learning_rate(cfg, step), **speed} for step, value in zip(numbers, losses, strict=True)]
@@ -136,8 +138,14 @@ class TrainLog:
                 if row[name] is not None:
                     self.board.add_scalar(name, row[name], row["step"])
 
+    def resume(self) -> None:
+        """From here on speed and memory count: what was judged or drawn since the last flush is no part of them."""
+        self.since = time.perf_counter()
+        if self.engine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.engine.device)
+
     def _speed(self, cfg: Training, steps: int, seconds: float, waited: float) -> dict[str, Any]:
-        """Means over the steps since the last flush, and this rank's peak memory until now."""
+        """Means over the steps since the last flush, and this rank's peak memory."""
         rate, size = steps * cfg.global_batch / seconds, self.engine.world.size
         passes = 2 if getattr(cfg, "lora_rank", 0) else 3  # forward, and backward at twice its cost: LoRA has next to no gradients of weights
         flops = self.state.get("flops", 0) * passes * rate / size
@@ -226,7 +234,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU where there is one, else of the process."""
+    """Bytes: of the GPU, where there is one, since the last reset; else of the process since its start."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

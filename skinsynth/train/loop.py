@@ -7,7 +7,6 @@ leave, at the same step.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -86,7 +85,7 @@ def train(engine: Engine, run: RunDir, node: str, checkpoints: Checkpoints, cloc
             if show and look:
                 log.pictures(done, show(done))
             if look:
-                log.since = time.perf_counter()  # that is no part of the speed
+                log.resume()
             if progress:
                 progress.set(done)
             if state.get("ended"):
