@@ -274,6 +274,17 @@ def test_what_is_missing_is_named(make: Setup) -> None:
         vit.build(cfg.classify, 64, 0)
 
 
+def test_validation_images_of_one_class_choose_nothing(make: Setup) -> None:
+    cfg, run = make()
+    parts = run.dataset(cfg, "val") / "parts"
+    for path in parts.iterdir():
+        part = read_json(path)
+        part["columns"]["target"] = [0] * len(part["columns"]["target"])
+        write_json(path, part)
+    with pytest.raises(UserError, match=r"small-val: all \d+ images are of target 0, and AUROC, .* needs both classes: .*prepare.split.val"):
+        classify(cfg, run, World(), "baseline")
+
+
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
 def test_a_bad_training_image_stops_or_is_replaced(make: Setup, on_error: str) -> None:
     cfg, run = make()
@@ -362,15 +373,53 @@ def test_it_stops_early_where_validation_gets_no_better(make: Setup, tmp_path: P
     assert read_json(run.node("classify/baseline") / "seed-0/metrics.json") == facts
     for name in ("predictions.csv", "epochs.jsonl", "weights/model.safetensors"):
         assert (run.node("classify/baseline") / "seed-0" / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
-    staged, _ = make_staged(cfg)
-    assert Data(staged, run, "staged", 0).phases[-1].begin == 6 * cfg.classify.global_batch
-    classify(staged, run, World(), "staged")
-    assert read_json(run.node("classify/staged") / "seed-0/metrics.json")["steps"] == 10, "it waits from the last phase on"
 
 
-def make_staged(cfg: knobs.Config) -> tuple[knobs.Config, None]:
-    cfg.classify.arms = {"staged": Arm(phases=[Phase({"synthetic": 1}), Phase({"real": 1})])}
-    return cfg, None
+@pytest.mark.parametrize(("patience", "steps"), [(0, 12), (2, 10)])
+def test_only_the_last_phase_is_judged_by(make: Setup, monkeypatch: pytest.MonkeyPatch, patience: int, steps: int) -> None:
+    """The best of all, after the first phase's last step, has seen no real image: it is no weights of this arm, and nothing waits from there."""
+    cfg, run = make(steps=12, evaluate_every=1, checkpoint_every=1, patience=patience)
+    cfg.classify.arms = {"staged": Arm(phases=[Phase({"synthetic": 1}, 6), Phase({"real": 1}, 6)])}
+    assert Data(cfg, run, "staged", 0).phases[-1].begin == 6 * cfg.classify.global_batch
+    figures, step = Judge._metrics, iter(range(1, 99))
+
+    def planted(self: Judge, name: str, scores: np.ndarray) -> dict[str, Any]:
+        return figures(self, name, scores) | ({"auroc": {6: 1.0, 8: 0.9}.get(next(step), 0.5)} if name == "val" else {})
+
+    monkeypatch.setattr(Judge, "_metrics", planted)
+    classify(cfg, run, World(), "staged")
+    facts = read_json(run.node("classify/staged") / "seed-0/metrics.json")
+    assert (facts["chosen_step"], facts["chosen_by"]["value"], facts["steps"]) == (8, 0.9, steps)
+
+
+def test_the_best_weights_do_not_pile_up(make: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation that gets better each time keeps what the checkpoints need, from which a restart finds its own best."""
+    cfg, run = make(steps=24, evaluate_every=1, checkpoint_every=2, keep=1, keep_every=8)
+    folder, figures, world, at, seen = run.node("classify/baseline") / "seed-0", Judge._metrics, World(), [0], []
+
+    def planted(self: Judge, name: str, scores: np.ndarray) -> dict[str, Any]:
+        if name == "val":
+            at[0] += 1
+            world.stop = at[0] == 21
+            seen.append({int(path.name[5:]) for path in folder.glob("best-*")})
+        return figures(self, name, scores) | ({"auroc": at[0] / 100} if name == "val" else {})
+
+    monkeypatch.setattr(Judge, "_metrics", planted)
+    with pytest.raises(Stopped, match="at step 21 "):
+        classify(cfg, run, world, "baseline")
+    assert max(map(len, seen)) <= 7, "of two that are kept for good, the newest and the one on its way, and what came between"
+    assert {8, 16} <= seen[-1]
+    newest = max((folder / "checkpoints").iterdir())
+    shutil.rmtree(newest)
+    shutil.copytree(folder, run.path / "before")
+    at[0] = 16
+    classify(cfg, run, World(), "baseline")
+    assert read_json(folder / "metrics.json")["chosen_step"] == 24
+    shutil.rmtree(folder)
+    os.rename(run.path / "before", folder)
+    at[0] = -9
+    classify(cfg, run, World(), "baseline")
+    assert read_json(folder / "metrics.json")["chosen_step"] == 16, "that of the checkpoint which was gone on from"
 
 
 def test_the_seeds_of_an_arm_are_tasks_and_by_hand_a_seed_is_named(make: Setup, capsys: pytest.CaptureFixture[str]) -> None:

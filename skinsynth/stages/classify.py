@@ -99,7 +99,7 @@ def one_seed(cfg: Config, run: RunDir, world: World, arm: str, number: int) -> N
     engine = Engine(c, world, model, "classify", checkpoints.found, scales)
     clock.lap("engine and its state")
     state = train(engine, run, f"classify/{arm}", checkpoints, clock, data, partial(loss, inputs=inputs),
-                  partial(judge.evaluate, engine=engine), c.evaluate_every, Place(folder, number, len(cfg.arm_seeds)))
+                  partial(judge.evaluate, engine=engine), every=c.evaluate_every, place=Place(folder, number, len(cfg.arm_seeds)))
     figures = judge.finish(state)
     if world.is_main:
         write_json(folder / "metrics.json", {

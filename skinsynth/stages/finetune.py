@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DDPMScheduler
 
@@ -59,10 +58,8 @@ def finetune(cfg: Config, run: RunDir, world: World) -> None:
     clock.lap("engine and its state")
     previews = Previews(cfg, run, world, prompts, lambda: painter.ready(_base(cfg, cfg.generate.precision), cfg, kind))
 
-    def evaluate(step: int, state: dict[str, Any]) -> dict[str, np.ndarray] | None:
-        return previews.draw(step, engine.weights())
-
-    state = train(engine, run, NODE, checkpoints, clock, samples, _loss(cfg, pipe, world.device), evaluate, cfg.finetune.validate_every)
+    state = train(engine, run, NODE, checkpoints, clock, samples, _loss(cfg, pipe, world.device),
+                  show=lambda step: previews.draw(step, engine.weights()), every=cfg.finetune.validate_every)
     if world.max(int(world.stop)):
         raise Stopped(f"{NODE} stopped after its last step; the same command draws the previews that lack and writes the weights")
     if not previews.there(cfg.finetune.steps):  # a stop signal came before they were drawn

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,13 +31,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from skinsynth.errors import UserError
-from skinsynth.files import read_json, sha256_file, sync, write_json
+from skinsynth.files import read_hint, read_json, sha256_file, sync, write_json
 from skinsynth.world import World
 
 if TYPE_CHECKING:
     from skinsynth.train.engine import Engine
 
 log = logging.getLogger(__name__)
+
+PATIENCE = 120.0  # seconds until rank 0 sees what the other ranks have written, on a file system between nodes
+
+
+class NotFinite(UserError):
+    """A tensor that was to be saved is not; the message is its name."""
 
 
 @dataclass
@@ -62,6 +70,10 @@ class Checkpoint:
         """What is there of a parameter: ``weight``, ``exp_avg`` ..."""
         return [full.split("/", 1)[0] for full in self._index if full.split("/", 1)[1] == name]
 
+    def close(self) -> None:
+        """Lets go of the files, which are mapped while they are read from: deleted, they would take their room on the disk until the end."""
+        self.__dict__.pop("_index", None)
+
 
 @dataclass
 class Checkpoints:
@@ -80,8 +92,10 @@ class Checkpoints:
     keep_every: int = 0
     found: Checkpoint | None = field(init=False, default=None)
     _passed: set[str] = field(init=False, default_factory=set)  # names of the damaged ones that are newer than ``found``
-    _thread: threading.Thread | None = field(init=False, default=None)
-    _error: BaseException | None = field(init=False, default=None)
+    _part: threading.Thread | None = field(init=False, default=None)  # writes this rank's part
+    _whole: threading.Thread | None = field(init=False, default=None)  # rank 0's: waits for all parts and makes a checkpoint of them
+    _until: float = field(init=False, default=math.inf)  # when that one is tired of it (``time.monotonic``)
+    error: BaseException | None = field(init=False, default=None)  # of this rank's threads, not told to the others yet
 
     def __post_init__(self) -> None:
         self.identity = json.loads(json.dumps(self.identity))  # as it will be read back
@@ -137,18 +151,42 @@ class Checkpoints:
         ``state``: small JSON values of the loop.
 
         Raises:
+            NotFinite: on all ranks; nothing is written, and the one before stays the newest.
             UserError: the one before could not be written (on any rank).
         """
         self.wait()
-        final, temp = self.folder / f"step-{step:08d}", self.folder / f".step-{step:08d}.tmp"
-        if self.world.is_main:
-            shutil.rmtree(temp, ignore_errors=True)
-            temp.mkdir(parents=True)
         mine = self._gather(engine)
+        odd = self.world.gather(next((name for name, value in mine.items() if not _finite(value)), None))  # each looks at what it writes
+        for name in filter(None, odd):
+            raise NotFinite(name)
+        temp = self.folder / f".step-{step:08d}.tmp"
+        self.world.together(self._room(temp) if self.world.is_main else None)  # the folder is there
         facts = {"step": step, "topology": engine.topology, "identity": self.identity, "state": {**state, "scaler": engine.scaler()}}
-        self.world.barrier()  # the folder is there
-        self._thread = threading.Thread(target=self._write, args=(final, temp, mine, facts), name="checkpoint", daemon=True)
-        self._thread.start()
+        self._until = math.inf
+        self._part = self._thread(self._write, temp / f"rank-{self.world.rank:05d}.safetensors", mine)
+        self._whole = self._thread(self._commit, self.folder / f"step-{step:08d}", temp, facts) if self.world.is_main else None
+
+    def _room(self, temp: Path) -> OSError | None:
+        """Makes the folder that is written to. What a gang left that died, or found the disk full, takes no room from it."""
+        try:
+            for stale in self.folder.glob(".step-*.tmp"):
+                shutil.rmtree(stale, ignore_errors=True)
+            temp.mkdir(parents=True)
+        except OSError as error:
+            return error
+        return None
+
+    def _thread(self, work: Callable[..., None], *arguments: Any) -> threading.Thread:
+        """Begun. Its error is told where all ranks are together."""
+        def run() -> None:
+            try:
+                work(*arguments)
+            except BaseException as error:
+                self.error = error
+
+        thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        thread.start()
+        return thread
 
     def _gather(self, engine: Engine) -> dict[str, torch.Tensor]:
         """This rank's share: whole tensors on the CPU, the parameters dealt out in turn."""
@@ -161,27 +199,23 @@ class Checkpoints:
                     mine[f"{key}/{name}"] = value.to("cpu", copy=True).contiguous()
         return mine
 
-    def _write(self, final: Path, temp: Path, mine: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    def _write(self, file: Path, mine: dict[str, torch.Tensor]) -> None:
         try:
-            file = temp / f"rank-{self.world.rank:05d}.safetensors"
-            try:
-                save_file(mine, file)
-            except SafetensorError as error:  # its words for a full disk: "I/O error: No space left on device (os error 28)"
-                number = re.search(r"os error (\d+)", str(error))
-                raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) if number else error from None
-            sync(file)
-            write_json(file.with_suffix(".json"), {"bytes": file.stat().st_size, "sha256": sha256_file(file)})
-            if self.world.is_main:
-                self._commit(final, temp, facts)
-        except BaseException as error:  # told at the next step boundary where all ranks are together
-            self._error = error
+            save_file(mine, file)
+        except SafetensorError as error:  # its words for a full disk: "I/O error: No space left on device (os error 28)"
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) if number else error from None
+        sync(file)
+        write_json(file.with_suffix(".json"), {"bytes": file.stat().st_size, "sha256": sha256_file(file)})
 
-    def _commit(self, final: Path, temp: Path, facts: dict[str, Any], patience: float = 1800) -> None:
-        """Rank 0, in its thread, where no collective may run: it sees by their files that the others have written."""
-        names, end = [f"rank-{rank:05d}" for rank in range(self.world.size)], time.monotonic() + patience
-        while not all((temp / f"{name}.json").exists() for name in names):
-            if time.monotonic() > end:
-                raise TimeoutError(f"the other ranks did not write their parts of {temp} within {patience:.0f} s")
+    def _commit(self, final: Path, temp: Path, facts: dict[str, Any]) -> None:
+        """Rank 0, in its thread, where no collective may run: it sees by their files that all have written."""
+        names = [f"rank-{rank:05d}" for rank in range(self.world.size)]
+        while lacking := [name for name in names if not (temp / f"{name}.json").exists()]:
+            if self.error:
+                return
+            if time.monotonic() > self._until:
+                raise UserError(f"rank 0 does not see in {temp} what {', '.join(lacking)} wrote: all nodes must see the same run folder")
             time.sleep(0.02)
         files = {f"{name}.safetensors": read_json(temp / f"{name}.json") for name in names}
         for name in names:
@@ -193,20 +227,36 @@ class Checkpoints:
         self._prune(final)
 
     def wait(self) -> None:
-        """A collective: returns when the last save is on disk.
+        """A collective: returns when the last save is on disk. A rank waits for its own part, and rank 0 for the whole only where all have told
+        each other that theirs are written.
 
         Raises:
             UserError, OSError: it could not be written, on any rank.
         """
-        if self._thread:
-            self._thread.join()
-        self._thread, error, self._error = None, self._error, None
+        if not self._part:
+            return
+        try:
+            self._part.join()
+            self._tell()
+            self._until = time.monotonic() + PATIENCE
+            if self._whole:
+                self._whole.join()
+            self._tell()
+        finally:
+            self._until = 0.0
+            if self._whole:
+                self._whole.join()
+            self._part = self._whole = self.error = None
+
+    def _tell(self) -> None:
+        error, self.error = self.error, None
         self.world.together(error)
 
     def close(self, patience: float = 15) -> None:
         """Lets a write that is under way end, where the ranks leave without being together; one that waits for a lost rank is given up."""
-        if self._thread:
-            self._thread.join(patience)
+        thread = self._whole or self._part
+        if thread:
+            thread.join(patience)
 
     def _prune(self, newest: Path) -> None:
         """``newest`` is on disk: so none that is damaged is needed any more, and none must count as one of those that are kept."""
@@ -217,5 +267,14 @@ class Checkpoints:
         for old in whole[:-self.keep]:
             if not self.keep_every or int(old.name[5:]) % self.keep_every:
                 shutil.rmtree(old, ignore_errors=True)
-        for stale in self.folder.glob(".step-*.tmp"):  # left by a gang that died while it saved
-            shutil.rmtree(stale, ignore_errors=True)
+
+
+def states(folder: Path) -> dict[int, dict[str, Any]]:
+    """Step -> state of the loop, of the checkpoints that are on disk now, as far as can be told without reading their tensors."""
+    found = {path: read_hint(path / "complete.json") for path in folder.glob("step-*")}
+    return {int(path.name[5:]): facts["state"] for path, facts in found.items() if facts}
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """On the CPU at the speed of its memory: ``isfinite`` makes tensors as large."""
+    return not tensor.is_floating_point() or not tensor.numel() or all(math.isfinite(end) for end in torch.aminmax(tensor))

@@ -18,11 +18,13 @@ import torch.nn.functional as F
 
 from skinsynth.data.shards import Dataset
 from skinsynth.data.stream import Feed
+from skinsynth.errors import UserError
 from skinsynth.files import put_in_place, write_bytes
 from skinsynth.knobs import Config
 from skinsynth.models import vit
 from skinsynth.quality.metrics import binary_metrics
-from skinsynth.train.arms import Data
+from skinsynth.train.arms import CLASSES, Data
+from skinsynth.train.checkpoint import states
 from skinsynth.train.engine import Batch, Engine
 from skinsynth.train.log import keep_lines
 from skinsynth.world import World
@@ -38,16 +40,24 @@ def loss(model: Any, batch: Batch, inputs: vit.Inputs) -> torch.Tensor:
 
 class Judge:
     """Evaluates with a model of its own, into which the weights (their moving average where there is one) are put whole: the same at every ZeRO
-    stage, and no collective while it runs. ``folder``: where this seed of the arm keeps its files."""
+    stage, and no collective while it runs. ``folder``: where this seed of the arm keeps its files.
+
+    Raises:
+        UserError: the validation images are all of one class.
+    """
 
     def __init__(self, cfg: Config, folder: Path, world: World, model: Any, inputs: vit.Inputs, data: Data):
         self.cfg, self.folder, self.world, self.inputs, self.data = cfg.classify, folder, world, inputs, data
         self.model = copy.deepcopy(model).to(world.device).eval()
-        self.patient_from = data.phases[-1].begin // cfg.classify.global_batch  # stopping before the last phase would make another arm of it
+        self.last_phase = data.phases[-1].begin // cfg.classify.global_batch  # weights or a stop from before it would make another arm of it
+        val = data.splits["val"]
+        if len(set(val.columns["target"])) < CLASSES:
+            raise UserError(f"{val.folder}: all {len(val)} images are of target {val.columns['target'][0]}, and AUROC, by which the checkpoint is "
+                            "chosen, needs both classes: take more images or a larger prepare.split.val, with another run and data.name")
 
     def evaluate(self, step: int, state: dict[str, Any], engine: Engine) -> None:
-        """One line in ``epochs.jsonl``; keeps the weights when validation AUROC is the best so far, and ends the training where it has not
-        been for ``patience`` evaluations. A collective."""
+        """One line in ``epochs.jsonl``; keeps the weights when validation AUROC is the best so far of the last phase, and ends the training where
+        it has not been for ``patience`` evaluations. A collective."""
         own = dict(self.model.named_parameters())
         for name, weight in engine.weights():
             own[name].data.copy_(weight)
@@ -58,14 +68,15 @@ class Judge:
             epoch = step * self.cfg.global_batch / len(self.data.splits["train"])
             with open(self.folder / "epochs.jsonl", "a") as f:
                 f.write(json.dumps({"step": step, "epoch": round(epoch, 3), "val": row}) + "\n")
-        value = row["auroc"] or 0.0
-        if "best_auroc" not in state or value > state["best_auroc"]:
-            state.update(best_auroc=value, best_step=step, waited=0)
+        state["steps"] = step
+        if step <= self.last_phase:
+            return
+        if "best_auroc" not in state or row["auroc"] > state["best_auroc"]:
+            state.update(best_auroc=row["auroc"], best_step=step, waited=0)
             if self.world.is_main:
                 self._keep(step)
-        elif step > self.patient_from:
+        else:
             state["waited"] += 1
-        state["steps"] = step
         if self.cfg.patience and state["waited"] >= self.cfg.patience:
             state["ended"] = True
 
@@ -110,6 +121,14 @@ class Judge:
         self.model.save_pretrained(temp)
         self.inputs.write(temp)
         put_in_place(temp, folder)
+        self._forget(step)
+
+    def _forget(self, step: int) -> None:
+        """The former best that no checkpoint refers to; one that is on its way to the disk refers to none older than the newest there does."""
+        needed = {state["best_step"] for at, state in states(self.folder / "checkpoints").items() if at < step and "best_step" in state}
+        for old in self.folder.glob("best-*"):
+            if int(old.name[5:]) < max(needed, default=0) and int(old.name[5:]) not in needed:
+                shutil.rmtree(old)
 
     def _best(self, step: int) -> Path:
         return self.folder / f"best-{step:08d}"

@@ -1,6 +1,7 @@
 """What a training tells: one line per step in ``metrics.jsonl``, TensorBoard beside it, where the time of a start went.
 
-The losses stay on the device until they are flushed, so that no step waits for the device.
+The losses stay on the device until they are flushed, so that no step waits for the device. Speeds and memory are rank 0's, and the same in all
+lines of a flush.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ from skinsynth.train.optimizer import learning_rate
 
 log = logging.getLogger(__name__)
 
+FEW = 10  # losses whose mean is held against the usual one: a single batch may be hard
+KNOWN = 20  # losses from which on there is a usual one, the median of the last ``USUAL``
+USUAL = 500
 # Dense bf16 peak in FLOP/s, from the vendors' data sheets; of other devices, and of parts of one (MIG), no MFU is told.
 PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
         "A100": 312e12, "L40S": 362e12, "A40": 150e12, "A6000": 155e12, "V100": 125e12}
@@ -69,14 +73,15 @@ class Clock:
 
 
 class TrainLog:
-    """``flush`` and ``bad_samples`` are collectives; all else is each rank's own. ``state``: the training's own, in which the operations of a
-    sample are kept once they are counted."""
+    """Making one, ``flush`` and ``bad_samples`` are collectives; all else is each rank's own. ``state``: the training's own, in which the
+    operations of a sample are kept once they are counted."""
 
     def __init__(self, folder: Path, engine: Engine, begin: int, clock: Clock, data: Data, state: dict[str, Any]):
         self.path, self.engine, self.data, self.begin, self.clock, self.state = folder / "metrics.jsonl", engine, data, begin, clock, state
         self.waiting: list[tuple[int, torch.Tensor]] = []
         self.since, self.waited = time.perf_counter(), 0.0
-        self.usual = [row["loss"] for row in read_lines(self.path) if row["step"] <= begin]
+        before = [row["loss"] for row in read_lines(self.path) if row["step"] <= begin] if engine.world.is_main else []
+        self.losses: list[float] = engine.world.gather(before[-USUAL:])[0]  # so that all ranks judge alike
         self.board: Any = None
         if engine.world.is_main:
             keep_lines(self.path, begin)
@@ -117,11 +122,12 @@ class TrainLog:
         cfg = self.engine.cfg
         losses = self.engine.mean(torch.stack([loss for _, loss in self.waiting])).tolist()
         numbers = [step for step, _ in self.waiting]
-        self._check(cfg, numbers, losses)
-        self.usual += losses
+        self._check(numbers, losses)
+        self.losses += losses
         seconds = max(1e-9, time.perf_counter() - self.since)
         speed = self._speed(cfg, len(losses), seconds, waited - self.waited)
-        self.waiting, self.since, self.waited = [], time.perf_counter(), waited
+        self.waiting, self.waited = [], waited
+        self.resume()
         if not self.board:
             return
         rows = [{"step": step + 1, "loss": value, "lr": learning_rate(cfg, step), **speed} for step, value in zip(numbers, losses, strict=True)]
@@ -132,8 +138,14 @@ class TrainLog:
                 if row[name] is not None:
                     self.board.add_scalar(name, row[name], row["step"])
 
+    def resume(self) -> None:
+        """From here on speed and memory count: what was judged or drawn since the last flush is no part of them."""
+        self.since = time.perf_counter()
+        if self.engine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.engine.device)
+
     def _speed(self, cfg: Training, steps: int, seconds: float, waited: float) -> dict[str, Any]:
-        """Means over the steps since the last flush, and this rank's peak memory until now."""
+        """Means over the steps since the last flush, and this rank's peak memory."""
         rate, size = steps * cfg.global_batch / seconds, self.engine.world.size
         passes = 2 if getattr(cfg, "lora_rank", 0) else 3  # forward, and backward at twice its cost: LoRA has next to no gradients of weights
         flops = self.state.get("flops", 0) * passes * rate / size
@@ -142,23 +154,34 @@ class TrainLog:
                 "tflops_per_rank": round(flops / 1e12, 4), "mfu": round(flops / peak, 4) if peak else None,
                 "data_wait": round(waited / seconds, 4), "peak_memory_gb": round(peak_memory(self.engine.device) / 1e9, 3)}
 
-    def _check(self, cfg: Training, numbers: list[int], losses: list[float]) -> None:
-        bad = next(((step, loss) for step, loss in zip(numbers, losses, strict=True) if not math.isfinite(loss)), None)
-        if bad is None and len(self.usual) >= 20 and len(losses) > 1:
-            usual, now = statistics.median(self.usual[-500:]), statistics.fmean(losses)
-            if now > cfg.explode * usual:
-                bad = (numbers[int(np.argmax(losses))], now)
-        if bad is None:
+    def _check(self, numbers: list[int], losses: list[float]) -> None:
+        """Of each of the new losses; how many come at once changes nothing."""
+        for step, loss in zip(numbers, losses, strict=True):
+            if not math.isfinite(loss):
+                raise self.blame(step, f"is {loss} at step {step + 1}")
+        if len(self.losses) < KNOWN:
             return
-        step, loss = bad
+        usual, last = self._usual(), self.losses[1 - FEW:] + losses
+        for number, step in enumerate(numbers):
+            few = last[number:number + FEW]  # up to this step
+            if statistics.fmean(few) > self.engine.cfg.explode * usual:
+                raise self.blame(step, f"explodes: {statistics.fmean(few):.4g} on average over steps {step + 2 - FEW} to {step + 1}, usually "
+                                       f"{usual:.4g}; {losses[number]:.4g} at step {step + 1}")
+
+    def _usual(self) -> float:
+        return statistics.median(self.losses[-USUAL:])
+
+    def unusual(self) -> bool:
+        """Whether the last loss alone is as high as the mean of a few may not be. The weights may have exploded: no time to save them."""
+        return len(self.losses) >= KNOWN and self.losses[-1] > self.engine.cfg.explode * self._usual()
+
+    def blame(self, step: int, what: str) -> UserError:
+        """The error that names the step's samples and says what to do; ``what``: of the loss."""
+        cfg = self.engine.cfg
         names = self.data.keys(range(step * cfg.global_batch, (step + 1) * cfg.global_batch))
-        what = f"is {loss} at step {step + 1}"
-        if math.isfinite(loss):
-            what = (f"explodes: {loss:.4g} on average over steps {numbers[0] + 1} to {numbers[-1] + 1}, usually "
-                    f"{statistics.median(self.usual[-500:]):.4g}; the highest at step {step + 1}")
         shown = ", ".join(names[:16]) + (f" and {len(names) - 16} more" if len(names) > 16 else "")
-        raise UserError(f"the loss {what} (samples {shown}): lower the learning rate, take more warm-up steps, or bf16 or fp32 instead of fp16; "
-                        "the last checkpoint is from before")
+        return UserError(f"the loss {what} (samples {shown}): lower the learning rate, take more warm-up steps, or bf16 or fp32 instead of fp16; "
+                         "the last checkpoint is from before; if this comes again at once, delete it, to go on from the one before it")
 
     def bad_samples(self) -> int:
         """How many samples were skipped on all ranks since the start, before a restart too; ``bad-samples.csv`` lists them."""
@@ -211,7 +234,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU where there is one, else of the process."""
+    """Bytes: of the GPU, where there is one, since the last reset; else of the process since its start."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

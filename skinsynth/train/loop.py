@@ -1,12 +1,12 @@
 """The one training loop: batches by position, steps, checkpoints, stop signals.
 
 A loop that is started again goes on from the last whole checkpoint, at the very sample where it was. The ranks talk once
-a step, before it: whether one has heard a signal, or could not read its batch. Then all save, or leave, at the same step.
+a step, before it: whether one has heard a signal, or could not read its batch, or not write its part of a checkpoint. Then all save, or
+leave, at the same step.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,13 +19,14 @@ import torch
 from skinsynth.data.order import share
 from skinsynth.data.stream import Feed
 from skinsynth.run import Progress, RunDir
-from skinsynth.train.checkpoint import Checkpoints
+from skinsynth.train.checkpoint import Checkpoints, NotFinite
 from skinsynth.train.engine import Batch, Engine
 from skinsynth.train.log import Clock, Data, TrainLog
 from skinsynth.train.optimizer import ema_decay, learning_rate
 from skinsynth.world import Stopped
 
-Evaluate = Callable[[int, dict[str, Any]], dict[str, np.ndarray] | None]  # (steps done, state) -> pictures for TensorBoard
+Judge = Callable[[int, dict[str, Any]], None]  # of (steps done, state)
+Show = Callable[[int], dict[str, np.ndarray] | None]  # steps done -> pictures for TensorBoard
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,22 @@ class Place:
 
 
 def train(engine: Engine, run: RunDir, node: str, checkpoints: Checkpoints, clock: Clock, data: Data, loss: Callable[[Any, Batch], torch.Tensor],
-          evaluate: Evaluate | None = None, evaluate_every: int = 0, place: Place | None = None) -> dict[str, Any]:
-    """Trains to ``cfg.steps``; returns the loop's small state, which ``evaluate(step, state)`` may write to (JSON values).
+          judge: Judge | None = None, show: Show | None = None, every: int = 0, place: Place | None = None) -> dict[str, Any]:
+    """Trains to ``cfg.steps``; returns the loop's small state.
 
-    ``evaluate`` is called on all ranks each ``evaluate_every`` steps and at the end; where it sets ``state["ended"]``, on all ranks alike,
-    the training ends there. ``place``: where a node has several trainings, which of them this is.
+    ``judge`` and ``show`` are called on all ranks each ``every`` steps and at the end: the one before a checkpoint, since it may write to the
+    state (JSON values), and the other after it, since a checkpoint need not wait for pictures. Where the state has ``ended``, on all ranks
+    alike, the training ends. ``place``: where a node has several trainings, which of them this is.
 
     Raises:
         Stopped: a stop signal came to any rank; the state is saved, the same command goes on.
-        UserError: the loss is no finite number or explodes, memory is out, a sample cannot be read; the last good checkpoint stays.
+        UserError: the loss is no finite number or explodes, an update leaves what is not finite, memory is out, a sample cannot be read; the last
+            good checkpoint stays.
     """
     cfg, world, found = engine.cfg, engine.world, checkpoints.found
     begin, state = (found.step, dict(found.state)) if found else (0, {})
+    if found:
+        found.close()  # the engine has its state
     place = place or Place(run.node(node))
     log = TrainLog(place.folder, engine, begin, clock, data, state)
     progress = Progress(run, node, place.number, cfg.steps, "steps", begin, cfg.steps * place.of) if world.is_main else None
@@ -59,24 +64,28 @@ def train(engine: Engine, run: RunDir, node: str, checkpoints: Checkpoints, cloc
     todo = ((step, share(step, cfg.global_batch, engine.micro, world.rank, world.size)) for step in left)
     cuda = engine.device.type == "cuda"
     with closing(checkpoints), Feed(data.batch, todo, data.workers, pin=cuda, turns=not cuda) as feed:
-        batches = iter(feed)
+        batches, due = iter(feed), False
         for step in left:
             mine, error = _next(batches)
+            error = error or checkpoints.error
             talk = world.max(2 if error else int(world.stop))
             if talk:
                 _leave(node, step, log, feed, checkpoints, engine, state, error)
             log.add(step, engine.step(learning_rate(cfg, step), ema_decay(cfg, step), mine, log.counted(loss)))
             done = step + 1
-            judged = evaluate is not None and (done == cfg.steps or (evaluate_every > 0 and done % evaluate_every == 0))
-            save = done % cfg.checkpoint_every == 0 or done == cfg.steps
-            if save or judged or done % cfg.log_every == 0:
+            last = done == cfg.steps
+            look, due = last or (every > 0 and done % every == 0), due or done % cfg.checkpoint_every == 0
+            if due or look or done % cfg.log_every == 0:
                 log.flush(feed.waited)
-            if evaluate and judged:
-                log.pictures(done, evaluate(done, state))
-                log.since = time.perf_counter()  # what is judged is no part of the speed
-            if save or state.get("ended"):
-                state["bad_samples"] = log.bad_samples()
-                checkpoints.save(done, engine, state)
+            if judge and look:
+                judge(done, state)
+            if last or state.get("ended") or (due and not log.unusual()):
+                _save(done, log, checkpoints, engine, state)
+                due = False
+            if show and look:
+                log.pictures(done, show(done))
+            if look:
+                log.resume()
             if progress:
                 progress.set(done)
             if state.get("ended"):
@@ -95,13 +104,21 @@ def _next(batches: Iterator[tuple[int, list[Batch]]]) -> tuple[list[Batch], Base
         return [], error
 
 
+def _save(done: int, log: TrainLog, checkpoints: Checkpoints, engine: Engine, state: dict[str, Any]) -> None:
+    """A loss is of the weights before its step's update: what that made of them shows here first."""
+    state["bad_samples"] = log.bad_samples()
+    try:
+        checkpoints.save(done, engine, state)
+    except NotFinite as error:
+        raise log.blame(done - 1, f"is finite at step {done}, but '{error}' is not after that step's update") from None
+
+
 def _leave(node: str, step: int, log: TrainLog, feed: Feed[range, Batch], checkpoints: Checkpoints, engine: Engine, state: dict[str, Any],
            error: BaseException | None) -> NoReturn:
-    """All ranks save, and stop: for a signal that one has heard, or a batch that one could not read."""
+    """All ranks save, and stop: for a signal that one has heard, a batch that one could not read, or what it could not write."""
     if step > (checkpoints.found.step if checkpoints.found else 0):
         log.flush(feed.waited)
-        state["bad_samples"] = log.bad_samples()
-        checkpoints.save(step, engine, state)
+        _save(step, log, checkpoints, engine, state)
         checkpoints.wait()
     engine.world.together(error)
     raise Stopped(f"{node} stopped at step {step} of {engine.cfg.steps}; the same command goes on from there")

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from skinsynth.knobs import Training
 from skinsynth.run import RunDir
 from skinsynth.train.checkpoint import Checkpoints
 from skinsynth.train.engine import Batch, Engine
-from skinsynth.train.log import Clock, forward_flops, read_lines
+from skinsynth.train.log import Clock, TrainLog, forward_flops, read_lines
 from skinsynth.train.loop import train
 from skinsynth.train.optimizer import AdamW
 from skinsynth.world import Stopped, World
@@ -42,14 +43,16 @@ def square(model: Any, batch: Batch) -> torch.Tensor:
     return ((model(batch["x"][:, None]) - 3) ** 2).mean()
 
 
-def go(folder: Path, loss: Callable[[Any, Batch], torch.Tensor] = square, world: World | None = None, **keys: Any) -> tuple[RunDir, Any]:
+def go(folder: Path, loss: Callable[[Any, Batch], torch.Tensor] = square, world: World | None = None, more: dict[str, Any] | None = None,
+       **keys: Any) -> tuple[RunDir, Any]:
+    """``more``: for ``train``."""
     cfg = Training(**{"steps": 60, "global_batch": 4, "lr": 1e-3, "log_every": 5, "checkpoint_every": 10, "zero": 0, **keys})
     run, world = RunDir(folder), world or World()
     torch.manual_seed(0)
     model = torch.nn.Linear(1, 1)
     checkpoints = Checkpoints(run.node("it") / "checkpoints", world, {"lr": cfg.lr}, cfg.keep, cfg.keep_every)
     engine = Engine(cfg, world, model, "it", checkpoints.found)
-    return run, train(engine, run, "it", checkpoints, Clock(), Numbers(), loss)
+    return run, train(engine, run, "it", checkpoints, Clock(), Numbers(), loss, **(more or {}))
 
 
 def steps_of(run: RunDir) -> list[int]:
@@ -73,14 +76,57 @@ def test_a_loss_that_is_no_number_stops_at_the_last_good_checkpoint(tmp_path: Pa
     assert len(losses(run)) == 20
 
 
-def test_a_loss_that_explodes_stops_too(tmp_path: Path) -> None:
+def test_an_update_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
+    """The loss of the step is finite, its gradient is not. Without the mistake the same command goes on as if it had never been."""
+    def poisoned(model: Any, batch: Batch) -> torch.Tensor:
+        bad = torch.sqrt((model.weight * 0).sum()) if 79 in batch["position"] else 0.0  # zero, with a gradient of infinity times zero
+        return square(model, batch) + bad
+
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"finite at step 20, but '\w+/\w+' is not after .*\(samples sample-76, sample-77, .*from before"):
+            go(tmp_path / "run", poisoned)
+        assert steps_of(RunDir(tmp_path / "run")) == [10]
+    run, _ = go(tmp_path / "run")
+    whole, _ = go(tmp_path / "whole")
+    assert losses(run) == losses(whole)
+
+
+def test_at_a_stop_what_is_not_finite_is_not_saved_either(tmp_path: Path) -> None:
+    world = World()
+
+    def poisoned(model: Any, batch: Batch) -> torch.Tensor:
+        if 63 in batch["position"]:
+            world.note_stop(signal.SIGUSR2, None)
+        return square(model, batch) + (torch.sqrt((model.weight * 0).sum()) if 63 in batch["position"] else 0.0)
+
+    with pytest.raises(UserError, match="finite at step 16, but"):
+        go(tmp_path / "run", poisoned, world)
+    assert steps_of(RunDir(tmp_path / "run")) == [10]
+
+
+@pytest.mark.parametrize("log_every", [1, 5, 1000])
+def test_a_loss_that_explodes_stops_too(tmp_path: Path, log_every: int) -> None:
+    """However many of them are looked at together."""
     def exploding(model: Any, batch: Batch) -> torch.Tensor:
         return square(model, batch) * torch.where(batch["position"].max() >= 160, 1e4, 1.0)
 
-    with pytest.raises(UserError, match=r"explodes: .* over steps 41 to 45, usually"):
-        go(tmp_path / "run", exploding)
+    with pytest.raises(UserError, match=r"explodes: .* over steps 32 to 41, usually .* at step 41 \(samples sample-160, "):
+        go(tmp_path / "run", exploding, log_every=log_every)
     assert steps_of(RunDir(tmp_path / "run")) == [30, 40]
     go(tmp_path / "free", exploding, explode=1e9)
+
+
+def test_one_hard_batch_stops_nothing_and_is_no_time_to_save(tmp_path: Path) -> None:
+    """The loss of the step before a checkpoint is 100 times the usual one: that of the next one shows whether the weights have exploded."""
+    def spiky(model: Any, batch: Batch, steps: range) -> torch.Tensor:
+        loss = square(model, batch)
+        return 1 + 0 * loss + (99 if int(batch["position"][0]) // 4 + 1 in steps else 0)
+
+    run, _ = go(tmp_path / "once", lambda *given: spiky(*given, range(30, 31)), keep=9)
+    assert steps_of(run) == [10, 20, 31, 40, 50, 60]
+    with pytest.raises(UserError, match=r"explodes: 20\.8 on average over steps 22 to 31, usually 1; 100 at step 31"):
+        go(tmp_path / "more", lambda *given: spiky(*given, range(30, 61)))
+    assert steps_of(RunDir(tmp_path / "more")) == [10, 20]
 
 
 def test_out_of_memory_says_what_to_turn_on(tmp_path: Path) -> None:
@@ -105,6 +151,24 @@ def test_a_stop_goes_on_at_that_very_step(tmp_path: Path) -> None:
     assert steps_of(RunDir(tmp_path / "run")) == [10, 17]
     run, _ = go(tmp_path / "run")
     assert losses(run) == losses(whole)
+
+
+def test_what_is_drawn_keeps_no_checkpoint_waiting(tmp_path: Path) -> None:
+    """Killed while it draws, it would go on from that very step; what was judged there is in its state."""
+    run, seen = RunDir(tmp_path / "run"), []
+
+    def judge(step: int, state: dict[str, Any]) -> None:
+        state["judged"] = step
+
+    def show(step: int) -> None:
+        end = time.monotonic() + 5
+        while step not in steps_of(run) and time.monotonic() < end:
+            time.sleep(0.01)  # a thread writes it meanwhile
+        found = Checkpoints(run.node("it") / "checkpoints", World(), {"lr": 1e-3}).found
+        seen.append((step, found and found.step, found and found.state["judged"]))
+
+    go(run.path, more={"judge": judge, "show": show, "every": 30})
+    assert seen == [(30, 30, 30), (60, 60, 60)]
 
 
 def test_the_list_of_bad_samples_outlives_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,17 +242,42 @@ def test_the_newest_are_kept_and_those_of_every_so_many_steps(tmp_path: Path) ->
     assert steps_of(run) == [20, 40, 60]
 
 
+def test_a_checkpoint_that_was_gone_on_from_is_let_go_of(tmp_path: Path) -> None:
+    """Its room on the disk is free once it is pruned, not when the process ends."""
+    def mapped() -> list[str]:
+        return [line for line in Path("/proc/self/maps").read_text().splitlines() if f"{tmp_path}/run" in line]
+
+    seen: list[int] = []
+
+    def watching(model: Any, batch: Batch) -> torch.Tensor:
+        seen.append(len(mapped()))
+        return square(model, batch)
+
+    go(tmp_path / "run", steps=10)
+    cfg, run, world = Training(zero=0), RunDir(tmp_path / "run"), World()
+    found = Checkpoints(run.node("it") / "checkpoints", world, {"lr": 1e-3}).found
+    assert found
+    Engine(cfg, world, torch.nn.Linear(1, 1), "it", found)
+    assert mapped(), "it is seen while it is read from"
+    found.close()
+    go(tmp_path / "run", watching, steps=20)
+    assert seen
+    assert not any(seen)
+
+
 def test_a_full_disk_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     """The writing thread's error reaches the loop; nothing half-written looks whole, and the same command goes on."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limited = {"done": False}
+    done: list[int] = []
 
     def limiting(model: Any, batch: Batch) -> torch.Tensor:
-        if int(batch["position"][0]) == 4 * 15 and not limited["done"]:
-            limited["done"] = True
+        done.append(int(batch["position"][0]) // 4)
+        if done[-1] == 15:
             time.sleep(1)  # the thread that writes step 10 is not to be the one that fails
             resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+        if done[-1] == 22:
+            time.sleep(1)  # the one that writes step 20 is
         return square(model, batch)
 
     try:
@@ -198,6 +287,7 @@ def test_a_full_disk_while_a_checkpoint_is_written(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert steps_of(RunDir(tmp_path / "run")) == [10]
+    assert len(done) < 30, "it is told at a step, not when the next one is to be saved"
     run, _ = go(tmp_path / "run")
     whole, _ = go(tmp_path / "whole")
     assert losses(run)[-10:] == losses(whole)[-10:]
@@ -209,10 +299,30 @@ def test_what_is_logged(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == list(range(1, 61))
     assert rows[0].keys() == {"step", "loss", "lr", "samples_per_second", "samples_per_second_per_rank", "tflops_per_rank", "mfu", "data_wait",
                               "peak_memory_gb"}
+    speeds = [tuple(row[name] for name in ("samples_per_second", "data_wait", "peak_memory_gb")) for row in rows]
+    assert all(len(set(speeds[first:first + 5])) == 1 for first in range(0, 60, 5)), "one value for all steps of a flush"
+    assert len(set(speeds)) > 1
     assert 0 <= rows[-1]["data_wait"] < 1
     assert rows[-1]["peak_memory_gb"] > 0.1
     startup = json.loads((run.node("it") / "startup.json").read_text())
     assert startup["seconds"]["first step"] > 0
+
+
+def test_peak_memory_is_that_of_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of what is drawn between them."""
+    peak = [0]
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.__setitem__(0, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "")
+    engine = SimpleNamespace(cfg=Training(), world=World(), device=torch.device("cuda"), micro=4, mean=lambda values: values, state_bytes=dict)
+    log = TrainLog(tmp_path, engine, 0, Clock(), Numbers(), {})  # type: ignore[arg-type]
+    for step, bytes_ in enumerate((3e9, 2e9)):
+        log.add(step, torch.tensor(1.0))
+        peak[0] = max(peak[0], int(bytes_))
+        log.flush(0.0)
+        peak[0] = int(9e9)
+        log.resume()
+    assert [row["peak_memory_gb"] for row in read_lines(tmp_path / "metrics.jsonl")] == [3, 2]
 
 
 def test_a_moving_average_is_what_is_exported(tmp_path: Path) -> None:

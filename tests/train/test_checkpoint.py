@@ -1,0 +1,115 @@
+"""Two ranks write a checkpoint together, and one of them cannot."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from skinsynth.files import write_json
+from skinsynth.train import checkpoint
+from skinsynth.train.checkpoint import Checkpoints
+from skinsynth.world import World
+
+
+class Ranks(World):
+    """Two that are threads of this process."""
+
+    def __init__(self, rank: int, meet: threading.Barrier, told: list[Any]):
+        super().__init__(rank, 2)
+        self.meet, self.told = meet, told
+
+    def gather(self, value: Any) -> list[Any]:
+        self.told[self.rank] = value
+        self.meet.wait()
+        found = list(self.told)
+        self.meet.wait()
+        return found
+
+    def max(self, value: int) -> int:
+        return max(self.gather(value))
+
+    def barrier(self) -> None:
+        self.gather(None)
+
+
+class Held:
+    """Two tensors as an engine has them, of which each of two ranks writes one."""
+
+    sharded, topology, scaler = False, {}, dict
+
+    def __init__(self, *values: torch.Tensor):
+        self.trained = {f"p{number}": value for number, value in enumerate(values)}
+
+    def keys_of(self, name: str) -> list[str]:
+        return ["weight"]
+
+    def full(self, key: str, name: str) -> torch.Tensor:
+        return self.trained[name]
+
+
+def save_on_two(folder: Path, *values: torch.Tensor) -> tuple[list[str], float]:
+    """What a save said on each of two ranks, and after how many seconds."""
+    meet, told, begun = threading.Barrier(2, timeout=20), [None, None], time.monotonic()
+
+    def one(rank: int) -> str:
+        checkpoints = Checkpoints(folder, Ranks(rank, meet, told), {})
+        try:
+            checkpoints.save(7, Held(*values), {})  # type: ignore[arg-type]
+            checkpoints.wait()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            checkpoints.close()
+        return ""
+
+    with ThreadPoolExecutor(2) as ranks:
+        said = list(ranks.map(one, range(2)))
+    return said, time.monotonic() - begun
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_write_its_part_keeps_nobody_waiting(tmp_path: Path, rank: int) -> None:
+    """Its reason is what both say, at once; room is made for the next try."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    try:
+        said, seconds = save_on_two(tmp_path, *(torch.ones(2**20 if number == rank else 1) for number in range(2)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    file = tmp_path / f".step-00000007.tmp/rank-0000{rank}.safetensors"
+    assert said[rank] == f"OSError: [Errno 27] File too large: '{file}'"
+    assert said[1 - rank] == f"UserError: rank {rank} stopped: {said[rank]}"
+    assert seconds < 5
+    assert [path.name for path in tmp_path.iterdir()] == [".step-00000007.tmp"]
+    assert save_on_two(tmp_path, torch.ones(1), torch.ones(1))[0] == ["", ""]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
+    assert {path.name for path in (tmp_path / "step-00000007").iterdir()} == {"complete.json", "rank-00000.safetensors", "rank-00001.safetensors"}
+
+
+def test_a_folder_that_cannot_be_made_is_told_by_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("")
+    said, _ = save_on_two(tmp_path / "checkpoints", torch.ones(1), torch.ones(1))
+    assert said[0].startswith("NotADirectoryError: ")
+    assert said[1].startswith("UserError: rank 0 stopped: ")
+
+
+def test_what_only_one_rank_finds_not_finite_no_rank_writes(tmp_path: Path) -> None:
+    assert save_on_two(tmp_path, torch.ones(1), torch.tensor([1, float("inf")]))[0] == ["NotFinite: weight/p1"] * 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nodes_that_do_not_share_the_run_folder_are_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank has written, but rank 0 does not see it."""
+    monkeypatch.setattr(checkpoint, "PATIENCE", 0.2)
+    monkeypatch.setattr(checkpoint, "write_json", lambda path, value: None if path.name == "rank-00001.json" else write_json(path, value))
+    said, _ = save_on_two(tmp_path, torch.ones(1), torch.ones(1))
+    assert all("what rank-00001 wrote: all nodes must see the same run folder" in words for words in said)
