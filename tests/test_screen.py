@@ -444,6 +444,22 @@ def test_test_images_among_the_synthetic_ones_are_found_whatever_was_done_to_the
     assert [told.get(f"syn-{n:08d}", ("", ""))[0] for n in range(14)].count("held-out") <= 1
 
 
+def test_what_is_searched_knows_its_groups(screened: Path) -> None:
+    """In the order of the images, over shards and splits; another group is another search."""
+    cfg, run = settings(screened)
+    sets = sets_of(screened)
+    parts = Parts(cfg, run.node("screen") / "parts", sets, "")
+    for kinds in (("train",), ("val", "test")):
+        gallery = parts._gallery(kinds)
+        assert gallery.groups == [group for kind in kinds for group in sets[kind].columns["group"]]
+        pictures = [sets[kind].image(i) for kind in kinds for i in range(len(sets[kind]))]
+        assert np.array_equal(gallery.thumbnails, np.stack([copies.thumbnail(picture) for picture in pictures]))
+    before = {unit.kind: parts.made(unit) for unit in parts.units}
+    sets["test"].columns["group"][3] = "another"
+    after = {unit.kind: made for parts in [Parts(cfg, parts.folder, sets, "")] for unit in parts.units for made in [parts.made(unit)]}
+    assert {kind for kind in before if before[kind] != after[kind]} == {"synthetic"}
+
+
 def test_parts_of_an_older_version_are_made_anew(screened: Path, tmp_path: Path) -> None:
     """They say neither what was searched nor in how many turns."""
     cfg, run = again(screened, tmp_path)
