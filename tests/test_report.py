@@ -22,7 +22,7 @@ from skinsynth.data.shards import ShardWriter, write_manifest
 from skinsynth.errors import UserError
 from skinsynth.files import read_json, write_json
 from skinsynth.knobs import Arm, Config, GeneratedClass
-from skinsynth.pages import figures, pictures, several
+from skinsynth.pages import figures, pictures, screening, several
 from skinsynth.quality.metrics import METRICS, binary_metrics
 from skinsynth.run import RunDir, Task
 from skinsynth.stages import report as stage
@@ -357,6 +357,13 @@ def test_a_name_with_dollars_is_no_formula() -> None:
     drawn = figures.intervals([("runs/$x^$/baseline", 0.5, [0.4, 0.6])], "AUROC of $x^$")
     assert drawn is not None
     assert drawn.startswith("data:image/svg+xml")
+
+
+def test_what_stands_after_kid_is_named() -> None:
+    row = {"kid": 0.3, "kid_std": 0.02, "kid_subset": 40, "fid": 9.0, "images": 80, "real_images": 90}
+    (table,) = screening.tables({"distances": {"all": row, "real": row | {"kid_std": None}}})
+    assert [cells[3] for cells in table.rows] == ["0.300 ± 0.020", "0.300"]
+    assert "standard deviation over random subsets (of all images: 40 each)" in " ".join(table.notes)
 
 
 def test_several_runs_on_one_page(made: tuple[Config, RunDir], many: tuple[Config, RunDir], tmp_path: Path) -> None:

@@ -72,6 +72,8 @@ def _distances(found: dict[str, Any]) -> Table | None:
                                    for name, label in named.items() if values.get(name)]
     warned = [label for name, label in named.items() if (values.get(name) or {}).get("fid_warning")]
     notes = [f"FID is biased by so few images ({', '.join(warned)}): go by KID, which is not."] if warned else []
+    subset = (values["all"] or {}).get("kid_subset")
+    notes += [f"± of KID: the standard deviation over random subsets (of all images: {subset} each), an upper bound of KID's own."] if subset else []
     return Table(f"Distances to the real training images in the feature space {found.get('features', 'unknown')}", ("", *HEADS), rows, notes)
 
 
