@@ -60,9 +60,9 @@ def auroc_row(found: Predictions, resamples: int = 1000) -> dict:
 
 
 def test_a_simulated_effect_is_found_and_its_size_lies_in_the_interval() -> None:
-    planted = truth(1.35) - truth(0.85)
+    wanted = truth(1.35) - truth(0.85)
     rows = [auroc_row(simulate(number, {"baseline": 0.85, "hybrid": 1.35})) for number in range(20)]
-    assert sum(row["ci"][0] <= planted <= row["ci"][1] for row in rows) >= 18
+    assert sum(row["ci"][0] <= wanted <= row["ci"][1] for row in rows) >= 18
     assert sum(claimed(row) and row["value"] > 0 for row in rows) >= 18
 
 
