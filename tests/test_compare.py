@@ -1,4 +1,5 @@
-"""compare: a planted effect is found with an interval that holds it, none is claimed where there is none, and the tests against known formulas."""
+"""compare: in simulated predictions an effect is found with an interval that holds it, none is claimed where there is none, whether patients or
+seeds make most of the chance; and the tests against known formulas."""
 
 from __future__ import annotations
 
@@ -6,53 +7,114 @@ from math import erfc, sqrt
 
 import numpy as np
 import pytest
-from scipy.stats import norm
+from scipy.stats import norm, t, ttest_ind
 from sklearn.metrics import roc_auc_score
 
-from skinsynth.quality.compare import age_band, compare, difference, differences, estimates, holm, patients, subgroups
+from skinsynth.quality.compare import (
+    Estimate,
+    age_band,
+    compare,
+    correct,
+    difference,
+    differences,
+    estimates,
+    holm,
+    patients,
+    size,
+    spread,
+    subgroups,
+)
 from skinsynth.quality.delong import delong, placements
 from skinsynth.quality.predictions import Predictions
 from skinsynth.quality.verdict import claimed, verdict
 
-TAU = 0.06  # spread of the seeds' separation
+TAU, WIDE = 0.06, 0.15  # spread of the seeds' separation; that of their AUROC is about 0.016 and 0.03
 
 
-def simulate(number: int, separations: dict[str, float], people: int = 250, seeds: int = 3, malignant: float = 0.35) -> Predictions:
-    """Binormal scores of some patients with one to four images each. Part of an image's score is the patient's, part the image's, the same for
-    all arms; part is the training run's own. Each has a standard deviation of 1 in all, so that AUROC is known."""
+def simulate(number: int, separations: dict[str, float], people: int = 250, seeds: int = 3, malignant: float = 0.35,
+             tau: float = TAU) -> Predictions:
+    """Predictions without images or training: binormal scores of some patients with one to four images each. Part of an image's score is the
+    patient's, part the image's, the same for all arms; part is the training run's own. Each has a standard deviation of 1 in all, so that AUROC is
+    known."""
     rng = np.random.default_rng([2024, number])
     group = np.repeat(np.arange(people), rng.integers(1, 5, people))
     n = len(group)
     target = (rng.random(n) < malignant).astype(int)
     shared = sqrt(0.2) * rng.normal(size=people)[group] + sqrt(0.45) * rng.normal(size=n)
-    scores = {arm: np.stack([norm.cdf((d + TAU * rng.normal()) * target + shared + sqrt(0.35) * rng.normal(size=n)) for _ in range(seeds)])
+    scores = {arm: np.stack([norm.cdf((d + tau * rng.normal()) * target + shared + sqrt(0.35) * rng.normal(size=n)) for _ in range(seeds)])
               for arm, d in separations.items()}
     return Predictions(np.arange(n).astype(str), group.astype(str), target, scores, {arm: list(range(seeds)) for arm in scores})
 
 
-def truth(separation: float) -> float:
+def truth(separation: float, tau: float = TAU) -> float:
     """The mean AUROC of such training runs: the normal distribution at d / sqrt(2), averaged over the seeds' spread."""
-    return float(norm.cdf(separation / sqrt(2 + TAU**2)))
+    return float(norm.cdf(separation / sqrt(2 + tau**2)))
 
 
-def auroc_row(found: Predictions) -> dict:
-    of = estimates(found, 1000, ("auroc",))
+def auroc_row(found: Predictions, resamples: int = 1000) -> dict:
+    of = estimates(found, resamples, ("auroc",))
     first, second = of
     row = {"arms": [second, first], "metric": "auroc", **difference(of[first]["auroc"], of[second]["auroc"])}
     holm([row])
     return row
 
 
-def test_a_planted_effect_is_found_and_its_size_lies_in_the_interval() -> None:
-    planted = truth(1.35) - truth(0.85)
+def test_a_simulated_effect_is_found_and_its_size_lies_in_the_interval() -> None:
+    wanted = truth(1.35) - truth(0.85)
     rows = [auroc_row(simulate(number, {"baseline": 0.85, "hybrid": 1.35})) for number in range(20)]
-    assert sum(row["ci"][0] <= planted <= row["ci"][1] for row in rows) >= 18
+    assert sum(row["ci"][0] <= wanted <= row["ci"][1] for row in rows) >= 18
     assert sum(claimed(row) and row["value"] > 0 for row in rows) >= 18
 
 
-def test_where_no_effect_was_planted_none_is_claimed() -> None:
+def test_where_there_is_no_effect_none_is_claimed() -> None:
     rows = [auroc_row(simulate(100 + number, {"baseline": 1.0, "hybrid": 1.0})) for number in range(20)]
     assert sum(claimed(row) for row in rows) <= 2
+
+
+def test_where_trainings_differ_much_and_are_few_no_effect_is_claimed_either() -> None:
+    rows = [auroc_row(simulate(300 + number, {"a": 1.0, "b": 1.0}, 200, seeds=2, tau=2 * WIDE), 200) for number in range(40)]
+    assert sum(claimed(row) for row in rows) <= 4
+
+
+def arms_of(rng: np.random.Generator, seeds: tuple[int, int], of_seeds: tuple[float, float], of_patients: float, effect: float) -> list[Estimate]:
+    """Two arms' AUROC, whose seeds vary as told, and whose difference varies by the patients, each with a standard deviation of one hundredth."""
+    arms = [0.8 + of_seeds[i] / 100 * rng.normal(size=seeds[i]) for i in (0, 1)]
+    arms[1] += effect / 100 + of_patients / 100 * rng.normal()
+    moved = of_patients / 100 * rng.normal(size=200)
+    return [Estimate("auroc", arms[0], np.full(200, arms[0].mean()), 0.0, 200), Estimate("auroc", arms[1], arms[1].mean() + moved, 0.0, 200)]
+
+
+@pytest.mark.parametrize("seeds", [(2, 2), (3, 3), (5, 5), (10, 10), (3, 10)])
+@pytest.mark.parametrize(("of_seeds", "of_patients"), [((1.0, 1.0), 0.0), ((1.0, 1.0), 0.5), ((1.0, 1.0), 3.0), ((0.5, 1.5), 0.3)])
+def test_of_arms_that_are_alike_one_in_twenty_is_called_different(seeds: tuple[int, int], of_seeds: tuple[float, float], of_patients: float) -> None:
+    """Whoever dominates, seeds or patients. Welch's test of two seeds is too careful where patients do nothing, and a little bold beside them."""
+    rng = np.random.default_rng(0)
+    rows = [difference(*arms_of(rng, seeds, of_seeds, of_patients, 0.0)) for _ in range(1000)]
+    assert 0.01 < np.mean([row["p"] < 0.05 for row in rows]) < (0.1 if min(seeds) == 2 else 0.075)
+    assert np.mean([difference(*arms_of(rng, (10, 10), of_seeds, of_patients, 5.0 + 3 * of_patients))["p"] < 0.05 for _ in range(100)]) > 0.9
+
+
+def test_without_patients_part_it_is_welchs_test() -> None:
+    first, second = arms_of(np.random.default_rng(3), (3, 5), (1.0, 2.0), 0.0, 4.0)
+    found, wanted = difference(first, second), ttest_ind(second.seeds, first.seeds, equal_var=False)
+    assert found["p"] == pytest.approx(wanted.pvalue, rel=1e-2)
+    assert found["ci"] == pytest.approx(list(wanted.confidence_interval()), abs=2e-6)
+
+
+def test_p_is_below_a_twentieth_where_the_interval_leaves_zero_out() -> None:
+    rng = np.random.default_rng(1)
+    rows = [difference(*arms_of(rng, (2, 4), (1.0, 1.0), 1.0, effect)) for effect in (0.0, 2.0, 5.0) for _ in range(200)]
+    assert all((row["p"] < 0.05) == (row["ci"][0] > 0 or row["ci"][1] < 0) for row in rows)
+    assert 0.2 < np.mean([row["p"] < 0.05 for row in rows]) < 0.9
+
+
+def test_what_is_neither_the_seeds_nor_the_patients_alone_is_counted_once() -> None:
+    """Each network errs on images of its own, and no training is better than another: the seeds differ by just that."""
+    found = simulate(12, {"a": 1.0, "b": 1.0}, people=400, seeds=10, tau=0.0)
+    first, second = (of["auroc"] for of in estimates(found, 500, ("auroc",)).values())
+    error, _ = spread(second.draws - first.draws, first, second)
+    assert error < 1.2 * (second.draws - first.draws).std()
+    assert first.noise == pytest.approx(first.seeds.var(ddof=1), rel=0.6)
 
 
 def test_an_arms_own_interval_holds_its_auroc() -> None:
@@ -153,10 +215,56 @@ def test_of_equal_arms_the_difference_is_nothing() -> None:
     found = simulate(4, {"a": 1.0, "b": 1.0}, seeds=1)
     found.scores["b"] = found.scores["a"].copy()
     for row in differences(found, estimates(found, 300)):
-        assert (row["value"], row["ci"], row["p"]) == (0.0, [0.0, 0.0], 1.0), row["metric"]
+        assert (row["value"], row["ci"], row["p"]) == (0.0, None, None), row["metric"]  # of other patients that says nothing
 
 
-def test_holm_corrects_for_the_number_of_pairs() -> None:
+def shares(malignant: int, groups: int, score: float, seeds: int = 1) -> dict:
+    """The figures' intervals of networks that give all ``malignant`` images the same score, and all others 0.2 or 0.3."""
+    target = np.arange(malignant + 200) < malignant
+    score = np.where(target, score, 0.2 + 0.1 * (np.arange(len(target)) % 2))
+    group = np.where(target, np.arange(len(target)) % groups, np.arange(len(target)))
+    found = Predictions(target.astype(str), group.astype(str), target.astype(int), {"a": np.stack([score] * seeds)}, {"a": list(range(seeds))})
+    return {name: one.summary()["ci"] for name, one in estimates(found, 300)["a"].items()}
+
+
+def test_where_no_resample_differs_the_interval_is_exact_or_unknown() -> None:
+    """0 of 30 may be 11.6 % (Clopper and Pearson's table), and images of one patient are one trial."""
+    assert shares(30, 30, 0.1)["sensitivity"] == pytest.approx([0, 0.116], abs=5e-4)
+    assert shares(30, 10, 0.1, seeds=3)["sensitivity"] == pytest.approx([0, 0.308], abs=5e-4)
+    right = shares(30, 30, 0.9)
+    assert right["sensitivity"] == pytest.approx([0.884, 1], abs=5e-4)
+    assert right["specificity"] == pytest.approx([1 - 0.0183, 1], abs=5e-4)
+    assert right["auroc"] is right["balanced_accuracy"] is right["sensitivity_at_90"] is None
+    assert right["brier"][0] < right["brier"][1]
+
+
+def test_of_few_groups_the_interval_is_wider() -> None:
+    few, many = (Estimate("auroc", np.array([0.5]), np.linspace(0.4, 0.6, 1001), 0.0, groups).summary()["ci"] for groups in (5, 10_000))
+    assert many == pytest.approx([0.405, 0.595], abs=1e-3)
+    assert few[1] - few[0] == pytest.approx(0.19 * t.ppf(0.975, 4) / 1.96, rel=1e-3)
+
+
+def test_the_verdict_finds_large_effects_among_many_arms() -> None:
+    """Twelve arms make 66 pairs, of which the verdict speaks of 11."""
+    found = simulate(13, {"real": 0.3, **{f"arm{i}": 2.5 for i in range(10)}, "same": 0.3}, people=150)
+    of = estimates(found, 500, ("auroc",))
+    rows = [{"arms": [other, "real"], "metric": "auroc", **difference(of["real"]["auroc"], of[other]["auroc"]), "paired": True}
+            for other in list(of)[1:]]
+    told = verdict({"arms": {arm: {"auroc": one["auroc"].summary()} for arm, one in of.items()}, "differences": correct(rows, "real"),
+                    "test": size(found)})
+    assert told["headline"].startswith("In this run, arm0, arm1, arm2, arm3, arm4, arm5, arm6, arm7, arm8 and arm9 told malignant from benign better")
+    assert "between real and same." in told["headline"]
+    assert "p corrected for 11 comparisons with real (Holm)" in " ".join(told["may_not"])
+
+
+def test_only_comparisons_with_the_first_arm_are_corrected_for() -> None:
+    rows = [{"arms": pair, "metric": metric, "paired": pair != ["d", "a"], "p": 0.02}
+            for pair in (["b", "a"], ["c", "a"], ["c", "b"], ["d", "a"]) for metric in ("auroc", "f1")]
+    correct(rows, "a")
+    assert [row.get("p_holm", "none") for row in rows] == [0.04, "none", 0.04, "none", None, "none", None, "none"]
+
+
+def test_holm_corrects_for_the_number_of_rows() -> None:
     rows = [{"p": 0.04}, {"p": 0.01}, {"p": None}, {"p": 0.03}]
     holm(rows)
     assert [row["p_holm"] for row in rows] == [0.06, 0.03, None, 0.06]
@@ -199,17 +307,39 @@ def test_the_verdict_says_what_it_may_and_what_it_may_not() -> None:
     assert better["headline"] == "In this run, hybrid told malignant from benign better than baseline."
     assert "3 training runs per arm show only roughly" in " ".join(better["may_not"])
     same = verdict(compare(simulate(9, {"baseline": 1.0, "hybrid": 1.0}, people=60, seeds=1)))
-    assert same["headline"] == "There is no clear difference between baseline and hybrid."
+    assert same["headline"].startswith("One training each of baseline and hybrid was compared. There is no clear difference between the trained")
     text = " ".join(same["may_not"])
     for needed in ("One training run per arm cannot prove an effect", "Nor is it shown that hybrid and baseline are equal", "AUROC alone was tested",
                    "are malignant: with so few", "do not name sex, age or site"):
         assert needed in text, needed
+    once = verdict(compare(simulate(8, {"baseline": 0.6, "hybrid": 1.6}, seeds=1)))["headline"]
+    assert once.startswith("One training each of baseline and hybrid was compared. In this run, the trained hybrid told malignant from benign "
+                           "better than the trained baseline. That holds for these trained networks and says nothing of the method")
+    assert once.endswith("train each arm with several seeds (classify.seeds).")
     unpaired = compare(simulate(8, {"baseline": 0.6, "hybrid": 1.6}))
     unpaired["differences"] = [row | {"paired": False} for row in unpaired["differences"]]
     assert verdict(unpaired)["headline"] == "There is nothing to compare yet."
     assert "Nothing is concluded of hybrid: other test images" in " ".join(verdict(unpaired)["may_not"])
     nothing = verdict(compare(simulate(10, {"only": 1.0})))
     assert nothing["headline"] == "There is nothing to compare yet."
+
+
+def test_what_a_single_training_of_one_arm_leaves_open_is_said_of_that_one() -> None:
+    found = simulate(8, {"baseline": 0.6, "hybrid": 1.6, "third": 1.6})
+    found.scores["third"], found.seeds["third"] = found.scores["third"][:1], [0]
+    told = verdict(compare(found))["headline"]
+    assert told.startswith("In this run, hybrid told malignant from benign better than baseline. Of third one training alone was compared. "
+                           "In this run, the trained third told")
+
+
+def test_arms_that_answer_alike_are_neither_different_nor_shown_to_be_equal() -> None:
+    found = simulate(4, {"a": 1.0, "b": 1.0})
+    found.scores["b"] = np.tile(found.scores["a"][:1], (3, 1))
+    found.scores["a"] = found.scores["b"].copy()
+    told = verdict(compare(found))
+    assert told["headline"] == "How b and a differ cannot be told: there is no interval."
+    assert "a difference of +0.000, interval unknown." in told["may"][0]
+    assert "Nor is it shown that b and a are equal: there is no interval" in " ".join(told["may_not"])
 
 
 def test_one_class_alone_gives_no_difference_and_no_number() -> None:
@@ -223,8 +353,9 @@ def test_one_class_alone_gives_no_difference_and_no_number() -> None:
     assert verdict(result)["headline"] == "There is nothing to compare yet."
 
 
-if __name__ == "__main__":  # the same with many repeats: how often the interval holds the truth, and how often nothing is called something
-    for effect in (0.0, 0.2, 0.5):
-        found = [auroc_row(simulate(1000 + n, {"a": 0.85, "b": 0.85 + effect})) for n in range(400)]
-        right = truth(0.85 + effect) - truth(0.85)
-        print(effect, np.mean([r["ci"][0] <= right <= r["ci"][1] for r in found]), np.mean([claimed(r) for r in found]))
+if __name__ == "__main__":  # the same with many repeats: how often the interval holds the truth, and how often arms are called different
+    print("seeds, their spread, effect: the interval holds the truth, arms are called different")
+    for seeds, tau, effect in [(3, TAU, 0.2), (3, TAU, 0.5), *((seeds, tau, 0.0) for tau in (0.0, TAU, WIDE) for seeds in (2, 3, 5, 10))]:
+        found = [auroc_row(simulate(1000 + n, {"a": 0.85, "b": 0.85 + effect}, seeds=seeds, tau=tau), 500) for n in range(400)]
+        right = truth(0.85 + effect, tau) - truth(0.85, tau)
+        print(seeds, tau, effect, np.mean([r["ci"][0] <= right <= r["ci"][1] for r in found]), np.mean([claimed(r) for r in found]), flush=True)

@@ -36,6 +36,7 @@ def test_kid_is_about_zero_for_one_kind_and_grows_with_the_shift() -> None:
     same, spread = kid(drawn_from(0, 300), drawn_from(1, 200), 50, 100, 0)
     near = kid(drawn_from(0, 300), drawn_from(1, 200, 0.3), 50, 100, 0)[0]
     far = kid(drawn_from(0, 300), drawn_from(1, 200, 1.0), 50, 100, 0)[0]
+    assert spread is not None
     assert abs(same) < 2 * spread
     assert far > 5 * near > 10 * abs(same)
 
@@ -49,13 +50,21 @@ def test_kid_is_unbiased_in_small_sets() -> None:
     assert biased > 10 * values.std() / 20
 
 
-def test_kid_depends_on_the_seed_alone_and_cuts_the_subsets_to_the_smaller_set() -> None:
+def test_kid_depends_on_the_seed_alone_and_cuts_the_subsets_to_half_of_the_smaller_set() -> None:
     x, y = drawn_from(0, 60), drawn_from(1, 12, 0.2)
-    assert kid(x, y, 5, 10, 3) == kid(x, y, 5, 10, 3) != kid(x, y, 5, 10, 4)
-    assert kid(x, y, 5, 1000, 0) == kid(x, y, 5, 12, 0)
-    mean, spread = kid(x, x[:60], 4, 60, 0)  # all of both, each time: nothing left to draw
-    assert spread == pytest.approx(0, abs=1e-12)
-    assert mean == pytest.approx(mmd2(x, x), abs=1e-12)
+    assert kid(x, y, 5, 6, 3) == kid(x, y, 5, 6, 3) != kid(x, y, 5, 6, 4)
+    assert kid(x, y, 5, 1000, 0) == kid(x, y, 5, 6, 0)
+
+
+def test_the_spread_over_subsets_is_no_less_than_what_new_sets_differ_and_unknown_of_too_few() -> None:
+    """80 images a side, subsets of up to 100 asked for: as wide as KID varies where that is by a shift, whatever the kind no narrower."""
+    for shift, most in ((0.5, 1.4), (0.0, 4.0)):
+        found = [kid(drawn_from(2 * i, 80), drawn_from(2 * i + 1, 80, shift), 40, 100, 0) for i in range(60)]
+        real, said = np.std([mean for mean, _ in found]), np.mean([spread for _, spread in found])
+        assert 0.8 * real < said < most * real
+    for few in (2, 3):
+        assert kid(drawn_from(0, few), drawn_from(1, 50), 5, 100, 0)[1] is None
+    assert kid(drawn_from(0, 50), drawn_from(1, 50), 1, 10, 0)[1] is None  # one subset
 
 
 @pytest.mark.parametrize(("x", "y"), [((1, 4), (9, 4)), ((9, 4), (0, 4)), ((9, 4), (9, 5))])
@@ -96,8 +105,8 @@ def test_the_feature_space_tells_blurred_lesions_from_sharp_ones(pictures: np.nd
     blurred = np.stack([cv2.GaussianBlur(p, (0, 0), 1.0) for p in pictures[40:]])
     sharp, rest, soft = extractor(pictures[:40]), extractor(pictures[40:]), extractor(blurred)
     scale = Scaler.of(sharp)
-    alike = kid(scale(sharp), scale(rest), 20, 30, 0)[0]
-    assert kid(scale(sharp), scale(soft), 20, 30, 0)[0] > 5 * abs(alike)
+    alike = kid(scale(sharp), scale(rest), 200, 20, 0)[0]
+    assert kid(scale(sharp), scale(soft), 200, 20, 0)[0] > 5 * abs(alike)
 
 
 def test_the_space_is_named_without_a_path(tmp_path: Path) -> None:
@@ -201,7 +210,7 @@ def test_compare_gives_all_with_their_sizes_and_none_of_too_little() -> None:
     found = compare(drawn_from(0, 50), drawn_from(1, 60), knobs, 0)
     assert found["kid"] == round(kid(drawn_from(0, 50), drawn_from(1, 60), 5, 20, 0)[0], 5)
     assert found["fid"] == round(fid(drawn_from(0, 50), drawn_from(1, 60)), 5)
-    assert (found["images"], found["real_images"]) == (50, 60)
+    assert (found["images"], found["real_images"], found["kid_subset"]) == (50, 60, 20)
     empty = compare(np.zeros((1, 8)), drawn_from(1, 60), knobs, 0)
     assert empty.keys() == found.keys()
     assert {v for k, v in empty.items() if not k.endswith("images")} == {None}

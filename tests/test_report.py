@@ -22,7 +22,7 @@ from skinsynth.data.shards import ShardWriter, write_manifest
 from skinsynth.errors import UserError
 from skinsynth.files import read_json, write_json
 from skinsynth.knobs import Arm, Config, GeneratedClass
-from skinsynth.pages import figures, pictures, several
+from skinsynth.pages import figures, pictures, screening, several
 from skinsynth.quality.metrics import METRICS, binary_metrics
 from skinsynth.run import RunDir, Task
 from skinsynth.stages import report as stage
@@ -77,7 +77,7 @@ def scores_of(target: np.ndarray, strength: float, seed: int) -> np.ndarray:
     return 1 / (1 + np.exp(-(strength * (target - 0.5) + noise)))
 
 
-def make(folder: Path, gain: float = 2.5, classes: int = 2, arms: tuple[str, ...] = (), strengths: tuple[float, ...] = ()) -> tuple[Config, RunDir]:
+def make(folder: Path, gain: float = 1.0, classes: int = 2, arms: tuple[str, ...] = (), strengths: tuple[float, ...] = ()) -> tuple[Config, RunDir]:
     """A finished run without its work: a weak baseline, and a hybrid that is better by ``gain``; or the named arms, each of three seeds."""
     cfg, run = Config(run=str(folder / "run <i>&")), RunDir(folder / "run <i>&")
     cfg.data.shards = str(folder / "shards")
@@ -164,6 +164,16 @@ def test_report_json_has_the_promised_form_and_nothing_that_changes(made: tuple[
     assert run.is_done("report")
 
 
+def test_a_perfect_arm_has_no_interval_and_the_page_says_why(tmp_path: Path) -> None:
+    cfg, run = make(tmp_path, gain=2.5)
+    stage.report(cfg, run, Task())
+    found = read_json(run.path / "report/report.json")["arms"]["hybrid"]
+    assert (found["auroc"]["value"], found["auroc"]["ci"]) == (1.0, None)
+    assert found["sensitivity"]["ci"] == pytest.approx([0.025 ** (1 / 40), 1], abs=1e-6)  # 40 groups, one malignant image each
+    assert "1.000unknown" in page(run).words
+    assert "unknown where no resample differs" in page(run).words
+
+
 def test_made_again_it_is_the_same_to_the_byte(made: tuple[Config, RunDir]) -> None:
     cfg, run = made
     files = [*(run.path / "report").iterdir(), run.weights / "MODEL_CARD.md", run.dataset(cfg, "synthetic") / "DATASHEET.md"]
@@ -216,7 +226,8 @@ def test_the_page_stands_alone_and_is_well_formed(made: tuple[Config, RunDir]) -
 
 def test_the_page_says_what_a_reader_must_know(made: tuple[Config, RunDir]) -> None:
     words = " ".join(page(made[1]).words.split())
-    for needed in ("hybrid told malignant from benign better than baseline", "It is drawn for the eye and chose nothing", "30 real, 12 synthetic",
+    for needed in ("One training each of baseline and hybrid was compared", "the trained hybrid told malignant from benign better than the trained",
+                   "says nothing of the method", "(classify.seeds)", "It is drawn for the eye and chose nothing", "30 real, 12 synthetic",
                    "builtin-vae", "0.310 ± 0.020", "0.010 ± 0.020", "2 × cannot be decoded", "0.91, set aside", "Not a medical device",
                    "One training run per arm cannot prove an effect", "80 test images of 40 groups", "do not name sex, age or site",
                    "run <i>&", "97.0 %", "-m jobs.classify"):
@@ -283,7 +294,8 @@ def test_several_seeds_and_arms(many: tuple[Config, RunDir]) -> None:
     text = check_page((many[1].path / "report/index.html").read_text()).words
     words = " ".join(text.split())
     for needed in ("In this run, half and more told malignant from benign better than real.", "3 training runs per arm",
-                   "Accuracy on the validation images", "site: unknown *", "p corrected for 3 pairs of arms", "Contact sheets (1 of 1)", "spectrum"):
+                   "Accuracy on the validation images", "site: unknown *", "p corrected for 2 comparisons with real", "Contact sheets (1 of 1)",
+                   "spectrum"):
         assert needed in words, needed
 
 
@@ -348,6 +360,13 @@ def test_a_name_with_dollars_is_no_formula() -> None:
     assert drawn.startswith("data:image/svg+xml")
 
 
+def test_what_stands_after_kid_is_named() -> None:
+    row = {"kid": 0.3, "kid_std": 0.02, "kid_subset": 40, "fid": 9.0, "images": 80, "real_images": 90}
+    (table,) = screening.tables({"distances": {"all": row, "real": row | {"kid_std": None}}})
+    assert [cells[3] for cells in table.rows] == ["0.300 ± 0.020", "0.300"]
+    assert "standard deviation over random subsets (of all images: 40 each)" in " ".join(table.notes)
+
+
 def test_several_runs_on_one_page(made: tuple[Config, RunDir], many: tuple[Config, RunDir], tmp_path: Path) -> None:
     """Both have the same 80 test images, so their arms are paired."""
     page_path = several.reports([made[1].path, many[1].path], tmp_path / "out")
@@ -370,7 +389,7 @@ def test_runs_with_other_test_images_are_not_paired_and_that_is_said(made: tuple
     assert "not all judged on the same test images" in words
     assert "subgroups" not in words
     assert "Nothing is concluded of run <i>&-2/baseline and run <i>&-2/hybrid: other test images" in " ".join(words.split())
-    assert "hybrid told malignant from benign better than run <i>&-1/baseline" in " ".join(words.split())
+    assert "hybrid told malignant from benign better than the trained run <i>&-1/baseline" in " ".join(words.split())
     assert not re.search("-2/[a-z]+ told malignant", words)
     again = read_json(several.reports([made[1].path, other.path], tmp_path / "again").with_name("report.json"))
     assert again == found

@@ -38,8 +38,8 @@ def short(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def plus_minus(knobs: Screen) -> str:
     """What ± means beside KID."""
-    return (f"KID is the mean over {knobs.kid_subsets} random subsets of up to {knobs.kid_subset_size} images a side, and the number after ± the "
-            "standard deviation over these: no standard error, and no interval of the mean.")
+    return (f"KID is the mean over {knobs.kid_subsets} random subsets of up to {knobs.kid_subset_size} images a side (half of the smaller set at most), "
+            "and the number after ± the standard deviation over these: how much KID of so few images varies, an upper bound of what that of all does.")
 
 
 def _text(key: str, value: Any, beside: dict[str, Any]) -> str:
@@ -84,8 +84,10 @@ def _distances(found: dict[str, Any]) -> Table | None:
     spaces = found.get("distances") or _kid_alone(found)
     if not spaces:
         return None
-    named = {"all": "all", **{name: name for name in spaces.get("per_class", {})}, "real": "for scale: real held-out"}
-    values = {"all": spaces.get("all"), **spaces.get("per_class", {}), "real": spaces.get("real")}
+    real = {f"real {name}": value for name, value in spaces.get("real_per_class", {}).items()}
+    named = {"all": "all", **{name: name for name in spaces.get("per_class", {})}, "real": "for scale: real held-out",
+             **{name: f"for scale: {name} held-out" for name in real}}
+    values = {"all": spaces.get("all"), **spaces.get("per_class", {}), "real": spaces.get("real"), **real}
     rows: list[tuple[str, ...]] = [(label, *(_text(key, values[name].get(key), values[name]) for key in SPACE))
                                    for name, label in named.items() if values.get(name)]
     warned = [label for name, label in named.items() if (values.get(name) or {}).get("fid_warning")]
@@ -107,7 +109,8 @@ def _copies(found: dict[str, Any]) -> Table | None:
     rows: list[tuple[str, ...]] = [(f"planted copies found, {DISGUISES.get(name, name)}", f"{100 * share:.1f} %") for name, share in each.items()]
     rows += [(SHORT[key], _text(key, found[key], found)) for key in ("copy_planted", "copy_false_alarms", "copied_share", "copy_threshold")
              if key in found]
-    return Table("Copies of training images: how well they are found, and how many there are", ("measure", "value"), rows)
+    told = (found.get("copies_searched") or {}).get("told")
+    return Table("Copies of training images: how well they are found, and how many there are", ("measure", "value"), rows, [told] if told else [])
 
 
 def _agreement(found: dict[str, Any]) -> Table | None:

@@ -16,7 +16,7 @@ from skinsynth.files import write_json, write_text
 from skinsynth.knobs import Config
 from skinsynth.pages import figures, page, results, screening
 from skinsynth.quality import predictions
-from skinsynth.quality.compare import Estimate, arms, difference, differences, estimates, holm, size
+from skinsynth.quality.compare import Estimate, arms, correct, difference, differences, estimates, size
 from skinsynth.quality.metrics import METRICS
 from skinsynth.quality.predictions import Predictions
 from skinsynth.quality.verdict import verdict
@@ -53,10 +53,10 @@ def gather(found: list[tuple[str, RunDir, Config]]) -> dict[str, Any]:
     of = [estimates(images, stream=stream) for stream, images in enumerate(sets)]
     rows = [row for images, figs in zip(sets, of, strict=True) for row in differences(images, figs)]
     rows += [row for one, other in combinations(of, 2) for row in _unpaired(one, other)]
-    holm([row for row in rows if row["metric"] == "auroc"])
     by_set = {arm: {**row, "test": size(images)} for images, figs in zip(sets, of, strict=True) for arm, row in arms(images, figs).items()}
     ordered = {f"{name}/{arm}": {**by_set[f"{name}/{arm}"], **results.arm_facts(cfg, run, arm)}
             for name, run, cfg in found for arm in predictions.arms_of(cfg) if f"{name}/{arm}" in by_set}
+    rows = correct(rows, next(iter(ordered), None))
     fewest = min((row["test"] for row in ordered.values()), key=lambda test: test["positive"], default=None)
     return {"arms": ordered, "differences": rows, "synthetic": {name: results.screened(cfg, run) for name, run, cfg in found},
             "unfinished": {name: results.unfinished(cfg, run) for name, run, cfg in found}, "same_test_images": len(sets) <= 1,

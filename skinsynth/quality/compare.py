@@ -1,10 +1,12 @@
 """Arms beside each other on the same test images: figures with intervals, differences, and what may be concluded.
 
-Intervals are the middle 95 % of a bootstrap (Efron and Tibshirani 1993). Each resample draws groups (patients, lesions) with replacement, since
-images of a patient are not independent, the same ones for all arms and seeds, so that differences are paired. Where an arm has several seeds,
-it also draws seeds, for each arm apart and one fewer than there are, which makes the variance of their mean unbiased (Rao and Wu 1988). What
-that moves is added to what the patients move. Chance that is neither the seed's nor the patient's alone is then counted twice, so the interval
-is rather wide than narrow; drawing both in one go would count it thrice (Owen and Eckles 2012).
+Each resample draws groups (patients, lesions) with replacement (Efron and Tibshirani 1993), since images of a patient are not independent, the
+same ones for all arms and seeds, so that differences are paired. That is how much other patients would change; how much another training would,
+the seeds of each arm show. Both add up as readers and cases do in studies of readers, each of whom judges with one method (Obuchowski and
+Rockette 1995): the variance between seeds holds the trainings' own and what is neither the seed's nor the patient's alone, and the latter, which
+resampling has in too, is counted once. Few seeds show their variance badly, so Student's t takes the place of the normal distribution, with
+Satterthwaite's degrees of freedom, each arm's seeds for themselves (Welch 1947; Hillis 2007 for readers). The sum is never less than what the
+patients alone move.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from skinsynth.quality.delong import delong
-from skinsynth.quality.metrics import HIGHEST, METRICS, Scored, calibration, roc
+from skinsynth.quality.metrics import HIGHEST, METRICS, SHARES, Scored, calibration, roc
 from skinsynth.quality.predictions import Predictions
 
 RESAMPLES, SUBGROUP_RESAMPLES, CHUNK = 2000, 1000, 500
@@ -29,27 +32,68 @@ DIGITS = 6  # of what is reported, so that the last bits of a sum do not show
 
 @dataclass
 class Estimate:
-    """One figure of one arm: ``seeds`` float (seeds,), and ``draws`` float (resamples,) of their mean. NaN: undefined."""
+    """One figure (a name of ``METRICS``) of one arm: ``seeds`` float (seeds,), and ``draws`` float (resamples,) of their mean. NaN: undefined.
 
+    ``noise``: the variance between seeds that drawing other patients makes by itself. ``groups``: how many of them the figure hangs on.
+    """
+
+    name: str
     seeds: np.ndarray
     draws: np.ndarray
+    noise: float
+    groups: int
 
-    def summary(self, highest: float = 1.0) -> dict[str, Any]:
-        """``{"value", "ci": [low, high], "seeds"}``; None for what cannot be told. The figure's range is 0 to ``highest``."""
-        return {"value": rounded(self.seeds.mean()), "ci": interval(np.clip(self.draws, 0, highest)), "seeds": [rounded(v) for v in self.seeds]}
+    def between(self) -> float:
+        """The variance of the mean that its seeds show; 0 of a single one, of whose like nothing is known."""
+        return 0.0 if len(self.seeds) < 2 else float(self.seeds.var(ddof=1)) / len(self.seeds)
+
+    def summary(self) -> dict[str, Any]:
+        """``{"value", "ci": [low, high], "seeds"}``; None for what cannot be told."""
+        return {"value": rounded(self.seeds.mean()), "ci": self._interval(), "seeds": [rounded(v) for v in self.seeds]}
+
+    def _interval(self) -> list[float] | None:
+        """The middle 95 % of the draws (of few groups wider, as Hesterberg 2015 expands it), and on either side what the seeds add.
+        Where nothing differs that says nothing: see ``_exact``."""
+        known, found = defined(self.draws), spread(self.draws, self)
+        if known is None or found is None:
+            return None if known is None else self._exact()
+        error, freedom = found
+        middle, of_seeds = known.mean(), max(0.0, error**2 - known.var())
+        low, high = np.sqrt(((np.quantile(known, (0.025, 0.975)) - middle) / stats.norm.ppf(0.975)) ** 2 + of_seeds) * stats.t.ppf(0.975, freedom)
+        return [round(float(v), DIGITS) + 0.0 for v in np.clip((middle - low, middle + high), 0, HIGHEST.get(self.name, 1.0))]
+
+    def _exact(self) -> list[float] | None:
+        """Of a share that is 0 or 1 in all groups, as of so many single trials (Clopper and Pearson 1934); None of others."""
+        value = float(self.seeds.mean())
+        if self.name not in SHARES or value not in (0, 1):
+            return None
+        found = stats.binomtest(int(value) * self.groups, self.groups).proportion_ci(0.95)
+        return [round(float(found.low), DIGITS), round(float(found.high), DIGITS)]
 
 
 def rounded(value: float) -> float | None:
     return None if not np.isfinite(value) else round(float(value), DIGITS) + 0.0  # no minus zero
 
 
-def interval(draws: np.ndarray) -> list[float] | None:
-    """The middle 95 % of the defined draws; None where more than one in twenty is undefined."""
+def defined(draws: np.ndarray) -> np.ndarray | None:
+    """The defined draws; None where more than one in twenty is undefined."""
     known = draws[np.isfinite(draws)]
-    if len(known) < 0.95 * len(draws):
+    return None if len(known) < 0.95 * len(draws) else known
+
+
+def spread(draws: np.ndarray, *arms: Estimate) -> tuple[float, float] | None:
+    """Standard error and degrees of freedom of what ``draws`` resample, made of those arms' figures. None where too few are defined, or where
+    neither draws nor seeds differ, which says nothing of other patients."""
+    known = defined(draws)
+    if known is None:
         return None
-    low, high = np.quantile(known, (0.025, 0.975))
-    return [round(float(low), DIGITS) + 0.0, round(float(high), DIGITS) + 0.0]
+    seen = [arm.between() for arm in arms]
+    whole = known.var() + max(0.0, sum(seen) - sum(arm.noise / len(arm.seeds) for arm in arms))
+    if whole < 1e-20:
+        return None
+    of_patients = (max(0.0, whole - sum(seen)), max(1, min(arm.groups for arm in arms) - 1))
+    parts = [of_patients, *((variance, len(arm.seeds) - 1) for variance, arm in zip(seen, arms, strict=True))]
+    return float(np.sqrt(whole)), float(whole**2 / sum(part**2 / freedom for part, freedom in parts if part))
 
 
 def patients(groups: np.ndarray, resamples: int, stream: int = 0) -> Iterator[np.ndarray]:
@@ -72,41 +116,36 @@ def estimates(found: Predictions, resamples: int = RESAMPLES, names: tuple[str, 
         for arm, seeds in judges.items():
             draws[arm].append([judge.resampled(weights, names) for judge in seeds])
     whole, result = np.ones((int(group.max()) + 1, 1)), {}
-    for number, (arm, chunks) in enumerate(draws.items()):
+    for arm, chunks in draws.items():
         plain = [judge.resampled(whole, names) for judge in judges[arm]]
-        moved = _seed_draws(len(plain), resamples, [1, stream, number])
-        result[arm] = {name: _estimate(np.concatenate([one[name] for one in plain]), _joined(chunks, name), moved) for name in names}
+        result[arm] = {name: _estimate(name, np.concatenate([one[name] for one in plain]), chunks, judges[arm][0].holders(name)) for name in names}
     return result
 
 
-def _joined(chunks: list[list[dict[str, np.ndarray]]], name: str) -> np.ndarray:
-    """float (resamples,): the mean over the seeds."""
-    return np.concatenate([np.mean([one[name] for one in seeds], axis=0) for seeds in chunks])
-
-
-def _estimate(seeds: np.ndarray, of_patients: np.ndarray, drawn: np.ndarray | None) -> Estimate:
-    return Estimate(seeds, of_patients if drawn is None else of_patients + seeds[drawn].mean(axis=0) - seeds.mean())
-
-
-def _seed_draws(seeds: int, resamples: int, stream: list[int]) -> np.ndarray | None:
-    """int (seeds - 1, resamples): which seeds each resample draws; None for a single one, of whose like nothing is known."""
-    return None if seeds == 1 else np.random.default_rng(stream).integers(seeds, size=(seeds - 1, resamples))
+def _estimate(name: str, seeds: np.ndarray, chunks: list[list[dict[str, np.ndarray]]], groups: int) -> Estimate:
+    draws = np.concatenate([np.stack([one[name] for one in chunk]) for chunk in chunks], axis=1)  # (seeds, resamples)
+    known = draws[:, np.isfinite(draws[0])] - seeds[:, None]
+    noise = float(known.var(axis=0, ddof=1).mean()) if len(seeds) > 1 and known.size else 0.0
+    return Estimate(name, seeds, draws.mean(axis=0), noise, groups)
 
 
 def difference(first: Estimate, second: Estimate) -> dict[str, Any]:
-    """``second`` minus ``first``: ``value``, ``ci`` and a two-sided bootstrap ``p`` (twice the smaller share of draws on either side of 0).
+    """``second`` minus ``first``: ``value``, ``ci`` and a two-sided ``p``, which is below 0.05 where the interval leaves 0 out; ``seeds`` of both.
 
     Paired where both were drawn on the same resamples; with other streams the two are independent.
     """
-    draws = np.round(second.draws - first.draws, 12)  # equal sums may differ in their last bit
-    known = draws[np.isfinite(draws)]
-    ci = interval(draws)
-    p = None if ci is None else min(1.0, 2 * (1 + min((known <= 0).sum(), (known >= 0).sum())) / (1 + len(known)))
-    return {"value": rounded(second.seeds.mean() - first.seeds.mean()), "ci": ci, "p": None if p is None else round(float(p), DIGITS)}
+    value = float(second.seeds.mean() - first.seeds.mean())
+    row: dict[str, Any] = {"value": rounded(value), "ci": None, "p": None, "seeds": [len(second.seeds), len(first.seeds)]}
+    found = spread(second.draws - first.draws, first, second)
+    if found is not None:
+        error, freedom = found
+        half = error * stats.t.ppf(0.975, freedom)
+        row |= {"ci": [rounded(value - half), rounded(value + half)], "p": _digits(2 * stats.t.sf(abs(value) / error, freedom))}
+    return row
 
 
 def differences(found: Predictions, of: dict[str, dict[str, Estimate]]) -> list[dict[str, Any]]:
-    """Every later arm minus every earlier one, all metrics; with AUROC also DeLong's test, and ``p_holm``: p for so many pairs (Holm 1979)."""
+    """Every later arm minus every earlier one, all metrics; with AUROC also DeLong's test."""
     rows, group = [], np.unique(found.groups, return_inverse=True)[1]
     for first, second in combinations(of, 2):
         for name in METRICS:
@@ -114,7 +153,19 @@ def differences(found: Predictions, of: dict[str, dict[str, Estimate]]) -> list[
             if name == "auroc":
                 row["delong"] = _rounded(delong(found.target, group, found.scores[first], found.scores[second]))
             rows.append(row)
-    holm([row for row in rows if row["metric"] == "auroc"])
+    return rows
+
+
+def main(rows: list[dict[str, Any]], first: str | None) -> list[dict[str, Any]]:
+    """The comparisons that were meant from the start, of which alone something is claimed: by AUROC, with the first arm, on its test images."""
+    return [row for row in rows if row["metric"] == "auroc" and row["arms"][1] == first and row["paired"]]
+
+
+def correct(rows: list[dict[str, Any]], first: str | None) -> list[dict[str, Any]]:
+    """The rows, those of AUROC with ``p_holm``: p for as many comparisons as are meant (Holm 1979); None of the others."""
+    for row in rows:
+        row |= {"p_holm": None} if row["metric"] == "auroc" else {}
+    holm(main(rows, first))
     return rows
 
 
@@ -125,12 +176,16 @@ def holm(rows: list[dict[str, Any]]) -> None:
         row["p_holm"] = None
     for rank, row in enumerate(known):
         least = max(least, min(1.0, (len(known) - rank) * row["p"]))
-        row["p_holm"] = round(least, DIGITS)
+        row["p_holm"] = _digits(least)
+
+
+def _digits(p: float) -> float:
+    """Three that count, since it may be very small."""
+    return float(f"{p:.3g}")
 
 
 def _rounded(values: dict[str, float | None] | None) -> dict[str, float | None] | None:
-    """A p-value to three digits that count, since it may be very small."""
-    return values and {k: None if v is None else float(f"{v:.3g}") if k == "p" else rounded(v) for k, v in values.items()}
+    return values and {k: None if v is None else _digits(v) if k == "p" else rounded(v) for k, v in values.items()}
 
 
 def curves(found: Predictions, arm: str) -> dict[str, Any]:
@@ -174,12 +229,13 @@ def age_band(text: str) -> str:
 def compare(found: Predictions) -> dict[str, Any]:
     """All of it, ready for ``report.json``: ``arms``, ``differences``, ``subgroups``, ``test`` (images, groups, positive)."""
     of = estimates(found)
-    return {"arms": arms(found, of), "differences": differences(found, of), "subgroups": subgroups(found), "test": size(found)}
+    rows = correct(differences(found, of), next(iter(of), None))
+    return {"arms": arms(found, of), "differences": rows, "subgroups": subgroups(found), "test": size(found)}
 
 
 def arms(found: Predictions, of: dict[str, dict[str, Estimate]]) -> dict[str, Any]:
     """Per arm every figure with interval and seeds, its curves, and its seeds' numbers."""
-    return {arm: {**{name: e.summary(HIGHEST.get(name, 1.0)) for name, e in figures.items()}, **curves(found, arm), "seeds": found.seeds[arm]}
+    return {arm: {**{name: e.summary() for name, e in figures.items()}, **curves(found, arm), "seeds": found.seeds[arm]}
             for arm, figures in of.items()}
 
 

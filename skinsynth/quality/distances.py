@@ -47,23 +47,30 @@ def mmd2(x: np.ndarray, y: np.ndarray) -> float:
     return float(within - 2 * xy.mean())
 
 
-def kid(x: np.ndarray, y: np.ndarray, subsets: int, subset_size: int, seed: int) -> tuple[float, float]:
+def kid(x: np.ndarray, y: np.ndarray, subsets: int, subset_size: int, seed: int) -> tuple[float, float | None]:
     """Kernel Inception Distance (Binkowski et al. 2018) with any features: mean and standard deviation of MMD^2 over random subsets.
 
-    About 0 for two sets of one kind, whatever their sizes (FID is not: it is biased below some 10,000 images).
+    The mean is about 0 for two sets of one kind, whatever their sizes (FID is not: it is biased below some 10,000 images). The deviation tells
+    how much KID of so few images varies, not KID of all: of that it is an upper bound, and near it where a subset is half of either set (the
+    delete-half jackknife, Shao and Wu 1989). None where the sets are too small to be halved.
 
     Args:
-        x, y: float (n, d), (m, d); each at least two rows. subset_size is cut to the smaller set.
+        x, y: float (n, d), (m, d); each at least two rows. subset_size is cut as ``kid_size`` says.
         subsets: how many draws. seed: of the draws; the same seed gives the same figures.
 
     Raises:
         UserError: fewer than two images on a side, or feature lengths that differ.
     """
     _check("KID", x, y)
-    rng, size = np.random.default_rng(seed), min(subset_size, len(x), len(y))
+    rng, size = np.random.default_rng(seed), kid_size(len(x), len(y), subset_size)
     x, y = x.astype(np.float64), y.astype(np.float64)
     found = [mmd2(x[rng.choice(len(x), size, replace=False)], y[rng.choice(len(y), size, replace=False)]) for _ in range(subsets)]
-    return float(np.mean(found)), float(np.std(found))
+    return float(np.mean(found)), float(np.std(found)) if subsets > 1 and 2 * size <= min(len(x), len(y)) else None
+
+
+def kid_size(n: int, m: int, subset_size: int) -> int:
+    """Images of a subset: at most half of the smaller set, since subsets that are the whole of it do not differ; at least 2."""
+    return max(2, min(subset_size, min(n, m) // 2))
 
 
 def fid(x: np.ndarray, y: np.ndarray) -> float:
@@ -150,12 +157,14 @@ def _check(what: str, x: np.ndarray, y: np.ndarray) -> None:
 def compare(synthetic: np.ndarray, real: np.ndarray, knobs: Screen, seed: int) -> dict[str, Any]:
     """All distances of float (n, d) to float (m, d), rounded, with ``images`` and ``real_images``; each None where a side has fewer than two.
 
-    ``fid_warning`` says where the sets are too small for FID, else None.
+    ``kid_std`` is the standard deviation over subsets of ``kid_subset`` images, as ``kid`` says. ``fid_warning`` says where the sets are too small
+    for FID, else None.
     """
     sizes = {"images": len(synthetic), "real_images": len(real)}
     if min(sizes.values()) < 2:
-        return {**sizes, **dict.fromkeys(("kid", "kid_std", "fid", "fid_warning", "precision", "recall", "density", "coverage"))}
+        return {**sizes, **dict.fromkeys(("kid", "kid_std", "kid_subset", "fid", "fid_warning", "precision", "recall", "density", "coverage"))}
     mean, std = kid(synthetic, real, knobs.kid_subsets, knobs.kid_subset_size, seed)
     figures = {"kid": mean, "kid_std": std, "fid": fid(synthetic, real), **prdc(synthetic, real, knobs.neighbours)}
-    return {**sizes, **{name: round(figure, 5) for name, figure in figures.items()},
+    return {**sizes, **{name: None if figure is None else round(figure, 5) for name, figure in figures.items()},
+            "kid_subset": kid_size(len(synthetic), len(real), knobs.kid_subset_size),
             "fid_warning": fid_warning(min(sizes.values()), synthetic.shape[1])}

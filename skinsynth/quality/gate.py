@@ -98,6 +98,6 @@ def failures(metrics: dict[str, Any], knobs: Screen) -> list[str]:
 
 
 def kid_ratio(kid: float | None, real: float | None, real_std: float | None) -> float | None:
-    """KID of the synthetic images over that of real held-out ones, or over the spread of that where it is larger: real to real is about zero, of
-    either sign."""
+    """KID of the synthetic images over that of real held-out ones, or over its spread over subsets where that is larger: real to real is about zero,
+    of either sign. None where one of them is unknown, as the spread is of fewer than four images."""
     return None if kid is None or real is None or real_std is None else round(kid / max(real, real_std, 1e-6), 3)

@@ -16,6 +16,8 @@ METRICS = ("auroc", "balanced_accuracy", "accuracy", "average_precision", "parti
 BINS = 15  # of the calibration error
 LEAST_SENSITIVITY = 0.8  # where the partial area begins
 HIGHEST = {"partial_auroc": 0.2}  # of the figures that do not go up to 1
+SHARES = ("accuracy", "sensitivity", "specificity")  # of images, each right or wrong
+OF_CLASS = {"sensitivity": [1], "f1": [1], "specificity": [0], "accuracy": [], "brier": [], "ece": []}  # the others need both classes
 COUNTS = ("tp", "fp", "fn", "tn")
 ALL = (*COUNTS, "error", *(f"bin{i}" for i in range(BINS)))  # rows of sums before those of the curve
 
@@ -86,6 +88,11 @@ class Scored:
 
     def _rows(self, row: np.ndarray, group: np.ndarray, value: np.ndarray, rows: int) -> sparse.csr_array:
         return sparse.csr_array((value, (row, group)), shape=(rows, self.groups))
+
+    def holders(self, name: str) -> int:
+        """How many groups a figure hangs on: those that hold an image of the class that it needs, of two classes the rarer one."""
+        of_class = [len(np.unique(self.group[self.positive == bool(c)])) for c in OF_CLASS.get(name, [0, 1])]
+        return min(of_class) if of_class else len(np.unique(self.group))
 
     def resampled(self, weights: np.ndarray, names: tuple[str, ...] = METRICS) -> dict[str, np.ndarray]:
         """The named figures, each float64 (resamples,), NaN where a class is missing. ``weights``: float64 (groups, resamples), 0 or more."""

@@ -1,12 +1,15 @@
 """What may be concluded from a comparison, and what may not, in plain sentences.
 
 A difference is claimed for AUROC alone, named before anything is seen: where the interval leaves 0 out, and p, corrected for the number of
-pairs of arms, is at most 0.05. All other figures are shown, none is tested for.
+comparisons with the first arm, is at most 0.05. All other figures are shown, none is tested for. Where an arm was trained once only, a difference
+is one between trained networks: whether the images or the training's chance made it, nothing can tell.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from skinsynth.quality import compare
 
 LEVEL = 0.05
 FEW_POSITIVE = 100  # malignant test images below which the reader is warned
@@ -23,16 +26,15 @@ def verdict(found: dict[str, Any], where: str = "this run") -> dict[str, Any]:
 
     Without ``subgroups`` in ``found`` they were not looked at, and nothing is said of them.
     """
-    rows = [row for row in found.get("differences", []) if row["metric"] == "auroc" and row["value"] is not None and row["ci"] is not None]
-    first = next(iter(found["arms"]), None)
-    main = [row for row in rows if row["arms"][1] == first and row["paired"]]
-    apart = _of_others([row["arms"][0] for row in rows if row["arms"][1] == first and not row["paired"]], first)
+    first, rows = next(iter(found["arms"]), None), found.get("differences", [])
+    main = [row for row in compare.main(rows, first) if row["value"] is not None]
+    apart = _of_others([row["arms"][0] for row in rows if row["metric"] == "auroc" and row["arms"][1] == first and not row["paired"]], first)
     if not main:
         return {"headline": "There is nothing to compare yet.", "may": [],
                 "may_not": ["It takes two trained arms and the same test images, of both classes, to say whether synthetic images help; "
                             "they are not here.", *apart]}
-    return {"headline": _headline(main, where), "may": [_figures(row, found["arms"]) for row in main],
-            "may_not": [*apart, *_of_seeds(found["arms"]), *_of_zero(main), *_of_images(found), *_of_many(rows), *_of_subgroups(found),
+    return {"headline": _headline(main, where), "may": [_figures(row, found["arms"], len(main)) for row in main],
+            "may_not": [*apart, *_of_seeds(found["arms"]), *_of_zero(main), *_of_images(found), *_of_many(main), *_of_subgroups(found),
                         "The numbers hold for these data and settings. Images of another clinic, camera or skin type were not looked at, and nothing "
                         "here is fit for a patient."]}
 
@@ -43,24 +45,40 @@ def _of_others(arms: list[str], first: str | None) -> list[str]:
 
 
 def _headline(rows: list[dict[str, Any]], where: str) -> str:
-    """One sentence for those that are better, one for those that are worse, one for the rest."""
-    first, found = rows[0]["arms"][1], []
-    for words, wanted in (("told malignant from benign better than", 1), ("told malignant from benign worse than", -1)):
-        others = [row["arms"][0] for row in rows if claimed(row) and row["value"] * wanted > 0]
-        found += [f"In {where}, {_listed(others)} {words} {first}."] if others else []
-    others = [row["arms"][0] for row in rows if not claimed(row)]
-    return " ".join([*found, *([f"There is no clear difference between {first} and {_listed(others, 'or')}."] if others else [])])
+    """What the arms of several trainings show; those of single ones last, as what they are."""
+    single, several = [row for row in rows if min(row["seeds"]) == 1], [row for row in rows if min(row["seeds"]) > 1]
+    found = _sentences(several, where, "{}")
+    if single:
+        once = [rows[0]["arms"][1]] * (rows[0]["seeds"][1] == 1) + [row["arms"][0] for row in single if row["seeds"][0] == 1]
+        found += [f"One training each of {_listed(once)} was compared." if len(once) > 1 else f"Of {once[0]} one training alone was compared.",
+                  *_sentences(single, where, "the trained {}"),
+                  "That holds for these trained networks and says nothing of the method, since another training may turn out otherwise: train each "
+                  "arm with several seeds (classify.seeds)."]
+    return " ".join(found)
+
+
+def _sentences(rows: list[dict[str, Any]], where: str, name: str) -> list[str]:
+    """One for those that are better than the first arm, one for those that are worse, one for those without a clear difference, one for the rest."""
+    kinds: dict[str, list[str]] = {}
+    for row in rows:
+        kind = "better" if claimed(row) and row["value"] > 0 else "worse" if claimed(row) else "unclear" if row["ci"] else "unknown"
+        kinds.setdefault(kind, []).append(name.format(row["arms"][0]))
+    first = name.format(rows[0]["arms"][1]) if rows else ""
+    found = [f"In {where}, {_listed(kinds[kind])} told malignant from benign {kind} than {first}." for kind in ("better", "worse") if kind in kinds]
+    found += [f"There is no clear difference between {first} and {_listed(kinds['unclear'], 'or')}."] if "unclear" in kinds else []
+    return found + ([f"How {_listed(kinds['unknown'])} and {first} differ cannot be told: there is no interval."] if "unknown" in kinds else [])
 
 
 def _listed(names: list[str], word: str = "and") -> str:
     return f" {word} ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def _figures(row: dict[str, Any], arms: dict[str, Any]) -> str:
-    (other, first), (low, high), delong = row["arms"], row["ci"], row.get("delong")
+def _figures(row: dict[str, Any], arms: dict[str, Any], comparisons: int) -> str:
+    (other, first), delong = row["arms"], row.get("delong")
+    interval = f"95 % interval {row['ci'][0]:+.3f} to {row['ci'][1]:+.3f}, {p_text(row['p'])}" if row["ci"] else "interval unknown"
     text = (f"AUROC {arms[other]['auroc']['value']:.3f} ({other}) against {arms[first]['auroc']['value']:.3f} ({first}): a difference of "
-            f"{row['value']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, {p_text(row['p'])}")
-    text += f" ({p_text(row['p_holm'])} with all pairs of arms in mind)" if row["p_holm"] != row["p"] else ""
+            f"{row['value']:+.3f}, {interval}")
+    text += f" ({p_text(row['p_holm'])} with all {comparisons} comparisons in mind)" if row["p_holm"] != row["p"] else ""
     return text + (f"; DeLong's test, with the trained networks as they are: {p_text(delong['p'])}." if delong and delong["p"] is not None else ".")
 
 
@@ -77,15 +95,16 @@ def _of_seeds(arms: dict[str, Any]) -> list[str]:
         found.append(f"One training run {whose} cannot prove an effect: another seed would give other numbers, and that variation is not in the "
                      "interval.")
     if fewest < FEW_SEEDS:
-        found.append(f"{fewest} training runs per arm show only roughly how much training varies; the interval has it in, as far as they show it.")
+        found.append(f"{fewest} training runs per arm show only roughly how much training varies; the intervals are wider for it.")
     return found
 
 
 def _of_zero(rows: list[dict[str, Any]]) -> list[str]:
     """No evidence of a difference is none of equality."""
-    open_ones = [row for row in rows if not claimed(row)]
-    return [f"Nor is it shown that {row['arms'][0]} and {row['arms'][1]} are equal: the interval holds everything from {row['ci'][0]:+.3f} to "
-            f"{row['ci'][1]:+.3f}." for row in open_ones]
+    return [f"Nor is it shown that {row['arms'][0]} and {row['arms'][1]} are equal: "
+            + (f"the interval holds everything from {row['ci'][0]:+.3f} to {row['ci'][1]:+.3f}." if row["ci"] else
+               "there is no interval, since resamples of these patients do not differ, or too many lack a class.")
+            for row in rows if not claimed(row)]
 
 
 def _of_images(found: dict[str, Any]) -> list[str]:
@@ -96,8 +115,8 @@ def _of_images(found: dict[str, Any]) -> list[str]:
 
 
 def _of_many(rows: list[dict[str, Any]]) -> list[str]:
-    pairs = f", p corrected for {len(rows)} pairs of arms (Holm)" if len(rows) > 1 else ""
-    return [f"AUROC alone was tested{pairs}. Among so many other figures some leave 0 out by chance: they describe, and prove nothing."]
+    all_of_them = f", p corrected for {len(rows)} comparisons with {rows[0]['arms'][1]} (Holm)" if len(rows) > 1 else ""
+    return [f"AUROC alone was tested{all_of_them}. Among so many other figures some leave 0 out by chance: they describe, and prove nothing."]
 
 
 def _of_subgroups(found: dict[str, Any]) -> list[str]:
