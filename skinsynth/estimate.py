@@ -117,8 +117,9 @@ def written(cfg: Config, stage: Stage, images: Counts, model: Sizes) -> int | No
     if name == "finetune":
         networks = model.networks
         return _checkpoints(cfg.finetune, _trained(cfg, networks)) + 4 * sum(networks.values()) if networks else None
-    if name == "classify":  # the weights of each evaluation that is the best so far stay until the end
-        best = ceil(cfg.classify.steps / cfg.classify.evaluate_every)
+    if name == "classify":  # the best weights so far that a kept checkpoint refers to, and those of the evaluations since
+        c = cfg.classify
+        best = min(ceil(c.steps / c.evaluate_every), c.keep + 1 + 2 * ceil(c.checkpoint_every / c.evaluate_every))
         return stage.tasks * (_checkpoints(cfg.classify, model.classifier) + 4 * best * model.classifier) if model.classifier else None
     each = {"prepare": jpeg_bytes(side) + INDEX + 500, "generate": jpeg_bytes(side) + INDEX,
             "encode": 8 * cfg.encode.crops * (1 + cfg.encode.flip) * model.channels * (side // model.down) ** 2 + 1024 + INDEX,

@@ -125,7 +125,7 @@ class Training:
     zero: int = free(at_least(2, 0, 3))  # DeepSpeed ZeRO stage; 0: plain data parallel
     offload: str = free(one_of("none", "optimizer", "parameters"))  # to the host's memory; parameters: both, with zero=3
     precision: str = one_of("fp32", "bf16", "fp16")
-    explode: float = free(at_least(20.0, 1))  # stop where the loss of log_every steps is this many times the usual one
+    explode: float = free(at_least(20.0, 1))  # stop where the loss of ten steps, on average, is this many times the usual one
     checkpoint_every: int = free(at_least(200, 1))
     keep: int = free(at_least(2, 1))  # newest checkpoints kept
     keep_every: int = free(at_least(0, 0))  # and those of every so many steps; 0: none
@@ -200,7 +200,7 @@ class Screen:
     saturation: float | None = at_least(0.002, 0, 0.5)  # garish colours
     copy_quantile: float = at_least(0.995, 0.5, 1)  # of the similarity that held-out real images have to training images
     duplicate: float | None = at_least(0.98, 0.5, 1)  # correlation from which two synthetic images are one; None: not looked for
-    held_out: float | None = at_least(0.98, 0.5, 1)  # the same with a validation or test image; None: not looked for
+    held_out: float | None = at_least(0.98, 0.5, 1)  # the same with a validation or test image, of which copies are looked for too; None: neither
     agreement: float | None = at_least(None, 0, 1)  # smallest probability of its class by a classifier of real images; None: only measured
     neighbours: int = at_least(5, 1)  # of precision, recall, density, coverage
     kid_subsets: int = at_least(50, 1)

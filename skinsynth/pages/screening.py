@@ -38,8 +38,8 @@ def short(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def plus_minus(knobs: Screen) -> str:
     """What ± means beside KID."""
-    return (f"KID is the mean over {knobs.kid_subsets} random subsets of up to {knobs.kid_subset_size} images a side (half of the smaller set at most), "
-            "and the number after ± the standard deviation over these: how much KID of so few images varies, an upper bound of what that of all does.")
+    return (f"KID is the mean over {knobs.kid_subsets} random subsets of up to {knobs.kid_subset_size} images a side, and of half of the smaller "
+            "set at most. The number after ± is the standard deviation over these: how much KID of so few images varies, more than that of all does.")
 
 
 def _text(key: str, value: Any, beside: dict[str, Any]) -> str:
@@ -110,7 +110,8 @@ def _copies(found: dict[str, Any]) -> Table | None:
     rows += [(SHORT[key], _text(key, found[key], found)) for key in ("copy_planted", "copy_false_alarms", "copied_share", "copy_threshold")
              if key in found]
     told = (found.get("copies_searched") or {}).get("told")
-    return Table("Copies of training images: how well they are found, and how many there are", ("measure", "value"), rows, [told] if told else [])
+    return Table("Copies of training images: how well they are found, and how many there are", ("measure", "value"), rows,
+                 [f"Looked for among {told}."] if told else [])
 
 
 def _agreement(found: dict[str, Any]) -> Table | None:

@@ -71,7 +71,8 @@ def maker(drawn: Path, small_base: Path, tmp_path_factory: pytest.TempPathFactor
 
     def make(name: str, method: str, compiled: bool = False, **keys: object) -> RunDir:
         values = {"steps": 4, "checkpoint_every": 2, "log_every": 2, "global_batch": 4, "warmup_steps": 0, "method": method, **keys}
-        more = {"model.base": small_base, "model.compile": compiled, "generate.steps": 2, **{f"finetune.{k}": v for k, v in values.items()}}
+        more = {"model.base": small_base, "model.compile": compiled, "generate.steps": 2, "generate.classes.benign.count": 0,  # previews of one class
+                **{f"finetune.{k}": v for k, v in values.items()}}
         cfg = config.load("configs/demo.yaml", [i for i in overrides(drawn, folder, name, **more) if not i.startswith("finetune.") or i.split(
             "=")[0].removeprefix("finetune.") in values])
         run = RunDir(folder / name)
@@ -350,7 +351,7 @@ def test_previews_over_time(maker) -> None:  # type: ignore[no-untyped-def]
 
     run = maker("previews", "dreambooth", validate_every=2, lr=1e-2)
     cfg = run.config()
-    cfg.generate.classes["benign"].prompts = ["a photo of a {diagnosis}"]
+    cfg.generate.classes["benign"].prompts, cfg.generate.classes["benign"].count = ["a photo of a {diagnosis}"], 1
     run.config_path.write_text(config.dump(cfg))
     run_gang([str(run.path)], World())
     folder = run.node("finetune") / "previews"
