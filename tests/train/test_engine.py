@@ -21,7 +21,6 @@ from skinsynth.run import RunDir
 from skinsynth.train.engine import Engine, micro_batch
 from skinsynth.world import World
 
-
 OFFLOADED = """
 import sys
 from pathlib import Path
