@@ -155,6 +155,9 @@ def check(config: Config) -> None:
         if 0 < ranks.gpus_per_node < ranks.tasks_per_node:
             problems.append(f"cluster.stages.{section} has tasks_per_node={ranks.tasks_per_node} and gpus_per_node={ranks.gpus_per_node}: each rank "
                             "of a training needs a GPU of its own")
+    if config.screen.copy_least > config.screen.copy_most:
+        problems.append(f"screen.copy_least={config.screen.copy_least} is above screen.copy_most={config.screen.copy_most}: the limit of copies lies "
+                        "between them")
     for stage in config.cluster.stages:
         if stage not in ("default", *STAGES):
             near = difflib.get_close_matches(stage, STAGES, 1)

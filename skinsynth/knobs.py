@@ -198,7 +198,9 @@ class Screen:
     frame: float | None = at_least(0.002, 0, 0.5)  # a black frame or vignette
     clipped: float | None = at_least(0.002, 0, 0.5)  # pixels at the ends of the scale
     saturation: float | None = at_least(0.002, 0, 0.5)  # garish colours
-    copy_quantile: float = at_least(0.995, 0.5, 1)  # of the similarity that held-out real images have to training images
+    copy_quantile: float = at_least(0.995, 0.5, 1)  # of the nearness that held-out real images have to training images: beyond it is a copy,
+    copy_least: float = at_least(0.6, 0, 1)  # but not below this,
+    copy_most: float = at_least(0.75, 0, 1)  # and above this always
     duplicate: float | None = at_least(0.98, 0.5, 1)  # correlation from which two synthetic images are one; None: not looked for
     held_out: float | None = at_least(0.98, 0.5, 1)  # the same with a validation or test image, of which copies are looked for too; None: neither
     agreement: float | None = at_least(None, 0, 1)  # smallest probability of its class by a classifier of real images; None: only measured
@@ -258,7 +260,8 @@ class Arm:
 
 @dataclass
 class Classify(Training):
-    """ViT training; the defaults are the study's (AdamW, 2e-5, batch 32, weight decay 0.01, linear with warm-up)."""
+    """ViT training; the defaults are the study's (AdamW, 2e-5, batch 32, weight decay 0.01, linear). Its ten epochs, the first of them warm-up,
+    depend on how many images there are: see configs/isic2020-sd15.yaml."""
 
     global_batch: int = at_least(32, 1)
     lr: float = at_least(2e-5, 0)

@@ -11,6 +11,7 @@ import pytest
 
 from skinsynth.data.codec import decode, encode_jpeg
 from skinsynth.errors import UserError
+from skinsynth.knobs import Screen
 from skinsynth.quality import copies
 
 
@@ -43,7 +44,7 @@ def isic(real: Path) -> np.ndarray:
 def test_real_planted_copies_are_found_and_other_images_are_not(isic: np.ndarray) -> None:
     train, val, test = isic[:500], isic[500:700], isic[700:]
     gallery = copies.Gallery(thumbs(train))
-    limit = copies.limit(gallery.search(thumbs(val), 2), 0.995)
+    limit = copies.limit(gallery.search(thumbs(val), 2), Screen())
     assert gallery.search(thumbs(test), 2).copies(limit).mean() < 0.03
     for name, disguise in DISGUISES.items():
         found = gallery.search(thumbs(np.stack([np.ascontiguousarray(disguise(x)) for x in train[:40]])), 2)
@@ -59,7 +60,7 @@ def test_drawn_planted_copies_are_found_and_attributed(drawn: Path) -> None:
     files = [drawn / "images" / f"{name}.jpg" for name in sorted(lesions.values())]
     images = load([f for f in files if cv2.imread(str(f)) is not None])
     gallery = copies.Gallery(thumbs(images[:70]))
-    limit = copies.limit(gallery.search(thumbs(images[70:95])), 1.0)
+    limit = copies.limit(gallery.search(thumbs(images[70:95])), Screen(copy_quantile=1.0))
     found = gallery.search(thumbs(np.stack([copies.plant(x, i) for i, x in enumerate(images[:40])])))
     assert (found.copies(limit) & (found.index == np.arange(40))).mean() >= 0.85
     assert gallery.search(thumbs(images[95:])).copies(limit).mean() <= 0.2
@@ -90,7 +91,7 @@ def test_other_photographs_of_the_lesion_do_not_hide_a_copy(drawn: Path) -> None
         groups = [*map(str, range(40)), *[str(i)] * 5]
         gallery = copies.Gallery(np.concatenate([t[:40], views]), groups)
         found.append(gallery.search(thumbs(copies.plant(images[i], 7 * i + 3)[None])).nearness[0])
-    assert np.mean(np.array(found) > copies.LIMITS[1]) >= 0.9
+    assert np.mean(np.array(found) > Screen().copy_most) >= 0.9
     strangers = copies.Gallery(t[:40], [*map(str, range(40))]).search(t[40:])
     assert np.array_equal(strangers.nearness, copies.Gallery(t[:40]).search(t[40:]).nearness), "groups of one change nothing"
 
@@ -102,7 +103,7 @@ def test_a_handful_of_training_images_is_enough_and_none_is_refused(drawn: Path)
     with pytest.raises(UserError, match="no training images"):
         copies.Gallery(t[:0])
     with pytest.raises(UserError, match="no held-out images"):
-        copies.limit(copies.Gallery(t).search(t[:0]), 0.99)
+        copies.limit(copies.Gallery(t).search(t[:0]), Screen())
 
 
 def test_a_flat_picture_resembles_nothing(drawn: Path) -> None:
@@ -140,3 +141,9 @@ def test_each_disguise_changes_the_picture_in_its_own_way(drawn: Path) -> None:
     assert any(np.array_equal(changed["flip"], turned[0]) for turned in copies.turns(image[None]))
     assert len({x.tobytes() for x in changed.values()}) == 5
     assert np.array_equal(copies.plant(image, 3), changed["all"])
+
+
+@pytest.mark.parametrize(("quantile", "least", "most", "wanted"), [(0.5, 0, 1, 0.5), (0.5, 0.6, 0.75, 0.6), (1.0, 0.6, 0.75, 0.75), (0.9, 0, 1, 0.9)])
+def test_the_limit_is_the_quantile_within_what_is_configured(quantile: float, least: float, most: float, wanted: float) -> None:
+    held_out = copies.Matches(np.zeros(101, int), np.zeros(101), np.linspace(0, 1, 101))
+    assert copies.limit(held_out, Screen(copy_quantile=quantile, copy_least=least, copy_most=most)) == pytest.approx(wanted)

@@ -23,6 +23,7 @@ import numpy as np
 
 from skinsynth.data.codec import decode, encode_jpeg
 from skinsynth.errors import UserError
+from skinsynth.knobs import Screen
 
 SIDE = 32  # pixels of the thumbnails that are aligned
 COARSE = 8  # and of those that find the candidates
@@ -31,9 +32,6 @@ CROWD = 3  # the nearest is judged against the CROWD-th nearest of other groups:
 MARGIN = 3  # pixels of SIDE that the query may be shifted by, each way
 SCALES = (0.9, 0.925, 0.95, 0.975, 1.0)  # of the query: with the margin, crops up to some 10 % either way
 SAME = 0.99  # similarity from which an image is a copy whatever the next ones are
-# The limit stays between these whatever the held-out images say: with few of them, or with an unknown double among them, their quantile is
-# noise. On ISIC 2017 at 64 pixels, 1 % of real images lie above 0.6 to 0.7, and nine in ten disguised copies above 0.74.
-LIMITS = (0.6, 0.75)
 FLAT = 0.5  # grey levels: with less detail than this a picture has nothing to compare
 DETAILS = 4096  # training images whose detail is kept, 12 kB each: some are everybody's neighbour
 QUERIES, ROWS = 256, 4096  # queries and training images of one matrix product
@@ -142,15 +140,17 @@ def _correlation(image: np.ndarray, template: np.ndarray) -> float:
     return float(cv2.matchTemplate(image, template, cv2.TM_CCOEFF_NORMED).max())
 
 
-def limit(held_out: Matches, quantile: float) -> float:
-    """The nearness that only a share 1 - ``quantile`` of the real held-out images exceed, kept within ``LIMITS``.
+def limit(held_out: Matches, knobs: Screen) -> float:
+    """The nearness that only a share 1 - ``copy_quantile`` of the real held-out images exceed, kept between ``copy_least`` and ``copy_most``: with
+    few images, or an unknown double among them, their quantile is noise. On ISIC 2017 at 64 pixels, 1 % of real images lie above 0.6 to 0.7, and
+    nine in ten disguised copies above 0.74.
 
     Raises:
         UserError: no held-out images.
     """
     if not len(held_out.nearness):
         raise UserError("no held-out images to set the limit of near-copies by: the validation split is empty")
-    return round(float(np.clip(np.quantile(held_out.nearness, quantile), *LIMITS)), 4)
+    return round(float(np.clip(np.quantile(held_out.nearness, knobs.copy_quantile), knobs.copy_least, knobs.copy_most)), 4)
 
 
 def turns(images: np.ndarray) -> Iterator[np.ndarray]:

@@ -124,7 +124,7 @@ class Verdict:
         self.parts, self.cfg, self.run, self.folder = parts, parts.cfg, run, run.node(NODE)
         self.synthetic, self.train = parts.sets["synthetic"], parts.sets["train"]
         self.limits = defects.Limits.of(parts.column("train", "measures"), self.cfg.screen)
-        self.copy_limit = copies.limit(self._matches("val"), self.cfg.screen.copy_quantile)
+        self.copy_limit = copies.limit(self._matches("val"), self.cfg.screen)
         self.evidence = Evidence(parts)
         near, pairs = self.cfg.screen.duplicate, np.empty((0, 2), np.int64)
         self.measured = gate.Measured(parts.broken("synthetic"), parts.column("synthetic", "measures"), self._matches("synthetic"),
