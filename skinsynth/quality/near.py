@@ -12,6 +12,7 @@ more (200 images); of 537 different real images, 1 % have another within 0.970.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from math import prod
 
 import cv2
@@ -93,12 +94,7 @@ def correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def _best(x: np.ndarray, product: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """The highest of the products that the eight turns of the prints x give."""
-    best: np.ndarray | None = None
-    for turned in turns(x):
-        found = product(_rows(turned))
-        best = found if best is None else np.maximum(best, found, out=best)
-    assert best is not None
-    return best
+    return reduce(lambda best, found: np.maximum(best, found, out=best), (product(_rows(turned)) for turned in turns(x)))
 
 
 def _rows(pictures: np.ndarray) -> np.ndarray:

@@ -16,7 +16,9 @@ from test_loop import go, losses, square
 
 from skinsynth.errors import UserError
 from skinsynth.files import read_json
-from skinsynth.knobs import Finetune, Training
+from skinsynth.knobs import Finetune, Model, Training
+from skinsynth.models import diffusion
+from skinsynth.models.denoiser import Denoiser
 from skinsynth.run import RunDir
 from skinsynth.train.engine import Engine, micro_batch
 from skinsynth.world import World
@@ -122,3 +124,20 @@ def test_what_is_advised_where_memory_lacks_can_be_done(micro: int) -> None:
         smaller = int(advice.split("finetune.micro_batch=")[1].split(" ")[0])
         assert smaller < micro
         assert micro_batch(Finetune(global_batch=60, micro_batch=smaller), World(), "finetune") == smaller
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_residual_blocks_stay_channels_last_while_the_unet_trains(dropout: float) -> None:
+    """In training mode diffusers copies what their shortcut reads; where there is dropout they must be in that mode all the same."""
+    base = diffusion.load_base(Model()).unet
+    unet = type(base).from_config({**base.config, "dropout": dropout})
+    model = Denoiser(unet).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    seen: list[bool] = []
+    for name, part in unet.named_modules():
+        if name.endswith("conv_shortcut"):
+            part.register_forward_hook(lambda part, inputs, output: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last)))
+    model(torch.randn(2, 4, 16, 16), torch.tensor([1, 2]), {"text": torch.randn(2, 77, 128)})
+    assert len(seen) >= 5
+    assert all(seen) is (dropout == 0)
+    assert unet.training
+    assert all(part.training for part in unet.modules() if isinstance(part, torch.nn.Dropout) and part.p)
