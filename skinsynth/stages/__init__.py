@@ -36,6 +36,8 @@ def run_node(node: str, path: str, task: Task = WHOLE) -> int:
     run = RunDir(Path(path))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # images are read by PIL here: that torchvision would be faster for transformers is no use to a reader of the log
+    logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
     logging.getLogger("submitit").propagate = False  # it has a handler of its own
     try:
         cfg = run.config()

@@ -49,6 +49,14 @@ def test_a_single_rank_may_offload(tmp_path: Path) -> None:
         assert losses(turned) == pytest.approx(losses(plain), abs=1e-6)
 
 
+def test_what_is_loaded_for_inference_is_trained_in_training_mode() -> None:
+    """Also inside a module that is new, which says that it is in that mode: dropout and the text encoder's checkpointing ask the parts."""
+    model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout(0.5)).eval())
+    engine = Engine(Training(steps=1, global_batch=4, zero=0), World(), model, "it")
+    engine.step(1e-3, 0.0, [{"x": torch.tensor([1.0, 2.0, 3.0, 4.0])}], square)
+    assert all(part.training for part in model.modules())
+
+
 def test_accumulation_changes_no_loss(tmp_path: Path) -> None:
     whole, _ = go(tmp_path / "whole", steps=20, global_batch=8)
     for micro in (1, 2, 4):

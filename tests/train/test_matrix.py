@@ -31,7 +31,7 @@ from skinsynth.train.samples import Samples
 from skinsynth.world import Stopped, World
 
 METHODS = ("dreambooth", "text-to-image")
-PARTS = {"unet": {}, "unet and text": {"train_text_encoder": True}, "lora": {"lora_rank": 4, "lr": 1e-3},
+PARTS = {"unet": {}, "unet and text": {"train_text_encoder": True}, "lora": {"lora_rank": 4, "lora_alpha": 8, "lr": 1e-3},
          "lora and text": {"lora_rank": 4, "lr": 1e-3, "train_text_encoder": True}}
 MATRIX = [(method, part, zero) for method in METHODS for part in PARTS for zero in range(4)]
 SOME = [("dreambooth", "unet", 2), ("dreambooth", "lora and text", 3), ("text-to-image", "unet and text", 1), ("text-to-image", "lora", 0)]
@@ -161,8 +161,9 @@ TURN = {"steps": 23, "checkpoint_every": 3, "keep": 99, "ema_decay": 0.9, "sched
 
 @pytest.mark.timeout(400)
 def test_methods_save_resume_and_export_and_ranks_may_change(maker, damaged, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Each method with some kinds of weights, every ZeRO stage once. Twenty losses of one rank -> two at ZeRO 2 -> one are those of the one.
-    bf16 follows float32. A damaged sample is skipped by all ranks. In two starts of two processes, since starting takes the time."""
+    """Each method with some kinds of weights, every ZeRO stage once; with LoRA and text encoders too one rank goes on where two were. Twenty
+    losses of one rank -> two at ZeRO 2 -> one are those of the one. bf16 follows float32. A damaged sample is skipped by all ranks. In two
+    starts of two processes, since starting takes the time."""
     alone = maker("turn-alone", "dreambooth", **TURN)
     run_gang([str(alone.path)], World())
     grown = from_checkpoint(alone, 3, maker("turn-1-to-2", "dreambooth", zero=2, **TURN))
@@ -173,7 +174,12 @@ def test_methods_save_resume_and_export_and_ranks_may_change(maker, damaged, tmp
     skip = damaged("skip")
     on_two_ranks([*(from_checkpoint(whole, 2, resumed) for whole, resumed in found.values()), skip], tmp_path)
     shrunk = from_checkpoint(grown, 12, maker("turn-2-to-1", "dreambooth", **TURN))
-    run_gang([str(shrunk.path)], World())
+    moved = {key: from_checkpoint(whole, 2, maker(f"moved-{name_of(*key)}", key[0], **PARTS[key[1]])) for key, (whole, _) in found.items()
+             if key[1] != "unet"}
+    run_gang([str(run.path) for run in (shrunk, *moved.values())], World())
+    for key, run in moved.items():
+        assert len(losses(run)) == 4
+        assert losses(run) == pytest.approx(losses(found[key][0]), abs=1e-4), key
     for (_, part, _), pair in found.items():
         check(part, *pair)
     for run, step in ((grown, 3), (shrunk, 12)):
@@ -260,6 +266,22 @@ def test_without_the_latent_cache_the_losses_are_the_same(maker) -> None:  # typ
     assert losses(resumed) == losses(cached), "one rank, whose convolutions lie channels-last"
 
 
+def test_gradient_checkpointing_changes_no_loss(maker, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    kept, recomputed = (maker(f"recompute-{again}", "dreambooth", train_text_encoder=True, gradient_checkpointing=again) for again in (False, True))
+    run_gang([str(kept.path)], World())
+    parts, checkpoint = set(), torch.utils.checkpoint.checkpoint
+
+    def seen(part, *inputs, **more):  # type: ignore[no-untyped-def]
+        parts.add(type(part.__self__ if hasattr(part, "__self__") else part.args[0]).__name__)
+        return checkpoint(part, *inputs, **more)
+
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", seen)
+    monkeypatch.setattr("transformers.modeling_utils.checkpoint", seen)
+    run_gang([str(recomputed.path)], World())
+    assert {"ResnetBlock2D", "CLIPEncoderLayer"} <= parts
+    assert losses(recomputed) == pytest.approx(losses(kept), rel=1e-5)
+
+
 @pytest.fixture(scope="module")
 def damaged(maker):  # type: ignore[no-untyped-def]
     """``damaged(on_error)`` -> a run on a copy of the training images in whose first shard every image has a changed byte; ``damaged.keys``."""
@@ -297,7 +319,7 @@ def test_a_damaged_sample_stops_all_ranks(damaged, tmp_path: Path) -> None:  # t
 
 def test_a_lora_is_a_base_to_start_from_and_must_fit_it(maker, small_base: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Merged into its base it gives the weights that were exported with it; another base says that it has another shape."""
-    tuned = maker("lora", "dreambooth", lora_rank=4, lr=1e-2)
+    tuned = maker("lora", "dreambooth", lora_rank=4, lora_alpha=8, lr=1e-2)
     run_gang([str(tuned.path)], World())
     model = Model(base=str(small_base), lora=str(tuned.weights / "lora"))
     merged, exported = diffusion.load_base(model).unet.state_dict(), diffusion.load_pipeline(tuned.weights).unet.state_dict()
