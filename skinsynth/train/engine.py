@@ -88,7 +88,7 @@ class Engine:
         exact = {name: p.detach().float().cpu() for name, p in self.trained.items()} if self.sharded and cfg.precision != "fp32" and not found else {}
         self.adam = build_optimizer(cfg, groups(self.trained, scales or {}))
         self.accelerator = self._accelerator()
-        model.train()  # here, once and whole: a module that holds loaded ones, as DDP does, says of itself that it is in that mode when they are not
+        model.train()  # before it is wrapped: what is loaded is in inference mode, and its wrapper would say of itself that it is not
         self.model, self.optimizer = self.accelerator.prepare(model, self.adam)
         if self.sharded:  # accelerate told transformers to shard, with collectives, whatever is loaded from now on: on rank 0 alone it would hang
             from transformers.integrations.deepspeed import unset_hf_deepspeed_config

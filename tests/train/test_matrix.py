@@ -179,7 +179,7 @@ def test_methods_save_resume_and_export_and_ranks_may_change(maker, damaged, tmp
     run_gang([str(run.path) for run in (shrunk, *moved.values())], World())
     for key, run in moved.items():
         assert len(losses(run)) == 4
-        assert losses(run) == pytest.approx(losses(found[key][0]), abs=1e-4), key
+        assert losses(run)[2:] == pytest.approx(losses(found[key][0])[2:], abs=1e-4), key
     for (_, part, _), pair in found.items():
         check(part, *pair)
     for run, step in ((grown, 3), (shrunk, 12)):
