@@ -103,7 +103,7 @@ class Engine:
     @importing()
     def _accelerator(self) -> Any:
         from accelerate import Accelerator
-        from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+        from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         forget_accelerate()
         plugin, cpu = None, not torch.cuda.is_available()
@@ -127,12 +127,15 @@ class Engine:
                 "fp16": {"enabled": self.cfg.precision == "fp16"},
                 "steps_per_print": 10**9,
             })
+        kwargs: list[Any] = [InitProcessGroupKwargs(backend="gloo")] if cpu and (self.sharded or self.world.size > 1) else []
+        # gradients lie where the ranks sum them: else data parallelism holds them twice, 3.4 GB more for Stable Diffusion 1.5's UNet
+        kwargs.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
         accelerator = Accelerator(
             mixed_precision={"fp32": "no"}.get(self.cfg.precision, self.cfg.precision),
             gradient_accumulation_steps=self.accumulation,
             deepspeed_plugin=plugin,
             cpu=cpu and not self.sharded,  # with DeepSpeed, cpu=True would silently fall back to DDP
-            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if cpu and (self.sharded or self.world.size > 1) else None,
+            kwargs_handlers=kwargs,
         )
         if accelerator.num_processes != self.world.size:
             raise RuntimeError(f"accelerate sees {accelerator.num_processes} processes, the gang has {self.world.size}")
