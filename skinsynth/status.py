@@ -186,6 +186,11 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def per_second(rate: float | None) -> str:
+    """``12.3``; of what takes seconds each, two digits: ``0.042``."""
+    return f"{rate:.1f}" if rate and rate >= 1 else f"{rate or 0:.2g}"
+
+
 def as_json(run: RunDir, found: list[Row], complaint: str | None) -> dict[str, Any]:
     return {"run": str(run.path), "slurm": complaint, "stages": [asdict(row) for row in found]}
 
@@ -197,7 +202,7 @@ def table(run: RunDir, found: list[Row], took: dict[str, float], width: int) -> 
     view = Table(title=f"run {run.path}", title_justify="left")
     columns: dict[str, list[str]] = {
         "stage": [row.node for row in found], "state": [row.state for row in found], "done": [row.amount for row in found],
-        "per second": [f"{row.rate:.1f}" if row.rate else "" for row in found],
+        "per second": [per_second(row.rate) if row.rate else "" for row in found],
         "left": [duration(row.left) if row.state == "running" else "" for row in found]}
     if with_slurm:
         columns |= {"again": [str(row.restarts or "") for row in found], "nodes": [row.nodes for row in found], "note": [_note(row) for row in found]}
@@ -328,7 +333,7 @@ class LiveTable:
             if node.name in changed:
                 self.told = time.time()
                 row = described(self.run, node, self.states[node.name])
-                numbers = f"{row.amount}, {row.rate or 0:.1f}/s, {duration(row.left)} left" if row.state == "running" and row.unit else ""
+                numbers = f"{row.amount}, {per_second(row.rate)}/s, {duration(row.left)} left" if row.state == "running" and row.unit else ""
                 if node.name in self.took:
                     numbers = f"took {duration(self.took[node.name])}"
                 self.console.print(f"{node.name:<20} {row.state:<8} {numbers}".rstrip(), highlight=False)

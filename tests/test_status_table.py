@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,12 @@ def test_no_column_is_squeezed_to_nothing(width: int, monkeypatch: pytest.Monkey
     for heading in ("stage", "state", "done", "per second", "left", "note"):
         assert f" {heading} " in text
     assert " again " not in text, "nothing was run again"
+
+
+def test_what_takes_seconds_each_is_not_called_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [replace(QUEUED[1], rate=0.042), replace(QUEUED[1], rate=1234.56)]
+    assert [line.split("│")[4].strip() for line in shown(rows, True, 160, monkeypatch).splitlines() if "steps" in line] == ["0.042", "1234.6"]
+    assert status.per_second(None) == "0"
 
 
 def test_in_a_pipe_it_is_as_wide_as_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,8 @@ def train(engine: Engine, run: RunDir, node: str, checkpoints: Checkpoints, cloc
             look, due = last or (every > 0 and done % every == 0), due or done % cfg.checkpoint_every == 0
             if due or look or done % cfg.log_every == 0:
                 log.flush(feed.waited)
+            if progress:
+                progress.set(done)  # judging and pictures may take minutes, in which nothing is left of this step
             if judge and look:
                 judge(done, state)
             if last or state.get("ended") or (due and not log.unusual()):
@@ -86,8 +88,6 @@ def train(engine: Engine, run: RunDir, node: str, checkpoints: Checkpoints, cloc
                 log.pictures(done, show(done))
             if look:
                 log.resume()
-            if progress:
-                progress.set(done)
             if state.get("ended"):
                 if progress:
                     progress.end()

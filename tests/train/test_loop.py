@@ -16,6 +16,7 @@ import torch
 
 from skinsynth.data.shards import BadSample
 from skinsynth.errors import UserError
+from skinsynth.files import read_json
 from skinsynth.knobs import Training
 from skinsynth.run import RunDir
 from skinsynth.train.checkpoint import Checkpoints
@@ -155,7 +156,7 @@ def test_a_stop_goes_on_at_that_very_step(tmp_path: Path) -> None:
 
 def test_what_is_drawn_keeps_no_checkpoint_waiting(tmp_path: Path) -> None:
     """Killed while it draws, it would go on from that very step; what was judged there is in its state."""
-    run, seen = RunDir(tmp_path / "run"), []
+    run, seen, told = RunDir(tmp_path / "run"), [], []
 
     def judge(step: int, state: dict[str, Any]) -> None:
         state["judged"] = step
@@ -166,9 +167,11 @@ def test_what_is_drawn_keeps_no_checkpoint_waiting(tmp_path: Path) -> None:
             time.sleep(0.01)  # a thread writes it meanwhile
         found = Checkpoints(run.node("it") / "checkpoints", World(), {"lr": 1e-3}).found
         seen.append((step, found and found.step, found and found.state["judged"]))
+        told.append(read_json(run.progress_path("it", 0))["done"])
 
     go(run.path, more={"judge": judge, "show": show, "every": 30})
     assert seen == [(30, 30, 30), (60, 60, 60)]
+    assert told[-1] == 60, "no step is left while the last pictures are drawn"
 
 
 def test_the_list_of_bad_samples_outlives_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
