@@ -77,7 +77,7 @@ def kill_three_times(arguments: list[str], folder: Path) -> None:
     assert jobs_alive(folder) == []
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_killed_three_times_it_goes_on_where_it_was(chain: Path, drawn: Path, tmp_path: Path) -> None:
     kill_three_times(["launch", "configs/demo.yaml", *overrides(drawn, tmp_path)], tmp_path)
     done = [row["loss"] for row in read_lines(tmp_path / "run/finetune/metrics.jsonl")]
@@ -216,7 +216,7 @@ def test_help_and_config_are_for_people() -> None:
 
 
 @pytest.mark.real
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_slice_of_real_images_goes_all_the_way(real: Path, tmp_path: Path) -> None:
     """60 images of ISIC 2017, a few steps of everything."""
     rows = (real / "isic2017/metadata.csv").read_text().splitlines()

@@ -145,7 +145,7 @@ def test_they_become_a_dataset_whatever_the_number_of_tasks(folders: dict[str, P
         external.make_units(cfg, run, Task())
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_through_the_chain_without_finetuning(folders: dict[str, Path], drawn: Path, chain: Path, tmp_path: Path) -> None:
     """Screened and trained on like our own; their unknown lineage is said."""
     for split in ("train", "val", "test"):

@@ -67,7 +67,7 @@ def wait_for(condition: object, what: str, seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_killed_and_stopped_gangs_go_on_with_the_same_losses(chain: Path, drawn: Path, tmp_path: Path) -> None:
     run = begin(chain, drawn, tmp_path / "a")
     gang = start(run, 2)

@@ -36,7 +36,7 @@ def one_arm(folder: Path, chain: Path, drawn: Path) -> tuple[Path, RunDir]:
     return path, run
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_seed_that_failed_is_trained_alone_by_the_next_launch(chain: Path, drawn: Path, tmp_path: Path) -> None:
     path, run = one_arm(tmp_path, chain, drawn)
     node = "classify/baseline"

@@ -261,7 +261,7 @@ def test_both_text_encoders_of_sdxl_train(rank: int, bases: Path, prepared: Path
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("zero", [0, 2])
 def test_both_text_encoders_of_sdxl_train_on_two_ranks(zero: int, bases: Path, prepared: Path, drawn: Path, tmp_path: Path) -> None:
     """Data parallelism waits for every gradient; the losses are those of one rank."""
@@ -286,7 +286,7 @@ def tune(run: RunDir, ranks: int) -> None:
 
 
 @pytest.mark.soak  # make test has bf16 in tests/train/test_matrix.py; here it is SDXL
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_two_ranks_in_bf16_as_on_gpus(bases: Path, prepared: Path, drawn: Path, tmp_path: Path) -> None:
     """What the large models need: ZeRO 2, weights in bf16 (DeepSpeed casts no input), gradient checkpointing; the loss is that of float32."""
     losses = {}

@@ -78,7 +78,7 @@ class Havoc:
 
 
 @pytest.mark.parametrize(("images", "kills", "mode"), [
-    pytest.param(300, 3, "array", marks=pytest.mark.timeout(300)),
+    pytest.param(300, 3, "array", marks=pytest.mark.timeout(600)),
     pytest.param(20_000, 30, "array", marks=(pytest.mark.soak, pytest.mark.timeout(2400))),
     pytest.param(2_000, 4, "gang", marks=(pytest.mark.soak, pytest.mark.timeout(900)))])
 def test_every_image_once_whatever_is_killed(slurm: Environment, drawn: Path, chain: Path, tmp_path: Path, images: int, kills: int,

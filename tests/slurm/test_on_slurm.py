@@ -19,7 +19,7 @@ from skinsynth.run import RunDir
 pytestmark = pytest.mark.slurm
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 def test_the_chain_from_launch_to_report_over_four_nodes(slurm: Environment, chain: Path, drawn: Path, tmp_path: Path) -> None:
     """finetune on 2 nodes x 2 tasks under ZeRO-2. The launcher submits without torch; the sets that do not depend on the number of ranks
     are those of the local run."""
@@ -177,7 +177,7 @@ def test_what_slurm_holds_since_it_could_not_start_is_released_by_the_next_launc
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_job_that_gets_nowhere_ends_with_the_reason(slurm: Environment, drawn: Path, chain: Path, tmp_path: Path) -> None:
     """Every rank is killed before its first checkpoint, each time: after so many restarts in a row the job gives up, and says why."""
     items, run = begun(drawn, chain, tmp_path)

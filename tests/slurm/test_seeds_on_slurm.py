@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slurm
 NODE = "classify/baseline"
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 def test_a_gang_that_loses_a_rank_goes_on_and_the_other_is_left_alone(slurm: Environment, chain: Path, drawn: Path, tmp_path: Path) -> None:
     if "SKINSYNTH_DEVCLUSTER" not in slurm:
         pytest.skip("ranks can be killed on our own devcluster only")

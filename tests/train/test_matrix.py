@@ -159,7 +159,7 @@ def check(part: str, whole: RunDir, resumed: RunDir) -> None:
 TURN = {"steps": 23, "checkpoint_every": 3, "keep": 99, "ema_decay": 0.9, "schedule": "cosine"}
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_methods_save_resume_and_export_and_ranks_may_change(maker, damaged, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Each method with some kinds of weights, every ZeRO stage once; with LoRA and text encoders too one rank goes on where two were. Twenty
     losses of one rank -> two at ZeRO 2 -> one are those of the one. bf16 follows float32. A damaged sample is skipped by all ranks. In two
@@ -209,7 +209,7 @@ def test_the_whole_matrix(maker, tmp_path: Path) -> None:  # type: ignore[no-unt
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_offload_has_the_same_losses_and_resumes(maker, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """On CPUs, where the host's memory is the device's: the way through DeepSpeed's offloading code, not what it saves."""
     plain = maker("offload-none", "dreambooth", zero=2)
