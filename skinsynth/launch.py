@@ -14,11 +14,12 @@ from skinsynth.errors import UserError
 from skinsynth.knobs import Config
 from skinsynth.local import Local, stop_processes
 from skinsynth.models import hub
+from skinsynth.reuse import take_over
 from skinsynth.run import RunDir
 
 
-def launch(cfg: Config, console: Console) -> None:
-    """Runs what is not done yet, or submits it; the same command again goes on.
+def launch(cfg: Config, console: Console, earlier: RunDir | None = None) -> None:
+    """Runs what is not done yet, or submits it; the same command again goes on. Of the ``earlier`` run it takes over what would come out the same.
 
     Raises:
         UserError: another configuration or another launch in this folder, a job was refused, or a stage failed (its message, its log).
@@ -31,6 +32,8 @@ def launch(cfg: Config, console: Console) -> None:
     for _, find in hub.models(cfg).values():
         find()  # a missing model is told now, not by a job that has waited for its turn
     with run.lock():
+        if earlier:
+            take_over(cfg, run, earlier, console)
         if cfg.cluster.kind == "slurm":
             slurm.submit_chain(cfg, run, nodes, console)
             console.print(f"see it with: skinsynth status {run.path} --watch", highlight=False, soft_wrap=True)

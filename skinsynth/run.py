@@ -102,7 +102,7 @@ class RunDir:
                 found = configs.difference(cfg, self.config())
                 if found:
                     raise UserError(f"{self.path} was made with another configuration:\n  " + "\n  ".join(found) +
-                                    "\ntake another folder (run=...), or delete this one")
+                                    f"\ntake another folder (run=..., with --reuse {self.path} for what stays the same), or delete this one")
             write_text(self.config_path, configs.dump(cfg))
             if not (self.path / "provenance.json").exists():
                 write_json(self.path / "provenance.json", provenance())

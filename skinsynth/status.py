@@ -333,7 +333,7 @@ class LiveTable:
             if node.name in changed:
                 self.told = time.time()
                 row = described(self.run, node, self.states[node.name])
-                numbers = f"{row.amount}, {per_second(row.rate)}/s, {duration(row.left)} left" if row.state == "running" and row.unit else ""
+                numbers = f"{row.amount}, {per_second(row.rate)}/s, {duration(row.left)} left" if row.state == "running" and row.amount else ""
                 if node.name in self.took:
                     numbers = f"took {duration(self.took[node.name])}"
                 self.console.print(f"{node.name:<20} {row.state:<8} {numbers}".rstrip(), highlight=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, overrides
 
-LAYERS = [{"errors", "cpu"}, {"files", "knobs"}, {"config"}, {"run"}, {"world"}, {"data"}, {"models"}, {"quality", "train"}, {"pages"},
+LAYERS = [{"errors", "cpu"}, {"files", "knobs"}, {"config"}, {"run"}, {"world", "reuse"}, {"data"}, {"models"}, {"quality", "train"}, {"pages"},
           {"stages"}, {"withdraw"}, {"chain"}, {"slurm"}, {"status"}, {"speeds", "counts"}, {"estimate"}, {"doctor"}, {"local"},
           {"launch"}, {"cli"}, {"__main__"}]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -11,7 +11,9 @@ from skinsynth.cli.app import ConfigFile, Overrides, RunFolder, Stage, app, path
 
 @app.command()
 def launch(config: ConfigFile, overrides: Overrides = None,
-           dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the sbatch scripts and submit nothing.")] = False) -> None:
+           dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the sbatch scripts and submit nothing.")] = False,
+           reuse: Annotated[str | None, typer.Option("--reuse", metavar="RUN", help="Take over from this earlier run what would come out the same.")]
+           = None) -> None:
     """Run the whole chain: prepare, encode, finetune, generate, screen, classify, report.
 
     The same command again goes on where it stopped. Examples:
@@ -25,18 +27,24 @@ def launch(config: ConfigFile, overrides: Overrides = None,
     skinsynth launch configs/isic2020-sd15.yaml cluster=slurm run=runs/isic --dry-run
 
     skinsynth launch configs/demo.yaml cluster=debug finetune.steps=20 run=runs/try
+
+    skinsynth launch configs/mine.yaml run=runs/more-arms --reuse runs/mine
     """
     from rich.console import Console
 
     from skinsynth import config as configs
     from skinsynth import launch as launching
+    from skinsynth.errors import UserError
 
     cfg, console = configs.load(config, overrides), Console()
+    earlier = run_folder(reuse) if reuse else None
+    if dry_run and earlier:
+        raise UserError("--dry-run shows the whole chain, whatever --reuse would take over: give one of them")
     if dry_run:
         typer.echo(launching.dry_run(cfg))
         return
     try:
-        launching.launch(cfg, console)
+        launching.launch(cfg, console, earlier)
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")
         raise typer.Exit(130) from None

@@ -1,0 +1,158 @@
+"""A new run takes over from an earlier one what would come out the same: another arm, or another way to screen, needs no image made again.
+
+A node is taken over where its own keys are the same and where what it needs is, by its hash, what the earlier run had. The earlier run is only
+read, and either may be deleted: tars and weights are hard links where the file system has them, what may be written to later is copied. No torch
+here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from skinsynth import config as configs
+from skinsynth.errors import UserError
+from skinsynth.files import put_in_place, read_hint, read_json, sha256_or_none, write_json
+from skinsynth.knobs import Config
+from skinsynth.run import RunDir, Task
+
+# What a stage reads itself, beside ``seed``; what it needs from other stages is told by their hashes. ``encode`` holds more prompts than fine-tuning
+# needs, and what it lacks fine-tuning names.
+KEYS = {"prepare": ("data.", "prepare."), "encode": ("model.", "encode.", *(f"finetune.{key}" for key in ("method", "concepts", "images", "cache"))),
+        "finetune": ("model.", "encode.", "finetune.", "data."), "generate": ("model.", "generate."), "screen": ("model.", "screen."),
+        "classify": ("model.", "classify.", "data.")}
+DATASETS = ("latents", "synthetic")  # those that belong to a run
+LEFT = ("submit", "failed", "restarts", "checkpoints", ".*")  # of a job, or of no use to a stage that is done
+ORIGIN = "taken_from"  # in done.json of a node, and in metrics.json of a seed: the earlier run
+LINKED = (".tar", ".safetensors")  # large, and never written to once they have their name
+
+
+def take_over(cfg: Config, run: RunDir, old: RunDir, console: Console) -> None:
+    """Fills the new run's folder and datasets; the caller has its lock. What the new run has begun itself stays.
+
+    Raises:
+        UserError: no run there, or one that calls its datasets the same.
+    """
+    was = old.config()
+    if any(old.dataset(was, kind).resolve() == run.dataset(cfg, kind).resolve() for kind in DATASETS):
+        raise UserError(f"{run.path} and {old.path} would have the same datasets ({old.dataset(was, 'synthetic')}): give the new run another name")
+    taken: list[str] = []
+    for node, needs in configs.needs(cfg).items():
+        if node == "report" or run.is_done(node):
+            continue
+        why = _hindrance(cfg, run, was, old, node, needs)
+        if not why:
+            found = [node] if _take(cfg, run, was, old, node) else _take_seeds(cfg, run, was, old, node)
+            taken += found
+            why = "" if found == [node] else f"it is not done in {old.path}" if not found else "there are other seeds"
+        if why:
+            console.print(f"not taken over: {node}, since {why}", highlight=False, soft_wrap=True)
+    if taken:
+        console.print(f"taken over from {old.path}: {', '.join(taken)}", highlight=False, soft_wrap=True)
+
+
+def origins(cfg: Config, run: RunDir) -> dict[str, list[str]]:
+    """Earlier run -> the nodes, and the seeds of arms, that were made there. What was made again since is not among them."""
+    files = {node: run.done_path(node) for node in configs.needs(cfg)}
+    for arm in cfg.classify.arms:
+        files |= {f"classify/{arm}/seed-{seed}": run.node(f"classify/{arm}") / f"seed-{seed}" / "metrics.json" for seed in cfg.arm_seeds}
+    found: dict[str, list[str]] = {}
+    for name, path in files.items():
+        earlier = (read_hint(path) or {}).get(ORIGIN)
+        if earlier:
+            found.setdefault(earlier, []).append(name)
+    return found
+
+
+def _hindrance(cfg: Config, run: RunDir, was: Config, old: RunDir, node: str, needs: tuple[str, ...]) -> str:
+    """Why a node cannot be taken over."""
+    if configs.needs(was).get(node) != needs:
+        return f"{old.path} has none" if node not in configs.needs(was) else "it needs other stages than there"
+    changed = [line for line in configs.difference(cfg, was) if _concerns(line.split(":")[0], node)]
+    if changed:
+        return "; ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+    for need in needs:
+        if not run.is_done(need) or run.made(need) != old.made(need):
+            return f"{need} is not the same"
+    there = [run.node(node)] if (run.node(node) / "progress").exists() else []
+    return f"{there[0]} has been begun already" if there else ""
+
+
+def _concerns(key: str, node: str) -> bool:
+    stage, _, arm = node.partition("/")
+    if key == "classify.seeds" or (key.startswith("classify.arms.") and not key.startswith(f"classify.arms.{arm}.")):
+        return False  # an arm's seeds are taken over one by one, and no arm minds the others
+    return key == "seed" or key.startswith(KEYS[stage])
+
+
+def _take(cfg: Config, run: RunDir, was: Config, old: RunDir, node: str) -> bool:
+    """A node as a whole, its datasets first and ``done.json`` with all the rest of it."""
+    done = read_json(old.done_path(node))
+    if not old.is_done(node) or (node.startswith("classify/") and cfg.arm_seeds != was.arm_seeds):
+        return False
+    moved = {old.path.resolve(): run.path.resolve()}
+    for kind in DATASETS:
+        source, target = old.dataset(was, kind), run.dataset(cfg, kind)
+        moved[source.resolve()] = target.resolve()
+        if any(_place(old, path).is_relative_to(source.resolve()) for path in done["outputs"]):
+            if target.exists() and sha256_or_none(target / "manifest.json") != sha256_or_none(source / "manifest.json"):
+                raise UserError(f"{target} is there already, of another run of this name: delete it, or give the new run another name")
+            if not target.exists():
+                _copy(source, target)
+
+    def here(path: str) -> str:
+        place = _place(old, path)
+        home = next((folder for folder in sorted(moved, key=lambda f: -len(f.parts)) if place.is_relative_to(folder)), None)
+        return os.path.relpath(place if home is None else moved[home] / place.relative_to(home), run.path.resolve())
+
+    reads = {here(path): sha256 for path, sha256 in done.get("reads", {}).items()}
+    done = {ORIGIN: str(old.path), **done, "outputs": [here(path) for path in done["outputs"]], "reads": reads, "relative": True}
+    _copy(old.node(node), run.node(node), {"done.json": done})
+    return True
+
+
+def _take_seeds(cfg: Config, run: RunDir, was: Config, old: RunDir, node: str) -> list[str]:
+    """Of an arm the seeds that have been trained there. Who trains the others sees that these are."""
+    if not node.startswith("classify/"):
+        return []
+    numbers = [n for n, seed in enumerate(cfg.arm_seeds) if seed in was.arm_seeds and (old.node(node) / f"seed-{seed}" / "metrics.json").exists()]
+    for number in numbers:
+        name = f"seed-{cfg.arm_seeds[number]}"
+        metrics = {ORIGIN: str(old.path), **read_json(old.node(node) / name / "metrics.json")}
+        _copy(old.node(node) / name, run.node(node) / name, {"metrics.json": metrics})
+    if len(numbers) < len(cfg.arm_seeds):  # else one task has to write that all are done
+        for number in numbers:
+            run.finish_task(node, Task(number, len(cfg.arm_seeds)))
+    return [f"{node}/seed-{cfg.arm_seeds[number]}" for number in numbers]
+
+
+def _place(old: RunDir, path: str) -> Path:
+    """Where a path of a ``done.json`` leads."""
+    return Path(os.path.normpath(old.path.resolve() / path))
+
+
+def _copy(source: Path, target: Path, changed: dict[str, Any] | None = None) -> None:
+    """A whole folder; ``changed``: its files, by name, that are JSON of another content than there."""
+    temp = target.with_name(f".{target.name}.reuse.tmp")
+    shutil.rmtree(temp, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(source, temp, ignore=shutil.ignore_patterns(*LEFT, "manifest.json"), copy_function=_link)
+    if (source / "manifest.json").exists():
+        _link(str(source / "manifest.json"), str(temp / "manifest.json"))  # last: what has one is taken for a whole dataset
+    for name, value in (changed or {}).items():
+        write_json(temp / name, value)
+    put_in_place(temp, target)
+
+
+def _link(source: str, target: str) -> None:
+    if source.endswith(LINKED):
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # another file system, or one without hard links
+            pass
+    shutil.copy2(source, target)

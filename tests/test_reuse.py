@@ -1,0 +1,159 @@
+"""A new run takes over from an earlier one what would come out the same."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import overrides, skinsynth
+from rich.console import Console
+
+from skinsynth import config, reuse
+from skinsynth.chain import chain as nodes_of
+from skinsynth.errors import UserError
+from skinsynth.files import read_json, sha256_file, sha256_folder
+from skinsynth.knobs import Config
+from skinsynth.run import RunDir
+
+STAGES = ["prepare", "encode", "finetune", "generate", "screen", "classify/baseline", "classify/hybrid"]
+
+
+@pytest.fixture
+def old(chain: Path, drawn: Path, tmp_path: Path) -> RunDir:
+    """The finished small run, with datasets that are safe to change."""
+    for name in ("run", "shards"):
+        shutil.copytree(chain / name, tmp_path / name, copy_function=os.link)
+    (tmp_path / "run" / "config.yaml").unlink()
+    run = RunDir(tmp_path / "run")
+    run.create(config.load("configs/demo.yaml", overrides(drawn, tmp_path)))
+    return run
+
+
+def begin(drawn: Path, folder: Path, **keys: object) -> tuple[Config, RunDir]:
+    cfg = config.load("configs/demo.yaml", overrides(drawn, folder, **{"run": "new"} | keys))
+    run = RunDir(Path(cfg.run))
+    run.create(cfg)
+    return cfg, run
+
+
+def take_over(cfg: Config, run: RunDir, old: RunDir) -> str:
+    words = io.StringIO()
+    reuse.take_over(cfg, run, old, Console(file=words, width=500))
+    return words.getvalue()
+
+
+def done(cfg: Config, run: RunDir) -> list[str]:
+    return [node.name for node in nodes_of(cfg) if run.is_done(node.name)]
+
+
+@pytest.mark.parametrize(("key", "value", "taken"), [
+    ("finetune.log_every", 3, STAGES),
+    ("classify.steps", 13, STAGES[:5]),
+    ("classify.arms.hybrid.sources.real", 2, STAGES[:6]),
+    ("screen.blur", 0.01, [*STAGES[:4], "classify/baseline"]),
+    ("generate.classes.benign.count", 14, [*STAGES[:3], "classify/baseline"]),
+    ("generate.negative_prompt", "hair", [*STAGES[:3], "classify/baseline"]),
+    ("finetune.lr", 1e-3, ["prepare", "encode", "classify/baseline"]),
+    ("finetune.concepts.nevus.instance.count", 9, ["prepare", "classify/baseline"]),
+    ("data.streams", 8, []),
+    ("prepare.quality", 90, []),
+    ("seed", 1, [])])
+def test_what_a_changed_key_leaves_the_same(old: RunDir, drawn: Path, tmp_path: Path, key: str, value: object, taken: list[str]) -> None:
+    cfg, run = begin(drawn, tmp_path, **{key: value})
+    words = take_over(cfg, run, old)
+    assert done(cfg, run) == taken
+    assert (f"taken over from {old.path}: {', '.join(taken)}\n" in words) == bool(taken)
+    assert f"{key}: " in words or taken == STAGES
+    assert reuse.origins(cfg, run) == ({str(old.path): taken} if taken else {})
+
+
+def test_the_earlier_run_is_only_read_and_may_go(old: RunDir, drawn: Path, tmp_path: Path) -> None:
+    before = sha256_folder(old.path), sha256_folder(tmp_path / "shards")
+    cfg, run = begin(drawn, tmp_path)
+    take_over(cfg, run, old)
+    (run.node("finetune") / "metrics.jsonl").open("a").write("more\n")  # as a training that is begun again would
+    assert sha256_folder(old.path) == before[0]
+    tar = run.dataset(cfg, "synthetic") / "00000.tar"
+    assert tar.samefile(old.dataset(old.config(), "synthetic") / "00000.tar"), "no second copy of the images"
+    shutil.rmtree(old.path)
+    for kind in reuse.DATASETS:
+        shutil.rmtree(tmp_path / f"shards/run-{kind}")
+    assert done(cfg, run) == STAGES
+    assert sha256_file(tar)
+    assert not list(tmp_path.rglob("*.reuse.tmp"))
+
+
+def test_of_an_arm_the_seeds_that_are_the_same(old: RunDir, drawn: Path, tmp_path: Path) -> None:
+    cfg, run = begin(drawn, tmp_path, **{"classify.seeds": [4, 0, 5]})
+    assert "classify/baseline/seed-0, classify/hybrid/seed-0" in take_over(cfg, run, old)
+    assert done(cfg, run) == STAGES[:5]
+    for arm in ("baseline", "hybrid"):
+        assert run.unfinished(f"classify/{arm}", 3) == [0, 2]
+        mine, theirs = (read_json(each.node(f"classify/{arm}") / "seed-0/metrics.json") for each in (run, old))
+        assert mine == {**theirs, "taken_from": str(old.path)}
+    assert reuse.origins(cfg, run)[str(old.path)][-2:] == ["classify/baseline/seed-0", "classify/hybrid/seed-0"]
+
+
+def test_killed_half_way_the_same_again_ends_it(old: RunDir, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, run = begin(drawn, tmp_path)
+    with monkeypatch.context() as patched:
+        left = iter([reuse.put_in_place] * 5)  # the latents and three stages are there, of generate only the images
+        patched.setattr(reuse, "put_in_place", lambda *paths: next(left)(*paths))
+        with pytest.raises(StopIteration):
+            take_over(cfg, run, old)
+    assert done(cfg, run) == STAGES[:3]
+    assert (run.dataset(cfg, "synthetic") / "manifest.json").exists()
+    take_over(cfg, run, old)
+    assert done(cfg, run) == STAGES
+    assert not list(tmp_path.rglob("*.reuse.tmp"))
+    assert reuse.origins(cfg, run) == {str(old.path): STAGES}
+
+
+def test_without_hard_links_it_is_copied(old: RunDir, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "no links here")
+
+    cfg, run = begin(drawn, tmp_path)
+    monkeypatch.setattr(os, "link", refuse)
+    take_over(cfg, run, old)
+    assert done(cfg, run) == STAGES
+    mine, theirs = (each / "00000.tar" for each in (run.dataset(cfg, "synthetic"), old.dataset(old.config(), "synthetic")))
+    assert not mine.samefile(theirs)
+    assert mine.read_bytes() == theirs.read_bytes()
+
+
+def test_what_cannot_be_is_told(old: RunDir, drawn: Path, tmp_path: Path) -> None:
+    cfg, run = begin(drawn, tmp_path, run="elsewhere/run")
+    with pytest.raises(UserError, match=r"would have the same datasets .*give the new run another name"):
+        take_over(cfg, run, old)
+    cfg, run = begin(drawn, tmp_path)
+    run.dataset(cfg, "synthetic").mkdir()
+    (run.dataset(cfg, "synthetic") / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="new-synthetic is there already, of another run of this name"):
+        take_over(cfg, run, old)
+    assert (run.dataset(cfg, "synthetic") / "manifest.json").read_text() == "{}"
+    for arguments, words in ((["--reuse", str(drawn)], "is no run folder"), (["--reuse", str(old.path), "--dry-run"], "give one of them")):
+        told = skinsynth("launch", "configs/demo.yaml", *overrides(drawn, tmp_path, run="new"), *arguments)
+        assert told.returncode == 1
+        assert words in told.stderr
+        assert "Traceback" not in told.stderr
+
+
+def test_one_more_arm_makes_no_image_again(old: RunDir, drawn: Path, tmp_path: Path) -> None:
+    """As a user does it; the report tells where the rest comes from, and gives the figures that were there."""
+    more = {"classify.arms.more": "{sources: {real: 1, synthetic: 3}}", "run": "new"}
+    done = skinsynth("launch", "configs/demo.yaml", *overrides(drawn, tmp_path, **more), "--reuse", str(old.path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"not taken over: classify/more, since {old.path} has none" in done.stdout
+    assert "finetune             running" not in done.stdout
+    mine, theirs = (json.loads((tmp_path / name / "report/report.json").read_text()) for name in ("new", "run"))
+    assert set(mine["arms"]) == {"baseline", "hybrid", "more"}
+    assert {arm: mine["arms"][arm] for arm in theirs["arms"]} == theirs["arms"]
+    assert mine["synthetic"] == theirs["synthetic"]
+    assert f"taken over from {old.path}" in (tmp_path / "new/report/index.html").read_text()
+    again = skinsynth("launch", "configs/demo.yaml", *overrides(drawn, tmp_path, **more))
+    assert "are done already" in again.stdout
