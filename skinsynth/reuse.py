@@ -120,13 +120,16 @@ def _take_seeds(cfg: Config, run: RunDir, was: Config, old: RunDir, node: str) -
     if not node.startswith("classify/"):
         return []
     numbers = [n for n, seed in enumerate(cfg.arm_seeds) if seed in was.arm_seeds and (old.node(node) / f"seed-{seed}" / "metrics.json").exists()]
+    count = len(cfg.arm_seeds)
     for number in numbers:
         name = f"seed-{cfg.arm_seeds[number]}"
         metrics = {ORIGIN: str(old.path), **read_json(old.node(node) / name / "metrics.json")}
         _copy(old.node(node) / name, run.node(node) / name, {"metrics.json": metrics})
-    if len(numbers) < len(cfg.arm_seeds):  # else one task has to write that all are done
-        for number in numbers:
-            run.finish_task(node, Task(number, len(cfg.arm_seeds)))
+    for number in numbers if len(numbers) < count else ():  # else one task has to write that all are done
+        progress = read_hint(old.progress_path(node, was.arm_seeds.index(cfg.arm_seeds[number])))
+        if progress:
+            write_json(run.progress_path(node, number), {**progress, "of": progress["total"] * count})
+        run.finish_task(node, Task(number, count))
     return [f"{node}/seed-{cfg.arm_seeds[number]}" for number in numbers]
 
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import overrides, skinsynth
 from rich.console import Console
 
-from skinsynth import config, reuse
+from skinsynth import config, reuse, status
 from skinsynth.chain import chain as nodes_of
 from skinsynth.errors import UserError
 from skinsynth.files import read_json, sha256_file, sha256_folder
@@ -93,6 +93,9 @@ def test_of_an_arm_the_seeds_that_are_the_same(old: RunDir, drawn: Path, tmp_pat
     assert done(cfg, run) == STAGES[:5]
     for arm in ("baseline", "hybrid"):
         assert run.unfinished(f"classify/{arm}", 3) == [0, 2]
+        progress = status.progress_of(run, f"classify/{arm}")
+        assert progress
+        assert (progress["done"], progress["total"], progress["unit"]) == (12, 36, "steps")
         mine, theirs = (read_json(each.node(f"classify/{arm}") / "seed-0/metrics.json") for each in (run, old))
         assert mine == {**theirs, "taken_from": str(old.path)}
     assert reuse.origins(cfg, run)[str(old.path)][-2:] == ["classify/baseline/seed-0", "classify/hybrid/seed-0"]
