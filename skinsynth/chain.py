@@ -34,15 +34,24 @@ class Node:
         return 1 if stages.is_gang(cfg, self.stage) else cfg.cluster.of(self.stage).array
 
 
-def chain(cfg: Config) -> list[Node]:
-    """The nodes in an order in which they may run.
+def chain(cfg: Config, until: str | None = None) -> list[Node]:
+    """The nodes in an order in which they may run. ``until``: a stage or a node; what it does not need is left out.
 
     Raises:
-        UserError: no arm to train.
+        UserError: no arm to train, or no such stage in this chain.
     """
     if not cfg.classify.arms:
         raise UserError("classify.arms is empty: give at least one arm, such as baseline: {sources: {real: 1}}")
-    return [Node(name, needs) for name, needs in config.needs(cfg).items()]
+    nodes = [Node(name, needs) for name, needs in config.needs(cfg).items()]
+    if until is None:
+        return nodes
+    wanted = {node.name for node in nodes if until in (node.name, node.stage)}
+    if not wanted:
+        raise UserError(f"this chain has no stage '{until}'; it has {', '.join(node.name for node in nodes)}")
+    for node in reversed(nodes):
+        if node.name in wanted:
+            wanted |= set(node.needs)
+    return [node for node in nodes if node.name in wanted]
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,18 @@ from skinsynth.reuse import take_over
 from skinsynth.run import RunDir
 
 
-def launch(cfg: Config, console: Console, earlier: RunDir | None = None) -> None:
+def launch(cfg: Config, console: Console, earlier: RunDir | None = None, until: str | None = None) -> None:
     """Runs what is not done yet, or submits it; the same command again goes on. Of the ``earlier`` run it takes over what would come out the same.
+    ``until``: a stage, or an arm of classify, after which it ends.
 
     Raises:
         UserError: another configuration or another launch in this folder, a job was refused, or a stage failed (its message, its log).
     """
-    run, nodes = RunDir(Path(cfg.run)), chain(cfg)
+    run, nodes = RunDir(Path(cfg.run)), chain(cfg, until)
     run.create(cfg)
     if all(run.is_done(node.name) for node in nodes):
-        console.print(f"all {len(nodes)} stages of {run.path} are done already")
+        what = f"all {len(nodes)} stages of {run.path} are" if len(nodes) > 1 else f"{nodes[0].name} of {run.path} is"
+        console.print(f"{what} done already")
         return
     for _, find in hub.models(cfg).values():
         find()  # a missing model is told now, not by a job that has waited for its turn
@@ -61,7 +63,7 @@ def _not_with_slurm(run: RunDir, nodes: list[Node]) -> None:
             raise UserError(f"jobs {', '.join(active)} of {run.path} are with Slurm: wait for them, or 'skinsynth cancel {run.path}'")
 
 
-def dry_run(cfg: Config) -> str:
+def dry_run(cfg: Config, until: str | None = None) -> str:
     """What ``launch`` would submit; nothing is written.
 
     Raises:
@@ -69,7 +71,7 @@ def dry_run(cfg: Config) -> str:
     """
     if cfg.cluster.kind != "slurm":
         raise UserError(f"--dry-run shows what is submitted to Slurm; this is cluster={cfg.cluster.kind} (take cluster=slurm)")
-    return slurm.plan(cfg, RunDir(Path(cfg.run)), chain(cfg))
+    return slurm.plan(cfg, RunDir(Path(cfg.run)), chain(cfg, until))
 
 
 def cancel(run: RunDir, stage: str | None, console: Console) -> None:

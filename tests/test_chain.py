@@ -16,7 +16,8 @@ import psutil
 import pytest
 from conftest import ROOT, overrides, skinsynth
 
-from skinsynth.chain import chain as nodes
+from skinsynth import config
+from skinsynth.chain import chain as chain_of
 from skinsynth.files import read_json
 from skinsynth.train.log import read_lines
 
@@ -138,6 +139,26 @@ def test_report_by_the_command_line(chain: Path, tmp_path: Path) -> None:
     assert "give each run folder once" in twice.stderr
 
 
+@pytest.mark.parametrize(("until", "nodes"), [
+    ("prepare", ["prepare"]), ("generate", ["prepare", "encode", "finetune", "generate"]), ("classify/baseline", ["prepare", "classify/baseline"]),
+    ("classify", ["prepare", "encode", "finetune", "generate", "screen", "classify/baseline", "classify/hybrid"])])
+def test_a_part_of_the_chain_is_what_its_end_needs(until: str, nodes: list[str]) -> None:
+    assert [node.name for node in chain_of(config.load("configs/demo.yaml"), until)] == nodes
+
+
+def test_a_launch_may_end_sooner(drawn: Path, tmp_path: Path) -> None:
+    arguments = ["launch", "configs/demo.yaml", *overrides(drawn, tmp_path), "--until"]
+    typo = skinsynth(*arguments, "encoding")
+    assert typo.returncode == 1
+    assert "this chain has no stage 'encoding'; it has prepare, encode, finetune" in typo.stderr
+    assert not (tmp_path / "run").exists()
+    done = skinsynth(*arguments, "prepare")
+    assert done.returncode == 0, done.stderr
+    assert "prepare and what it needs; the same command without --until goes on" in done.stdout
+    assert sorted(path.parent.name for path in (tmp_path / "run").glob("*/done.json")) == ["prepare"]
+    assert "prepare of" in skinsynth(*arguments, "prepare").stdout
+
+
 def test_another_configuration_in_the_same_folder_is_refused(chain: Path, drawn: Path) -> None:
     done = skinsynth("launch", "configs/demo.yaml", *overrides(drawn, chain), "finetune.lr=1")
     assert done.returncode == 1
@@ -187,7 +208,7 @@ def test_a_missing_base_model_is_told_before_anything_starts(drawn: Path, tmp_pa
 def test_arms_wait_for_what_they_need() -> None:
     from skinsynth import config
 
-    needs = {n.name: n.needs for n in nodes(config.load("configs/demo.yaml"))}
+    needs = {n.name: n.needs for n in chain_of(config.load("configs/demo.yaml"))}
     assert needs["classify/baseline"] == ("prepare",)
     assert needs["classify/hybrid"] == ("screen",)
     assert set(needs["report"]) == {"screen", "classify/baseline", "classify/hybrid"}

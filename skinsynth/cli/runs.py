@@ -13,6 +13,8 @@ from skinsynth.cli.app import ConfigFile, Overrides, RunFolder, Stage, app, path
 def launch(config: ConfigFile, overrides: Overrides = None,
            dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the sbatch scripts and submit nothing.")] = False,
            reuse: Annotated[str | None, typer.Option("--reuse", metavar="RUN", help="Take over from this earlier run what would come out the same.")]
+           = None,
+           until: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="End after this stage (or arm, classify/NAME).")]
            = None) -> None:
     """Run the whole chain: prepare, encode, finetune, generate, screen, classify, report.
 
@@ -28,6 +30,8 @@ def launch(config: ConfigFile, overrides: Overrides = None,
 
     skinsynth launch configs/demo.yaml cluster=debug finetune.steps=20 run=runs/try
 
+    skinsynth launch configs/isic2020-sd15.yaml --until screen
+
     skinsynth launch configs/mine.yaml run=runs/more-arms --reuse runs/mine
     """
     from rich.console import Console
@@ -41,14 +45,16 @@ def launch(config: ConfigFile, overrides: Overrides = None,
     if dry_run and earlier:
         raise UserError("--dry-run shows the whole chain, whatever --reuse would take over: give one of them")
     if dry_run:
-        typer.echo(launching.dry_run(cfg))
+        typer.echo(launching.dry_run(cfg, until))
         return
     try:
-        launching.launch(cfg, console, earlier)
+        launching.launch(cfg, console, earlier, until)
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")
         raise typer.Exit(130) from None
-    if cfg.cluster.kind != "slurm":
+    if until not in (None, "report"):
+        console.print(f"this was {until} and what it needs; the same command without --until goes on", highlight=False, soft_wrap=True)
+    elif cfg.cluster.kind != "slurm":
         console.print(f"report: {cfg.run}/report/index.html", highlight=False, soft_wrap=True)
 
 
