@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import overrides, skinsynth
+from rich.console import Console
 
 from skinsynth import config
 from skinsynth.chain import chain as nodes
@@ -21,6 +22,7 @@ from skinsynth.data.shards import KEY, Dataset
 from skinsynth.data.verify import verify
 from skinsynth.errors import UserError
 from skinsynth.files import read_json
+from skinsynth.reuse import take_over
 from skinsynth.run import RunDir, Task
 from skinsynth.stages.prepare import prepare
 
@@ -169,6 +171,12 @@ def test_through_the_chain_without_finetuning(folders: dict[str, Path], drawn: P
     assert "starts from no photograph" not in sheet
     plan = json.loads(skinsynth("estimate", "configs/demo.yaml", *items, "--json").stdout)["plan"]
     assert plan["classes"] == {"benign": {"images": 13}, "malignant": {"images": 14}}
+    cfg = config.load("configs/demo.yaml", [*items, f"run={tmp_path / 'again'}"])
+    run = RunDir(Path(cfg.run))
+    run.create(cfg)
+    take_over(cfg, run, RunDir(tmp_path / "run"), Console(quiet=True))
+    assert [node.name for node in nodes(cfg) if not run.is_done(node.name)] == ["report"]
+    assert (tmp_path / "shards/again-synthetic/manifest.json").exists()
 
 
 def test_a_folder_that_cannot_be_used_is_told(drawn: Path, tmp_path: Path) -> None:
