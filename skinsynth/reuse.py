@@ -35,7 +35,7 @@ def take_over(cfg: Config, run: RunDir, old: RunDir, console: Console) -> None:
     """Fills the new run's folder and datasets; the caller has its lock. What the new run has begun itself stays.
 
     Raises:
-        UserError: no run there, or one that calls its datasets the same.
+        UserError: no run there, one that calls its datasets the same, or a file that cannot be copied.
     """
     was = old.config()
     if any(old.dataset(was, kind).resolve() == run.dataset(cfg, kind).resolve() for kind in DATASETS):
@@ -46,9 +46,9 @@ def take_over(cfg: Config, run: RunDir, old: RunDir, console: Console) -> None:
             continue
         why = _hindrance(cfg, run, was, old, node, needs)
         if not why:
-            found = [node] if _take(cfg, run, was, old, node) else _take_seeds(cfg, run, was, old, node)
+            found = _take(cfg, run, was, old, node)
             taken += found
-            why = "" if found == [node] else f"it is not done in {old.path}" if not found else "there are other seeds"
+            why = "" if found == [node] else "there are other seeds" if found else f"it is not done in {old.path}"
         if why:
             console.print(f"not taken over: {node}, since {why}", highlight=False, soft_wrap=True)
     if taken:
@@ -59,7 +59,7 @@ def origins(cfg: Config, run: RunDir) -> dict[str, list[str]]:
     """Earlier run -> the nodes, and the seeds of arms, that were made there. What was made again since is not among them."""
     files = {node: run.done_path(node) for node in configs.needs(cfg)}
     for arm in cfg.classify.arms:
-        files |= {f"classify/{arm}/seed-{seed}": run.node(f"classify/{arm}") / f"seed-{seed}" / "metrics.json" for seed in cfg.arm_seeds}
+        files |= {f"classify/{arm}/seed-{seed}": run.seed(arm, seed) / "metrics.json" for seed in cfg.arm_seeds}
     found: dict[str, list[str]] = {}
     for name, path in files.items():
         earlier = (read_hint(path) or {}).get(ORIGIN)
@@ -78,8 +78,7 @@ def _hindrance(cfg: Config, run: RunDir, was: Config, old: RunDir, node: str, ne
     for need in needs:
         if not run.is_done(need) or run.made(need) != old.made(need):
             return f"{need} is not the same"
-    there = [run.node(node)] if (run.node(node) / "progress").exists() else []
-    return f"{there[0]} has been begun already" if there else ""
+    return f"{run.node(node)} has been begun already" if (run.node(node) / "progress").exists() else ""
 
 
 def _concerns(key: str, node: str) -> bool:
@@ -89,48 +88,49 @@ def _concerns(key: str, node: str) -> bool:
     return key == "seed" or key.startswith(KEYS[stage])
 
 
-def _take(cfg: Config, run: RunDir, was: Config, old: RunDir, node: str) -> bool:
-    """A node as a whole, its datasets first and ``done.json`` with all the rest of it."""
+def _take(cfg: Config, run: RunDir, was: Config, old: RunDir, node: str) -> list[str]:
+    """A node as a whole, or of an arm the seeds that are done; what was taken."""
+    _, _, arm = node.partition("/")
     done = read_json(old.done_path(node))
-    if not old.is_done(node) or (node.startswith("classify/") and cfg.arm_seeds != was.arm_seeds):
-        return False
-    moved = {old.path.resolve(): run.path.resolve()}
-    for kind in DATASETS:
-        source, target = old.dataset(was, kind), run.dataset(cfg, kind)
-        moved[source.resolve()] = target.resolve()
-        if any(_place(old, path).is_relative_to(source.resolve()) for path in done["outputs"]):
-            if target.exists() and sha256_or_none(target / "manifest.json") != sha256_or_none(source / "manifest.json"):
-                raise UserError(f"{target} is there already, of another run of this name: delete it, or give the new run another name")
+    if done is not None and not old.is_done(node):  # what it read has changed since
+        return []
+    if arm and (done is None or cfg.arm_seeds != was.arm_seeds):
+        return _take_seeds(cfg, run, was, old, arm)
+    if done is None:
+        return []
+    homes = {old.dataset(was, kind).resolve(): run.dataset(cfg, kind).resolve() for kind in DATASETS}
+    for source, target in homes.items():
+        if any(_place(old, path).is_relative_to(source) for path in done["outputs"]):
             if not target.exists():
                 _copy(source, target)
+            elif sha256_or_none(target / "manifest.json") != sha256_or_none(source / "manifest.json"):
+                raise UserError(f"{target} is there already, of another run of this name: delete it, or give the new run another name")
+    homes[old.path.resolve()] = run.path.resolve()
 
     def here(path: str) -> str:
         place = _place(old, path)
-        home = next((folder for folder in sorted(moved, key=lambda f: -len(f.parts)) if place.is_relative_to(folder)), None)
-        return os.path.relpath(place if home is None else moved[home] / place.relative_to(home), run.path.resolve())
+        home = next((home for home in homes if place.is_relative_to(home)), None)
+        return os.path.relpath(homes[home] / place.relative_to(home) if home else place, run.path.resolve())
 
     reads = {here(path): sha256 for path, sha256 in done.get("reads", {}).items()}
     done = {ORIGIN: str(old.path), **done, "outputs": [here(path) for path in done["outputs"]], "reads": reads, "relative": True}
     _copy(old.node(node), run.node(node), {"done.json": done})
-    return True
+    return [node]
 
 
-def _take_seeds(cfg: Config, run: RunDir, was: Config, old: RunDir, node: str) -> list[str]:
-    """Of an arm the seeds that have been trained there. Who trains the others sees that these are."""
-    if not node.startswith("classify/"):
-        return []
-    numbers = [n for n, seed in enumerate(cfg.arm_seeds) if seed in was.arm_seeds and (old.node(node) / f"seed-{seed}" / "metrics.json").exists()]
-    count = len(cfg.arm_seeds)
-    for number in numbers:
-        name = f"seed-{cfg.arm_seeds[number]}"
-        metrics = {ORIGIN: str(old.path), **read_json(old.node(node) / name / "metrics.json")}
-        _copy(old.node(node) / name, run.node(node) / name, {"metrics.json": metrics})
-    for number in numbers if len(numbers) < count else ():  # else one task has to write that all are done
-        progress = read_hint(old.progress_path(node, was.arm_seeds.index(cfg.arm_seeds[number])))
+def _take_seeds(cfg: Config, run: RunDir, was: Config, old: RunDir, arm: str) -> list[str]:
+    """Who trains the others sees that these are there."""
+    node, count = f"classify/{arm}", len(cfg.arm_seeds)
+    found = {number: seed for number, seed in enumerate(cfg.arm_seeds) if seed in was.arm_seeds and old.has_seed(arm, seed)}
+    for seed in found.values():
+        metrics = {ORIGIN: str(old.path), **read_json(old.seed(arm, seed) / "metrics.json")}
+        _copy(old.seed(arm, seed), run.seed(arm, seed), {"metrics.json": metrics})
+    for number, seed in found.items() if len(found) < count else ():  # else one task has to write that all are done
+        progress = read_hint(old.progress_path(node, was.arm_seeds.index(seed)))
         if progress:
             write_json(run.progress_path(node, number), {**progress, "of": progress["total"] * count})
         run.finish_task(node, Task(number, count))
-    return [f"{node}/seed-{cfg.arm_seeds[number]}" for number in numbers]
+    return [f"{node}/seed-{seed}" for seed in found.values()]
 
 
 def _place(old: RunDir, path: str) -> Path:
@@ -143,9 +143,13 @@ def _copy(source: Path, target: Path, changed: dict[str, Any] | None = None) -> 
     temp = target.with_name(f".{target.name}.reuse.tmp")
     shutil.rmtree(temp, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, temp, ignore=shutil.ignore_patterns(*LEFT, "manifest.json"), copy_function=_link)
+    try:
+        shutil.copytree(source, temp, ignore=shutil.ignore_patterns(*LEFT, "manifest.json"), copy_function=_link)
+    except shutil.Error as error:  # of each file that could not be copied
+        path, _, why = error.args[0][0]
+        raise UserError(f"{path} cannot be taken over: {why}. Mend that and start the same command again; the earlier run is as it was") from None
     if (source / "manifest.json").exists():
-        _link(str(source / "manifest.json"), str(temp / "manifest.json"))  # last: what has one is taken for a whole dataset
+        shutil.copy2(source / "manifest.json", temp)  # last: what has one is taken for a whole dataset
     for name, value in (changed or {}).items():
         write_json(temp / name, value)
     put_in_place(temp, target)

@@ -73,6 +73,14 @@ class RunDir:
     def weights(self) -> Path:
         return self.node("finetune") / "weights"
 
+    def seed(self, arm: str, seed: int) -> Path:
+        """What an arm trained with a seed."""
+        return self.node(f"classify/{arm}") / f"seed-{seed}"
+
+    def has_seed(self, arm: str, seed: int) -> bool:
+        """Whether that is finished: ``metrics.json`` is written last; what was deleted since is made again."""
+        return all((self.seed(arm, seed) / name).is_file() for name in ("metrics.json", "predictions.csv", "weights/config.json"))
+
     @property
     def compiled(self) -> Path:
         """What torch.compile made, for all tasks of the run; may be deleted."""

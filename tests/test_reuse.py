@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from rich.console import Console
 from skinsynth import config, reuse, status
 from skinsynth.chain import chain as nodes_of
 from skinsynth.errors import UserError
-from skinsynth.files import read_json, sha256_file, sha256_folder
+from skinsynth.files import read_json, sha256_file, sha256_folder, write_json
 from skinsynth.knobs import Config
 from skinsynth.run import RunDir
 
@@ -75,8 +76,13 @@ def test_the_earlier_run_is_only_read_and_may_go(old: RunDir, drawn: Path, tmp_p
     before = sha256_folder(old.path), sha256_folder(tmp_path / "shards")
     cfg, run = begin(drawn, tmp_path)
     take_over(cfg, run, old)
-    (run.node("finetune") / "metrics.jsonl").open("a").write("more\n")  # as a training that is begun again would
-    assert sha256_folder(old.path) == before[0]
+    with open(run.node("finetune") / "metrics.jsonl", "a") as file:  # as a training that is begun again would
+        file.write("more\n")
+    for kind in reuse.DATASETS:
+        run.dataset(cfg, kind).rename(tmp_path / kind)
+    assert (sha256_folder(old.path), sha256_folder(tmp_path / "shards")) == before
+    for kind in reuse.DATASETS:
+        (tmp_path / kind).rename(run.dataset(cfg, kind))
     tar = run.dataset(cfg, "synthetic") / "00000.tar"
     assert tar.samefile(old.dataset(old.config(), "synthetic") / "00000.tar"), "no second copy of the images"
     shutil.rmtree(old.path)
@@ -99,6 +105,33 @@ def test_of_an_arm_the_seeds_that_are_the_same(old: RunDir, drawn: Path, tmp_pat
         mine, theirs = (read_json(each.node(f"classify/{arm}") / "seed-0/metrics.json") for each in (run, old))
         assert mine == {**theirs, "taken_from": str(old.path)}
     assert reuse.origins(cfg, run)[str(old.path)][-2:] == ["classify/baseline/seed-0", "classify/hybrid/seed-0"]
+
+
+def test_no_seed_of_an_arm_that_has_to_be_trained_again(old: RunDir, drawn: Path, tmp_path: Path) -> None:
+    """It would be refused, as trained on other images; and one whose files are not whole is none."""
+    (old.seed("baseline", 0) / "predictions.csv").unlink()
+    path = old.done_path("classify/hybrid")
+    facts = read_json(path)
+    path.unlink()
+    write_json(path, {**facts, "needs": {"screen": "as it was before"}})
+    cfg, run = begin(drawn, tmp_path, **{"classify.seeds": [4, 0]})
+    assert take_over(cfg, run, old).count(f"since it is not done in {old.path}") == 2
+    assert not run.node("classify").exists()
+
+
+def test_a_file_that_cannot_be_copied_is_told(old: RunDir, drawn: Path, tmp_path: Path) -> None:
+    cfg, run = begin(drawn, tmp_path)
+    (old.node("encode") / "large.json").write_bytes(b"0" * 5_000_000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, before[1]))
+        with pytest.raises(UserError, match=r"encode/large.json cannot be taken over: .*File too large"):
+            take_over(cfg, run, old)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done(cfg, run) == ["prepare"]
+    take_over(cfg, run, old)
+    assert done(cfg, run) == STAGES
 
 
 def test_killed_half_way_the_same_again_ends_it(old: RunDir, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

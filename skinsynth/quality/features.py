@@ -186,7 +186,7 @@ def own_classifier(cfg: Config, run: RunDir) -> Path:
     arm = cfg.real_arm
     if arm is None:
         raise UserError("screen.features=classifier needs an arm of real images only, such as classify.arms.baseline={sources: {real: 1}}")
-    folder = run.node(f"classify/{arm}") / f"seed-{cfg.arm_seeds[0]}" / "weights"
+    folder = run.seed(arm, cfg.arm_seeds[0]) / "weights"
     if not (folder / "config.json").is_file():
         raise UserError(f"screen.features=classifier: {folder} is not there yet; train that arm first (python -m jobs.classify {run.path} "
                         f"--arm {arm}), then screen, or take another screen.features")

@@ -47,8 +47,8 @@ def classify(cfg: Config, run: RunDir, world: World, arm: str, task: Task = WHOL
         raise UserError(f"classify.arms has no '{arm}'; there are {', '.join(cfg.classify.arms)}")
     seeds, node, images = cfg.arm_seeds, f"classify/{arm}", images_sha256(cfg, run, arm)
     for number in task.mine(list(range(len(seeds)))):
-        folder = seed_folder(run, arm, seeds[number])
-        finished, others = world.gather((is_finished(folder), _other_images(folder, images)))[0]
+        folder = run.seed(arm, seeds[number])
+        finished, others = world.gather((run.has_seed(arm, seeds[number]), _other_images(folder, images)))[0]
         if finished and others:
             raise UserError(f"{folder} was trained on other images than there are now: delete {run.node(node)} and launch again, which trains "
                             "it anew")
@@ -59,15 +59,6 @@ def classify(cfg: Config, run: RunDir, world: World, arm: str, task: Task = WHOL
     if world.is_main:
         finish(cfg, run, arm)
     world.barrier()
-
-
-def seed_folder(run: RunDir, arm: str, seed: int) -> Path:
-    return run.node(f"classify/{arm}") / f"seed-{seed}"
-
-
-def is_finished(folder: Path) -> bool:
-    """``metrics.json`` is written last; what was deleted since is made again."""
-    return all((folder / name).is_file() for name in ("metrics.json", "predictions.csv", "weights/config.json"))
 
 
 def images_sha256(cfg: Config, run: RunDir, arm: str) -> str:
@@ -84,7 +75,7 @@ def _other_images(folder: Path, images: str) -> bool:
 
 def one_seed(cfg: Config, run: RunDir, world: World, arm: str, number: int) -> None:
     """Trains and judges the arm with the seed of that number."""
-    seed, folder, c = cfg.arm_seeds[number], seed_folder(run, arm, cfg.arm_seeds[number]), cfg.classify
+    seed, folder, c = cfg.arm_seeds[number], run.seed(arm, cfg.arm_seeds[number]), cfg.classify
     clock = Clock()
     clock.lap("start and imports")
     model = vit.build(c, cfg.prepare.size, seed, attention.choose(cfg.model.attention, world.device))
@@ -119,9 +110,9 @@ def identity(cfg: Config, arm: str, seed: int, data: Data) -> dict[str, Any]:
 
 def finish(cfg: Config, run: RunDir, arm: str) -> None:
     """Writes ``done.json`` where all seeds are done; the seeds that end last may both do it, and write the same."""
-    folders = [seed_folder(run, arm, seed) for seed in cfg.arm_seeds]
-    if not all(map(is_finished, folders)):
+    if not all(run.has_seed(arm, seed) for seed in cfg.arm_seeds):
         return
+    folders = [run.seed(arm, seed) for seed in cfg.arm_seeds]
     found = [read_json(folder / "metrics.json") for folder in folders]
     mean = {name: _mean([row[name] for row in found]) for name in METRICS}
     lineage = {"lineage": found[0]["lineage"]} if "lineage" in found[0] else {}
