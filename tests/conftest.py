@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,6 +142,21 @@ def make(chain: Path, drawn: Path, tmp_path: Path) -> Setup:
         return cfg, run
 
     return made
+
+
+def until(what: str, true: Callable[[], object], seconds: float = 300, process: subprocess.Popen[str] | None = None) -> None:
+    """Waits, patiently: where three workers share two slow cores, a start of a stage may take a minute. ``process``: does it, and must be alive."""
+    begun = asked = time.time()
+    while not true():
+        now = time.time()
+        ended = process is not None and process.poll() is not None
+        if ended or now > begun + seconds:
+            if process is not None and process.stdout:
+                process.kill()
+                what += ": " + process.communicate()[0][-3000:]
+            raise AssertionError(f"{what}: {'the process has ended' if ended else f'not within {seconds} s'}")
+        time.sleep(max(0.02, now - asked))  # what takes long to ask is asked seldom
+        asked = time.time()
 
 
 def plant(run: RunDir, cfg: Config, kind: str, change: Callable[[dict[str, Any]], None], manifest: bool = False) -> None:

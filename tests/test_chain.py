@@ -8,13 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, overrides, skinsynth
+from conftest import ROOT, overrides, skinsynth, until
 
 from skinsynth import config
 from skinsynth.chain import chain as chain_of
@@ -34,17 +32,9 @@ def start(*arguments: str) -> subprocess.Popen[str]:
                             preexec_fn=_listen_to_ctrl_c)
 
 
-def until(process: subprocess.Popen[str], condition: Callable[[], object], what: str, seconds: float = 150) -> None:
-    end = time.time() + seconds
-    while not condition():
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
-        assert time.time() < end, f"{what} did not come in {seconds} s"
-        time.sleep(0.02)
-
-
-def wait_for(process: subprocess.Popen[str], path: Path, pattern: str, seconds: float = 150) -> None:
+def wait_for(process: subprocess.Popen[str], path: Path, pattern: str) -> None:
     """Until a file of that pattern is there."""
-    until(process, lambda: list(path.glob(pattern)), f"{path}/{pattern}", seconds)
+    until(f"{path}/{pattern}", lambda: list(path.glob(pattern)), process=process)
 
 
 def jobs_alive(folder: Path, parent: int | None = None) -> list[int]:
@@ -69,7 +59,7 @@ def kill_three_times(arguments: list[str], folder: Path) -> None:
     assert jobs_alive(folder), "no job was left running: the test killed too late"
 
     launch = start(*arguments)  # politely
-    until(launch, lambda: jobs_alive(folder, launch.pid), "a job of its own")
+    until("a job of its own", lambda: jobs_alive(folder, launch.pid), process=launch)
     launch.send_signal(signal.SIGINT)
     output = launch.communicate(timeout=60)[0]
     assert launch.returncode == 130, output
@@ -129,9 +119,12 @@ def test_the_report_has_the_promised_form(chain: Path) -> None:
 def test_report_by_the_command_line(chain: Path, tmp_path: Path) -> None:
     shutil.copytree(chain / "run", tmp_path / "run")
     (tmp_path / "run/report/index.html").unlink()
+    sheet = chain / "shards/run-synthetic/DATASHEET.md"
+    written = sheet.stat().st_mtime_ns
     told = skinsynth("report", str(tmp_path / "run"))
     assert told.stdout.strip() == str(tmp_path / "run/report/index.html"), told.stderr
     assert (tmp_path / "run/report/report.json").read_bytes() == (chain / "run/report/report.json").read_bytes()
+    assert sheet.stat().st_mtime_ns == written, "the set's datasheet says the same, so its file is left"
     several = skinsynth("report", str(tmp_path / "run"), str(chain / "run"), "--to", str(tmp_path / "both"))
     assert several.stdout.strip() == str(tmp_path / "both/index.html"), several.stderr
     assert "both" not in (tmp_path / "both/report.json").read_text()
@@ -183,7 +176,7 @@ def test_a_failed_stage_names_its_message_and_log_and_is_gone_on_from(drawn: Pat
     assert "Traceback" not in log.read_text()
     (images / "away.csv").rename(images / "metadata.csv")
     launch = start(*arguments)
-    wait_for(launch, tmp_path / "run", "prepare/done.json", 60)
+    wait_for(launch, tmp_path / "run", "prepare/done.json")
     launch.terminate()
     assert launch.wait(60) == 130
 
@@ -217,7 +210,7 @@ def test_arms_wait_for_what_they_need() -> None:
 def test_a_second_launch_is_refused(chain: Path, drawn: Path, tmp_path: Path) -> None:
     launch = start("launch", "configs/demo.yaml", *overrides(drawn, tmp_path))
     try:
-        wait_for(launch, tmp_path / "run", "launch.lock", 30)
+        wait_for(launch, tmp_path / "run", "launch.lock")
         second = skinsynth("launch", "configs/demo.yaml", *overrides(drawn, tmp_path))
         assert second.returncode == 1
         assert f"by process {launch.pid} on" in second.stderr

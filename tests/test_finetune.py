@@ -7,13 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, free_port, overrides
+from conftest import ROOT, free_port, overrides, until
 
 from skinsynth import config, knobs
 from skinsynth.data import descent
@@ -60,25 +59,18 @@ def losses(run: RunDir | Path) -> list[float]:
     return [row["loss"] for row in read_lines(path / "metrics.jsonl")]
 
 
-def wait_for(condition: object, what: str, seconds: float = 120) -> None:
-    end = time.time() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.time() < end, f"{what} did not come in {seconds} s"
-        time.sleep(0.05)
-
-
 @pytest.mark.timeout(600)
 def test_killed_and_stopped_gangs_go_on_with_the_same_losses(chain: Path, drawn: Path, tmp_path: Path) -> None:
     run = begin(chain, drawn, tmp_path / "a")
     gang = start(run, 2)
-    wait_for(lambda: (run.node("finetune") / "checkpoints/step-00000004/complete.json").exists(), "the first checkpoint")
+    until("the first checkpoint", (run.node("finetune") / "checkpoints/step-00000004/complete.json").exists)
     gang[1].kill()  # one rank dies without a word: the other must not hang
     assert gang[0].wait(60) != 0
     torn = run.node("finetune") / "checkpoints/step-00000006"
     torn.mkdir()
     (torn / "model.pt").write_bytes(b"half")  # as a writer that died between its files would leave it, were it not for the rename
     gang = start(run, 2)
-    wait_for(lambda: len(losses(run)) >= 4 and b"is passed over" in (run.path / "finetune.log").read_bytes(), "the resume")
+    until("the resume", lambda: len(losses(run)) >= 4 and b"is passed over" in (run.path / "finetune.log").read_bytes())
     gang[1].send_signal(signal.SIGTERM)  # to any rank: both save at one step and leave
     assert {p.wait(60) for p in gang} <= {75, 0}
     finish(run, 2)

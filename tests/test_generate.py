@@ -6,13 +6,11 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, free_port, overrides
+from conftest import ROOT, free_port, overrides, until
 
 from skinsynth import config, knobs
 from skinsynth.chain import chain as nodes
@@ -38,13 +36,6 @@ def begin(chain: Path, drawn: Path, folder: Path, **more: object) -> tuple[knobs
     run.create(cfg)
     shutil.copytree(chain / "run/finetune/weights", run.weights, copy_function=os.link)
     return cfg, run
-
-
-def until(true: Callable[[], object], seconds: float = 150) -> None:
-    end = time.time() + seconds
-    while not true():
-        assert time.time() < end, f"not within {seconds} s"
-        time.sleep(0.01)
 
 
 def tars(folder: Path) -> dict[str, bytes]:
@@ -129,7 +120,8 @@ def test_killed_inside_a_unit_it_loses_one_batch_at_most(chain: Path, drawn: Pat
     cfg, run = begin(chain, drawn, tmp_path, **{"generate.commit_every": 1, "generate.batch": 2})
     folder = tmp_path / "shards/run-synthetic"
     process = job(run)
-    until(lambda: [saved for path in folder.glob(".00000.json.*.tmp") if len((saved := json.loads(path.read_text()))["keys"]) >= 4])
+    until("four images are saved",
+          lambda: [saved for path in folder.glob(".00000.json.*.tmp") if len((saved := json.loads(path.read_text()))["keys"]) >= 4])
     process.kill()
     process.wait()
     assert not (folder / "00000.tar").exists()

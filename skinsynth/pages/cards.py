@@ -25,7 +25,7 @@ DATA_LICENCE = "not recorded by the run: see where they were downloaded (each im
 
 
 def write(cfg: Config, run: RunDir, summary: dict[str, Any]) -> list[Path]:
-    """``DATASHEET.md`` and ``MODEL_CARD.md``, each where the set, or the weights, are finished; returns those written.
+    """``DATASHEET.md`` and ``MODEL_CARD.md``, each where the set, or the weights, are finished; returns those that are there.
 
     The card lies at the top of the weights' folder, which is outside of what the weights' hash covers.
     """
@@ -33,7 +33,9 @@ def write(cfg: Config, run: RunDir, summary: dict[str, Any]) -> list[Path]:
     for folder, sign, file, template in ((run.dataset(cfg, "synthetic"), "manifest.json", "DATASHEET.md", "datasheet.md.j2"),
                                          (run.weights, "lineage.json", "MODEL_CARD.md", "model_card.md.j2")):
         if (folder / sign).is_file():
-            write_text(folder / file, _environment().get_template(template).render(found))
+            text = _environment().get_template(template).render(found)
+            if not (folder / file).is_file() or (folder / file).read_text() != text:  # several runs may tell of one set, each report anew
+                write_text(folder / file, text)
             written.append(folder / file)
     return written
 

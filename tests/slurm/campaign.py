@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import DEVCLUSTER, ROOT, overrides
+from conftest import DEVCLUSTER, ROOT, overrides, until
 
 from skinsynth import config
 from skinsynth.files import read_json
@@ -28,13 +28,6 @@ def command(env: Environment, *arguments: str, seconds: float = 120) -> str:
 
 def skinsynth_on(env: Environment, *arguments: str) -> str:
     return command(env, sys.executable, "-m", "skinsynth", *arguments)
-
-
-def until(what: str, true: Callable[[], object], seconds: float = 120) -> None:
-    end = time.time() + seconds
-    while not true():
-        assert time.time() < end, f"{what}: not within {seconds} s"
-        time.sleep(0.2)
 
 
 def states(env: Environment, run: RunDir) -> dict[str, dict[str, object]]:
@@ -95,7 +88,7 @@ class Campaign:
     def at_work(self) -> str:
         """Waits until the stage got further than it was; the job's id."""
         before = self.progress()
-        until(f"{self.node} at work", lambda: self.job and (self.progress() != before or self.run.is_done(self.node)), 90)
+        until(f"{self.node} at work", lambda: self.job and (self.progress() != before or self.run.is_done(self.node)))
         assert not self.run.is_done(self.node), f"{self.node} was done before all disturbances were over"
         return self.job
 
@@ -107,7 +100,7 @@ class Campaign:
             print(f"{time.strftime('%H:%M:%S')} {self.node}, job {job}: {name}", flush=True)
             how(job)
             try:
-                until(f"{self.node} restarted after {name}", lambda job=job, before=before: self.restarted(job, before), 240)
+                until(f"{self.node} restarted after {name}", lambda job=job, before=before: self.restarted(job, before))
             except AssertionError:  # why, in Slurm's words
                 print(command(self.env, "squeue", "--format=%i %j %T %r %R"), command(self.env, "sinfo", "-N", "-l"),
                       command(self.env, "scontrol", "show", "job", job))
@@ -150,21 +143,21 @@ def disturbances(env: Environment) -> dict[str, Callable[[str], object]]:
         node = host(job)
         command(env, str(DEVCLUSTER), "node-kill", node)
         command(env, str(DEVCLUSTER), "node-start", node)
-        until("the node comes back", lambda: all_nodes_up(env), 60)
+        until("the node comes back", lambda: all_nodes_up(env))
 
     def down(job: str) -> None:
         command(env, "scontrol", "update", f"nodename={host(job)}", "state=down", "reason=test")
-        until("the node comes back", lambda: all_nodes_up(env), 60)
+        until("the node comes back", lambda: all_nodes_up(env))
 
     def preempt(job: str) -> None:
-        until("all nodes are there", lambda: all_nodes_up(env), 60)
+        until("all nodes are there", lambda: all_nodes_up(env))
         command(env, "sbatch", "--partition=main", "--nodes=4", "--exclusive", "--time=1", "--output=/dev/null", "--wrap", "sleep 1")
 
     def time_limit(job: str) -> None:
         """The limit is drawn near: 60 s, of which the last 50 are those of the signal."""
         before = restarts(env, job)
         command(env, "scontrol", "update", f"jobid={job}", "timelimit=1")
-        until("the job is restarted", lambda: restarts(env, job) > before, 240)
+        until("the job is restarted", lambda: restarts(env, job) > before)
         command(env, "scontrol", "update", f"jobid={job}", "timelimit=60")
 
     return {

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from campaign import until
-from conftest import ROOT, overrides
+from conftest import ROOT, overrides, until
 
 pytestmark = pytest.mark.slurm
 
@@ -39,7 +38,7 @@ def test_a_job_that_does_not_start_is_cancelled(slurm: dict[str, str], drawn: Pa
     everything = ["sbatch", "--parsable", "--exclusive", "--nodes=4", "--time=3", "--job-name=holds-all-nodes", "--output=/dev/null"]
     held = subprocess.run([*everything, "--wrap", "sleep 120"], env=slurm, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
     try:
-        until("all nodes are held", lambda: f"{held} RUNNING" in queue(slurm), 60)
+        until("all nodes are held", lambda: f"{held} RUNNING" in queue(slurm))
         done = subprocess.run(command(drawn, tmp_path, "--wait", "6"), env=slurm, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
         assert done.returncode == 1
         assert " is pending: " in done.stderr

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from campaign import Environment, all_nodes_up, begun, command, pids_of, progress_of, skinsynth_on, until
-from conftest import ROOT
+from campaign import Environment, all_nodes_up, begun, command, pids_of, progress_of, skinsynth_on
+from conftest import ROOT, until
 
 from skinsynth.files import read_json
 from skinsynth.run import RunDir
@@ -109,4 +109,4 @@ def test_every_image_once_whatever_is_killed(slurm: Environment, drawn: Path, ch
     assert done.returncode == 0
     ours, theirs = (read_json(tmp_path / name / "shards/run-synthetic/manifest.json") for name in ("disturbed", "undisturbed"))
     assert [s["sha256"] for s in ours["shards"]] == [s["sha256"] for s in theirs["shards"]]
-    until("nothing is left with Slurm", lambda: not havoc.tasks(), 60)
+    until("nothing is left with Slurm", lambda: not havoc.tasks())

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from campaign import LONG, Campaign, Environment, begun, command, disturbances, restarts, skinsynth_on, states, until
-from conftest import ROOT, free_port, overrides
+from campaign import LONG, Campaign, Environment, begun, command, disturbances, restarts, skinsynth_on, states
+from conftest import ROOT, free_port, overrides, until
 
 from skinsynth.files import read_json
 from skinsynth.run import RunDir
@@ -128,7 +128,7 @@ def test_of_an_array_only_the_failing_tasks_run_again(slurm: Environment, drawn:
     assert f"(tasks 3, 7, 10 of {tasks})" in said
     again = {job["id"] for job in read_json(run.path / "jobs.json") if job["node"] == "prepare"} - first
     assert len(again) == 3
-    until("prepare is done", lambda: run.is_done("prepare"), 60)
+    until("prepare is done", lambda: run.is_done("prepare"))
     assert states(slurm, run)["encode"]["state"] in ("pending", "running")
     skinsynth_on(slurm, "cancel", str(run.path))
 
@@ -141,14 +141,14 @@ def test_a_stage_by_hand(slurm: Environment, drawn: Path, chain: Path, tmp_path:
     env = {**slurm, "SKINSYNTH_PYTHON": f"env {sys.executable}"}
     job = command(env, "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", f"--output={tmp_path}/%j.out",
                   "slurm/stage.sbatch", "finetune", str(run.path)).strip()
-    until("a checkpoint", lambda: list((run.node("finetune") / "checkpoints").glob("step-*/complete.json")), 90)
+    until("a checkpoint", lambda: list((run.node("finetune") / "checkpoints").glob("step-*/complete.json")))
     command(env, "scancel", "--signal=USR2", job)
-    until("it asked for another turn", lambda: restarts(env, job) == 1, 60)
+    until("it asked for another turn", lambda: restarts(env, job) == 1)
     command(env, "scancel", job)
     log = (tmp_path / f"{job}.out").read_text()
     assert "finetune stopped at step" in log
     assert f"asking Slurm to run job {job} again" in log
-    until("it is gone", lambda: job not in command(env, "squeue", "-h", "--format=%i"), 60)
+    until("it is gone", lambda: job not in command(env, "squeue", "-h", "--format=%i"))
     assert restarts(env, job) == 1, "a cancelled job asks for no other turn"
 
 
@@ -165,14 +165,14 @@ def test_what_slurm_holds_since_it_could_not_start_is_released_by_the_next_launc
     run = RunDir(tmp_path / "run")
     try:
         skinsynth_on(slurm, *arguments)
-        until("Slurm holds it", lambda: "launch failed requeued held" in str(states(slurm, run)["prepare"]["detail"]), 60)
+        until("Slurm holds it", lambda: "launch failed requeued held" in str(states(slurm, run)["prepare"]["detail"]))
     finally:
         for blocker in blockers:
             blocker.unlink()
     said = skinsynth_on(slurm, *arguments)
     assert f"released what Slurm held because it could not be started: {job} (launch failed requeued held)" in said
     assert f"prepare              with Slurm already: {job}" in said
-    until("prepare is done", lambda: run.is_done("prepare"), 60)
+    until("prepare is done", lambda: run.is_done("prepare"))
     skinsynth_on(slurm, "cancel", str(run.path))
 
 
@@ -186,7 +186,7 @@ def test_a_job_that_gets_nowhere_ends_with_the_reason(slurm: Environment, drawn:
     python.chmod(0o755)
     skinsynth_on(slurm, "launch", "configs/demo.yaml", *items, "cluster=devcluster", f"cluster.python={python}", "cluster.max_restarts=2",
                  "cluster.stages.finetune.tasks_per_node=1", "cluster.stages.classify.extra={hold: true}", "cluster.signal_seconds=5")
-    until("it gives up", lambda: states(slurm, run)["finetune"]["state"] == "failed", 300)
+    until("it gives up", lambda: states(slurm, run)["finetune"]["state"] == "failed")
     assert "it was restarted 3 times in a row without getting any further" in str(states(slurm, run)["finetune"]["detail"])
     job = next(job["id"] for job in read_json(run.path / "jobs.json") if job["node"] == "finetune")
     assert restarts(slurm, job) == 3

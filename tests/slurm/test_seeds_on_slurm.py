@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from campaign import Environment, pids_of, skinsynth_on, states, until
-from conftest import overrides
+from campaign import Environment, pids_of, skinsynth_on, states
+from conftest import overrides, until
 
 from skinsynth import config
 from skinsynth.files import read_json
@@ -39,10 +39,10 @@ def test_a_gang_that_loses_a_rank_goes_on_and_the_other_is_left_alone(slurm: Env
                  "cluster.stages.report.extra={hold: true}")
     jobs = {job["task"]: job["id"] for job in read_json(run.path / "jobs.json") if job["node"] == NODE}
     assert [number.split("_")[1] for _, number in sorted(jobs.items())] == ["0", "1"]
-    until("seed 7 has saved", lambda: list((run.node(NODE) / "seed-7/checkpoints").glob("step-*")), 180)
+    until("seed 7 has saved", lambda: list((run.node(NODE) / "seed-7/checkpoints").glob("step-*")))
     mine = [pid for pid in pids_of(slurm, jobs[1]) if psutil.Process(pid).environ()["SLURM_ARRAY_TASK_ID"] == "1"]
     os.kill(mine[-1], signal.SIGKILL)  # srun's own processes come first
-    until("both seeds", lambda: run.is_done(NODE) or states(slurm, run)[NODE]["state"] == "failed", 240)
+    until("both seeds", lambda: run.is_done(NODE) or states(slurm, run)[NODE]["state"] == "failed")
     assert run.metrics(NODE)["seeds"] == [3, 7]
     assert read_json(run.node(NODE) / "restarts/1.json")["restarts"] == 1
     assert not (run.node(NODE) / "restarts/0.json").exists()
