@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -78,6 +79,19 @@ def in_process(module: str, *arguments: object, env: dict[str, str] | None = Non
     done = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, env={**os.environ, **(env or {})}, text=True,
                           stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def on_two_ranks(log: Path, module: str, *arguments: object) -> None:
+    """``python -m MODULE ARGUMENTS`` twice, as torchrun would start it; what they print goes to the log."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    with open(log, "wb") as out:
+        ranks = [subprocess.Popen([sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, stdout=out, stderr=out,
+                                  env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+    if [rank.wait() for rank in ranks] != [0, 0]:
+        raise RuntimeError(log.read_text()[-2000:])
 
 
 def report(name: str, rounds: dict[str, list[float]], ours: str, peer: str, unit: str, measured: str, higher: bool = True, device: str = "cpu",

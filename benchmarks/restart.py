@@ -11,8 +11,7 @@ import sys
 from functools import partial
 
 from benchmarks.finetune import CPU, make_run, prepare
-from benchmarks.harness import alternate, in_process, report
-from benchmarks.zero import two_ranks
+from benchmarks.harness import alternate, in_process, on_two_ranks, report
 
 START, RESTART = "start", "restart"
 
@@ -20,12 +19,12 @@ START, RESTART = "start", "restart"
 def measure(how: str) -> dict[str, float]:
     """What ``startup.json`` of a run of four steps says, or that of the same run begun again at step 2."""
     run = make_run(CPU, f"restart-{how}", {"finetune.steps": 4, "finetune.checkpoint_every": 2, "generate.steps": 2})
-    two_ranks(run)
+    on_two_ranks(run.path / "log", "jobs.finetune", run.path)
     node = run.node("finetune")
     if how == RESTART:
         shutil.rmtree(node / "checkpoints/step-00000004")
         run.done_path("finetune").unlink()
-        two_ranks(run)
+        on_two_ranks(run.path / "log", "jobs.finetune", run.path)
     started = json.loads((node / "startup.json").read_text())
     if started["step"] != (2 if how == RESTART else 0):
         raise RuntimeError(f"began at step {started['step']}")

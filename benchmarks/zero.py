@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 from functools import partial
 from typing import Any
 
 from benchmarks.finetune import CPU, GPU, Setting, make_run, prepare
-from benchmarks.harness import ROOT, alternate, gpu, gpus, in_process, report
+from benchmarks.harness import alternate, gpu, gpus, in_process, on_two_ranks, report
 
 CPU_WORDS = ("two CPU ranks of one thread each over gloo, built-in model, batch 16, float32. ZeRO sends the same bytes in more messages (gradients "
              "to the owner of a share, weights back; at stage 3 for every layer, forward and backward), and its hooks on every parameter cost "
@@ -29,23 +27,10 @@ def setting() -> Setting:
     return GPU if len(gpus()) > 1 else CPU
 
 
-def two_ranks(run: Any) -> None:
-    """``python -m jobs.finetune`` twice, as torchrun would start it."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    with open(run.path / "log", "wb") as log:
-        ranks = [subprocess.Popen([sys.executable, "-m", "jobs.finetune", str(run.path)], cwd=ROOT, stdout=log, stderr=log,
-                                  env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
-    if [rank.wait() for rank in ranks] != [0, 0]:
-        raise RuntimeError((run.path / "log").read_text()[-2000:])
-
-
 def measure(stage: int) -> dict[str, Any]:
     s = setting()
     run = make_run(s, f"zero-{stage}", {"finetune.zero": stage, "finetune.steps": 5 * s.window})
-    two_ranks(run)
+    on_two_ranks(run.path / "log", "jobs.finetune", run.path)
     rows = [json.loads(line) for line in (run.node("finetune") / "metrics.jsonl").read_text().splitlines()]
     started = json.loads((run.node("finetune") / "startup.json").read_text())
     rate = statistics.median(row["samples_per_second"] for row in rows[s.window::s.window])

@@ -2,16 +2,18 @@
 
 ::
 
-    checkpoints/step-00000200/   rank-00000.safetensors ...   whole float32 tensors, ``weight/<parameter>``, ``exp_avg/<parameter>``, dealt
-                                                              to the ranks that wrote; the names say nothing about who reads them
-                    complete.json   step, sizes and hashes of all files, state of the loop: written last, before the rename
+    checkpoints/step-00000200/   rank-00000.safetensors ...   float32 tensors, ``weight/<parameter>``, ``exp_avg/<parameter>``: whole ones, dealt
+                                                              to the ranks; under ZeRO ``weight/<parameter>/<offset>``, what the rank held of
+                                                              the flattened one
+                    complete.json   step, sizes and hashes of all files, shapes, state of the loop: written last, before the rename
 
-The ranks gather and copy to the host's memory at a step boundary; writing goes on in a thread while they train. DeepSpeed's own
-format is not used: it is pickled, and another number of ranks reads it only after a conversion.
+Each rank copies what it holds to the host's memory at a step boundary, without a word to the others; writing goes on in a thread while they train.
+Who reads asks for whole tensors. DeepSpeed's own format is not used: it is pickled, and another number of ranks reads it only after a conversion.
 """
 
 from __future__ import annotations
 
+import bisect
 import json
 import logging
 import math
@@ -20,6 +22,7 @@ import re
 import shutil
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -54,21 +57,28 @@ class Checkpoint:
     step: int
     state: dict[str, Any]
     files: list[str]
+    shapes: dict[str, list[int]]  # of the parameters that are there in pieces
 
     @cached_property
-    def _index(self) -> dict[str, Any]:
-        opened = [safe_open(self.path / name, "pt") for name in self.files]
-        return {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    def _index(self) -> dict[str, dict[str, list[tuple[int, str, Any]]]]:
+        """Parameter -> ``weight``, ``exp_avg`` ... -> its pieces in their order: offset, name in the file, the file."""
+        found: dict[str, dict[str, list[tuple[int, str, Any]]]] = defaultdict(lambda: defaultdict(list))
+        for file in [safe_open(self.path / name, "pt") for name in self.files]:
+            for full in file.keys():  # noqa: SIM118 (it is no dict)
+                key, name, *offset = full.split("/")
+                bisect.insort(found[name][key], (int(offset[0]) if offset else 0, full, file), key=lambda piece: piece[0])
+        return found
 
     def tensor(self, key: str, name: str) -> torch.Tensor:
-        """float32, on the CPU. Raises ``UserError`` where the checkpoint has no such tensor."""
-        if f"{key}/{name}" not in self._index:
+        """float32, whole, on the CPU. Raises ``UserError`` where the checkpoint has no such tensor."""
+        pieces = [file.get_tensor(full) for _, full, file in self._index.get(name, {}).get(key, [])]
+        if not pieces:
             raise UserError(f"checkpoint {self.path} has no '{key}' of '{name}': it was made by another model or method; delete it to begin again")
-        return self._index[f"{key}/{name}"].get_tensor(f"{key}/{name}")
+        return torch.cat(pieces).view(self.shapes[name]) if name in self.shapes else pieces[0]
 
     def keys(self, name: str) -> list[str]:
         """What is there of a parameter: ``weight``, ``exp_avg`` ..."""
-        return [full.split("/", 1)[0] for full in self._index if full.split("/", 1)[1] == name]
+        return list(self._index.get(name, {}))
 
     def close(self) -> None:
         """Lets go of the files, which are mapped while they are read from: deleted, they would take their room on the disk until the end."""
@@ -141,7 +151,7 @@ class Checkpoints:
             raise UserError(f"checkpoint {path} was made with another configuration:\n  " + "\n  ".join(differing) +
                             f"\ntake another run folder, or delete {self.folder} to begin again")
         log.info("going on from %s (written by %s)", path, found["topology"])
-        return Checkpoint(path, found["step"], found["state"], list(found["files"]))
+        return Checkpoint(path, found["step"], found["state"], list(found["files"]), found.get("shapes", {}))
 
     # ---- writing ----
 
@@ -155,13 +165,14 @@ class Checkpoints:
             UserError: the one before could not be written (on any rank).
         """
         self.wait()
-        mine = self._gather(engine)
+        mine = self._copy(engine)
         odd = self.world.gather(next((name for name, value in mine.items() if not _finite(value)), None))  # each looks at what it writes
         for name in filter(None, odd):
             raise NotFinite(name)
         temp = self.folder / f".step-{step:08d}.tmp"
         self.world.together(self._room(temp) if self.world.is_main else None)  # the folder is there
-        facts = {"step": step, "topology": engine.topology, "identity": self.identity, "state": {**state, "scaler": engine.scaler()}}
+        facts = {"step": step, "topology": engine.topology, "identity": self.identity, "state": {**state, "scaler": engine.scaler()},
+                 "shapes": engine.shapes if engine.sharded else {}}
         self._until = math.inf
         self._part = self._thread(self._write, temp / f"rank-{self.world.rank:05d}.safetensors", mine)
         self._whole = self._thread(self._commit, self.folder / f"step-{step:08d}", temp, facts) if self.world.is_main else None
@@ -188,15 +199,18 @@ class Checkpoints:
         thread.start()
         return thread
 
-    def _gather(self, engine: Engine) -> dict[str, torch.Tensor]:
-        """This rank's share: whole tensors on the CPU, the parameters dealt out in turn."""
+    def _copy(self, engine: Engine) -> dict[str, torch.Tensor]:
+        """This rank's share, on the CPU: under ZeRO what it holds, else whole tensors, the parameters dealt out in turn."""
         mine = {}
         for number, name in enumerate(engine.trained):
-            own = number % self.world.size == self.world.rank
-            for key in engine.keys_of(name) if own or engine.sharded else ():
-                value = engine.full(key, name)
-                if own:
-                    mine[f"{key}/{name}"] = value.to("cpu", copy=True).contiguous()
+            if engine.sharded:
+                for key in engine.keys_of(name):
+                    offset, value = engine.held(key, name)
+                    if value.numel():
+                        mine[f"{key}/{name}/{offset}"] = value.to("cpu", copy=True)
+            elif number % self.world.size == self.world.rank:
+                for key in engine.keys_of(name):
+                    mine[f"{key}/{name}"] = engine.full(key, name).to("cpu", copy=True).contiguous()
         return mine
 
     def _write(self, file: Path, mine: dict[str, torch.Tensor]) -> None:

@@ -3,8 +3,9 @@
 ZeRO stage 0, or a single rank that offloads nothing, is plain data parallel (accelerate alone); stages 1 to 3 are DeepSpeed's
 (Rajbhandari et al. 2020). The learning rate is set from outside as a function of the step: a schedule has no state to lose.
 
-What there is to save is, per trained parameter, the float32 master weight and the optimizer's states, *whole*: ``full`` and
-``_set`` go through DeepSpeed's tensor-fragment functions, so that a checkpoint knows neither ranks nor ZeRO stages.
+What there is to save is, per trained parameter, the float32 master weight and the optimizer's states: ``held`` gives a rank's piece of
+one and where it lies in the whole, ``full`` and ``_set`` the whole, by DeepSpeed's tensor fragments; so a checkpoint knows neither ranks
+nor ZeRO stages.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class Engine:
         self.topology = {"ranks": world.size, "zero": cfg.zero if self.sharded else 0}
         self.bare: Any = model  # without what wraps it; accelerate's unwrapping imports all of DeepSpeed, where that is installed
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.shapes = {name: list(p.shape) for name, p in self.trained.items()}  # ZeRO 3 leaves the parameters none
         if found:
             for name, p in self.trained.items():
                 p.data.copy_(found.tensor(WEIGHT, name))
@@ -220,6 +222,21 @@ class Engine:
         else:
             value = p if key == WEIGHT else self.adam.state[p][key]
         return value.detach().float() if value.is_floating_point() else value.detach()  # 8-bit states are not
+
+    def held(self, key: str, name: str) -> tuple[int, torch.Tensor]:
+        """Under ZeRO: where this rank's piece of what ``full`` gives begins in it when it is flattened, and the piece, float32 (n,); n may be 0. No
+        collective."""
+        p: Any = self.trained[name]
+        if self.cfg.zero < 3:
+            piece = p._hp_mapping
+            if piece is None:
+                return 0, torch.empty(0)
+            return piece.lp_fragment_address.start, piece.get_hp_fragment(None if key == WEIGHT else key).detach()
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        value = safe_get_local_fp32_param(p) if key == WEIGHT else safe_get_local_optimizer_state(p, key)
+        begin = self.world.rank * p.ds_tensor.numel()
+        return begin, value.detach()[:max(0, p.ds_numel - begin)]  # the last ones are filled up
 
     def keys_of(self, name: str) -> list[str]:
         """What there is to save of a trained parameter, once a step was done."""

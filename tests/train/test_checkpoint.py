@@ -6,6 +6,7 @@ import resource
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -55,14 +56,31 @@ class Held:
         return self.trained[name]
 
 
-def save_on_two(folder: Path, *values: torch.Tensor) -> tuple[list[str], float]:
+class Sharded:
+    """Tensors as an engine has them under ZeRO: one rank's pieces of their flattened forms. ``full`` is not there: a save gathers nothing."""
+
+    sharded, topology, scaler = True, {}, dict
+
+    def __init__(self, shapes: dict[str, list[int]], pieces: dict[str, tuple[int, torch.Tensor]]):
+        self.trained, self.shapes, self.pieces = dict.fromkeys(shapes), shapes, pieces
+
+    def keys_of(self, name: str) -> list[str]:
+        return ["weight", "exp_avg"]
+
+    def held(self, key: str, name: str) -> tuple[int, torch.Tensor]:
+        offset, value = self.pieces.get(name, (0, torch.empty(0)))
+        return offset, value if key == "weight" else -value
+
+
+def save_on_two(folder: Path, *values: torch.Tensor, engines: Sequence[Any] = ()) -> tuple[list[str], float]:
     """What a save said on each of two ranks, and after how many seconds."""
     meet, told, begun = threading.Barrier(2, timeout=20), [None, None], time.monotonic()
+    engines = engines or [Held(*values)] * 2
 
     def one(rank: int) -> str:
         checkpoints = Checkpoints(folder, Ranks(rank, meet, told), {})
         try:
-            checkpoints.save(7, Held(*values), {})  # type: ignore[arg-type]
+            checkpoints.save(7, engines[rank], {})
             checkpoints.wait()
         except Exception as error:
             return f"{type(error).__name__}: {error}"
@@ -73,6 +91,21 @@ def save_on_two(folder: Path, *values: torch.Tensor) -> tuple[list[str], float]:
     with ThreadPoolExecutor(2) as ranks:
         said = list(ranks.map(one, range(2)))
     return said, time.monotonic() - begun
+
+
+def test_of_pieces_that_the_ranks_wrote_whole_tensors_are_read(tmp_path: Path) -> None:
+    """One in two pieces, one that is another rank's; one as the first rank alone has it."""
+    split, other, first = torch.randn(3, 5), torch.randn(4), torch.randn(2, 1, 2)
+    shapes = {name: list(value.shape) for name, value in (("a.weight", split), ("b", other), ("c", first))}
+    engines = [Sharded(shapes, {"a.weight": (0, split.flatten()[:9]), "c": (0, first.flatten())}),
+               Sharded(shapes, {"a.weight": (9, split.flatten()[9:]), "b": (0, other)})]
+    assert save_on_two(tmp_path, engines=engines)[0] == ["", ""]
+    found = Checkpoints(tmp_path, World(), {}).found
+    assert found is not None
+    for name, value in (("a.weight", split), ("b", other), ("c", first)):
+        assert found.keys(name) == ["exp_avg", "weight"]
+        assert torch.equal(found.tensor("weight", name), value)
+        assert torch.equal(found.tensor("exp_avg", name), -value)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -171,6 +171,11 @@ def test_methods_save_resume_and_export_and_ranks_may_change(maker, damaged, tmp
     found = cases(SOME, maker)
     still = maker("still", "dreambooth", zero=1, precision="bf16", lr=0.0, steps=1)
     on_two_ranks([*(whole for whole, _ in found.values()), grown, half, still], tmp_path)
+    for (_, _, zero), (whole, _) in found.items():  # under ZeRO each rank has written what it holds
+        parts = [load_file(whole.node("finetune") / f"checkpoints/step-00000004/rank-0000{rank}.safetensors") for rank in range(2)]
+        assert all((name.count("/") == 2) == (zero > 0) for part in parts for name in part), zero
+        sizes = [sum(value.numel() for value in part.values()) for part in parts]
+        assert zero == 0 or min(sizes) > 0.95 * max(sizes), sizes
     skip = damaged("skip")
     on_two_ranks([*(from_checkpoint(whole, 2, resumed) for whole, resumed in found.values()), skip], tmp_path)
     shrunk = from_checkpoint(grown, 12, maker("turn-2-to-1", "dreambooth", **TURN))
