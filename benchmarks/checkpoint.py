@@ -2,8 +2,8 @@
 86 million parameters, with its optimizer's states 1.0 GB.
 
 The peer writes DeepSpeed's own files and returns when they are written (not when they are on the disk). Ours copies what a rank holds
-to the host's memory, looks whether it is finite, and returns; a thread writes, hashes and syncs them beside the steps that follow, which it slows on a CPU. So
-two times are taken: until the call returns, and by how much the save and the ``BESIDE`` steps after it take longer than such steps alone.
+to the host's memory, looks whether it is finite, and returns; a thread writes, hashes and syncs it beside the steps that follow, which it slows on a
+CPU. So two times are taken: until the call returns, and by how much the save and the ``BESIDE`` steps after it take longer than such steps alone.
 
 ``python -m benchmarks.checkpoint SIDE FOLDER`` is one rank.
 """
