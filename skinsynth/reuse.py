@@ -20,8 +20,7 @@ from skinsynth.files import put_in_place, read_hint, read_json, sha256_or_none, 
 from skinsynth.knobs import Config
 from skinsynth.run import RunDir, Task
 
-# What a stage reads itself, beside ``seed``; what it needs from other stages is told by their hashes. ``encode`` holds more prompts than fine-tuning
-# needs, and what it lacks fine-tuning names.
+# What a stage reads itself, beside ``seed``; what it needs from other stages is told by their hashes.
 KEYS = {"prepare": ("data.", "prepare."), "encode": ("model.", "encode.", *(f"finetune.{key}" for key in ("method", "concepts", "images", "cache"))),
         "finetune": ("model.", "encode.", "finetune.", "data."), "generate": ("model.", "generate."), "screen": ("model.", "screen."),
         "classify": ("model.", "classify.", "data.")}

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from skinsynth.data import codec, shards
+from skinsynth.data import codec, concepts, shards
+from skinsynth.data.concepts import Source
 from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
 from skinsynth.files import read_json
 from skinsynth.stages.encode import _readable
@@ -23,3 +24,8 @@ def test_with_skip_a_bad_image_has_no_latents_and_is_noted(tmp_path: Path) -> No
     part = read_json(shards.part_path(tmp_path / "latents", 0))
     size = train.places[3][1]["jpg"][1]
     assert part["set_aside"] == [{"key": "k3", "reason": f"is cut off: its jpg has 9 bytes of {size}"}]
+
+
+def test_the_prompts_of_the_sources_are_embedded_once_each_and_the_empty_one() -> None:
+    found = [Source("one", (0, 1), ("b", "a"), False, (2,)), Source("two", (2,), ("b",), True, (1,))]
+    assert concepts.prompts(found) == ["", "a", "b"]

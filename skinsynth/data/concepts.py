@@ -65,10 +65,9 @@ def mixture(cfg: Config, found: list[Source]) -> Mixture:
                    cfg.data.shuffle_window)
 
 
-def prompts(cfg: Config, found: list[Source]) -> list[str]:
-    """Every prompt that fine-tuning or generation will need, once each; the empty one first."""
-    named = sorted({prompt for source in found for prompt in source.prompts})
-    return list(dict.fromkeys(["", *named, cfg.generate.negative_prompt, *(p for g in cfg.generate.classes.values() for p in g.prompts)]))
+def prompts(found: list[Source]) -> list[str]:
+    """Every prompt that fine-tuning needs, once each; the empty one first."""
+    return sorted({"", *(prompt for source in found for prompt in source.prompts)})
 
 
 def _take(train: Dataset, images: Images, seed: int, key: str) -> tuple[int, ...]:

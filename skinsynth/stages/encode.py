@@ -1,4 +1,4 @@
-"""encode: the VAE's posterior of the chosen training images, and the embeddings of all prompts, made once.
+"""encode: the VAE's posterior of the chosen training images, and the embeddings of their prompts, made once.
 
 Fine-tuning then runs neither the VAE nor the text encoder. Mean and standard deviation are kept, not one draw from
 them, so that training on the cache is the same mathematics as encoding in each step.
@@ -65,7 +65,7 @@ def encode(cfg: Config, run: RunDir, task: Task) -> None:
                         shard.add(train.keys[i], {"moments.npy": to_npy(values)})
                     progress.advance(count)
     if not missing_parts(folder, units):
-        _finish(cfg, run, pipe, units, base_sha256, concepts.prompts(cfg, sources))
+        _finish(cfg, run, pipe, units, base_sha256, concepts.prompts(sources))
 
 
 def _readable(train: Dataset, samples: list[int], shard: ShardWriter) -> list[int]:
