@@ -23,7 +23,7 @@ import shutil
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -165,9 +165,11 @@ class Checkpoints:
             UserError: the one before could not be written (on any rank).
         """
         self.wait()
-        mine = self._copy(engine)
-        odd = self.world.gather(next((name for name, value in mine.items() if not _finite(value)), None))  # each looks at what it writes
-        for name in filter(None, odd):
+        mine, odd = {}, None
+        for name, value in self._held(engine):
+            odd = odd or (None if _finite(value) else "/".join(name.split("/")[:2]))
+            mine[name] = value.to("cpu", copy=True).contiguous()
+        for name in filter(None, self.world.gather(odd)):  # each looked at what it writes
             raise NotFinite(name)
         temp = self.folder / f".step-{step:08d}.tmp"
         self.world.together(self._room(temp) if self.world.is_main else None)  # the folder is there
@@ -199,19 +201,18 @@ class Checkpoints:
         thread.start()
         return thread
 
-    def _copy(self, engine: Engine) -> dict[str, torch.Tensor]:
-        """This rank's share, on the CPU: under ZeRO what it holds, else whole tensors, the parameters dealt out in turn."""
-        mine = {}
+    def _held(self, engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
+        """This rank's share, on its device, one after the other (of what is offloaded, each is a copy): under ZeRO what it holds, else whole tensors,
+        the parameters dealt out in turn."""
         for number, name in enumerate(engine.trained):
             if engine.sharded:
                 for key in engine.keys_of(name):
                     offset, value = engine.held(key, name)
                     if value.numel():
-                        mine[f"{key}/{name}/{offset}"] = value.to("cpu", copy=True)
+                        yield f"{key}/{name}/{offset}", value
             elif number % self.world.size == self.world.rank:
                 for key in engine.keys_of(name):
-                    mine[f"{key}/{name}"] = engine.full(key, name).to("cpu", copy=True).contiguous()
-        return mine
+                    yield f"{key}/{name}", engine.full(key, name)
 
     def _write(self, file: Path, mine: dict[str, torch.Tensor]) -> None:
         try:
@@ -290,5 +291,5 @@ def states(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def _finite(tensor: torch.Tensor) -> bool:
-    """On the CPU at the speed of its memory: ``isfinite`` makes tensors as large."""
+    """At the speed of the memory that it lies in: ``isfinite`` makes tensors as large."""
     return not tensor.is_floating_point() or not tensor.numel() or all(math.isfinite(end) for end in torch.aminmax(tensor))

@@ -106,6 +106,8 @@ def test_of_pieces_that_the_ranks_wrote_whole_tensors_are_read(tmp_path: Path) -
         assert found.keys(name) == ["exp_avg", "weight"]
         assert torch.equal(found.tensor("weight", name), value)
         assert torch.equal(found.tensor("exp_avg", name), -value)
+    engines[1].pieces["b"][1][3] = float("nan")
+    assert save_on_two(tmp_path, engines=engines)[0] == ["NotFinite: weight/b"] * 2
 
 
 @pytest.mark.parametrize("rank", [0, 1])
