@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,17 @@ def read_hint(path: Path) -> Any:
         return read_json(path)
     except ValueError:
         return None
+
+
+def mode_by_umask(*files: Path) -> None:
+    """Gives files the mode that any new file gets beside the first of them. safetensors lets their owner alone read what it writes, which would keep
+    the rest of a group from its weights."""
+    probe = files[0].with_name(f".{files[0].name}.{owner()}.tmp")
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in files:
+        file.chmod(mode)
 
 
 def put_in_place(temp: Path, final: Path) -> None:

@@ -97,6 +97,15 @@ def test_a_finished_run_says_so_at_once(chain: Path, drawn: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in chain.rglob("*") if p.is_file() and p.name != "config.yaml"} == before
 
 
+def test_what_a_run_makes_is_for_the_whole_group(chain: Path, tmp_path: Path) -> None:
+    """Weights and checkpoints too, which safetensors writes for their owner alone."""
+    (tmp_path / "new").touch()
+    mode = (tmp_path / "new").stat().st_mode
+    made = [path for path in chain.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".safetensors" for path in made)
+    assert [str(path) for path in made if path.stat().st_mode & mode != mode] == []
+
+
 def test_the_report_has_the_promised_form(chain: Path) -> None:
     report = read_json(chain / "run/report/report.json")
     for arm in ("baseline", "hybrid"):

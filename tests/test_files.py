@@ -47,6 +47,19 @@ def test_a_folder_gets_its_name_once_all_of_it_is_on_the_disk(tmp_path: Path, mo
     assert tmp_path.stat().st_ino in synced, "the rename too"
 
 
+def test_a_file_of_another_library_gets_the_mode_that_the_umask_says(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    file, before = tmp_path / "model.safetensors", os.umask(0o027)
+    try:
+        save_file({}, file)
+        files.mode_by_umask(file)
+    finally:
+        os.umask(before)
+    assert file.stat().st_mode & 0o777 == 0o640
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_only_a_file_of_this_very_host_can_be_told_to_be_a_dead_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.node", lambda: "node1")
     alive = f"{os.getpid()}-{files.birth(os.getpid()):.0f}"

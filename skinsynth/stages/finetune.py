@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler
 from skinsynth import config
 from skinsynth.data import descent, plan
 from skinsynth.data.cache import open_dataset
-from skinsynth.files import put_in_place, sha256_file, write_json
+from skinsynth.files import mode_by_umask, put_in_place, sha256_file, write_json
 from skinsynth.knobs import Config
 from skinsynth.models import attention, denoiser, diffusion, hub, painter
 from skinsynth.models.compiler import compile_unet
@@ -109,6 +109,7 @@ def export(cfg: Config, run: RunDir, pipe: Any, samples: Samples, made_by: dict[
     for name in {"tokenizer", "tokenizer_2"} & pipe.components.keys():
         pipe.components[name].init_kwargs.pop("local_files_only", None)  # whether the hub could be reached must not be in the weights' hash
     pipe.save_pretrained(temp, safe_serialization=True)
+    mode_by_umask(*temp.rglob("*.safetensors"))
     lineage = {**made_by, "weights_sha256": diffusion.weights_sha256(temp), "train": samples.train.folder.name,
                "train_sha256": sha256_file(samples.train.folder / "manifest.json"), "code": code_version(), **_descent(cfg, samples.names())}
     write_json(temp / "lineage.json", lineage)

@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from skinsynth.errors import UserError
-from skinsynth.files import read_hint, read_json, sha256_file, sync, write_json
+from skinsynth.files import mode_by_umask, read_hint, read_json, sha256_file, sync, write_json
 from skinsynth.world import World
 
 if TYPE_CHECKING:
@@ -217,6 +217,7 @@ class Checkpoints:
     def _write(self, file: Path, mine: dict[str, torch.Tensor]) -> None:
         try:
             save_file(mine, file)
+            mode_by_umask(file)
         except SafetensorError as error:  # its words for a full disk: "I/O error: No space left on device (os error 28)"
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) if number else error from None

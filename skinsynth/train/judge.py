@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from skinsynth.data.shards import Dataset
 from skinsynth.data.stream import Feed
 from skinsynth.errors import UserError
-from skinsynth.files import put_in_place, write_bytes
+from skinsynth.files import mode_by_umask, put_in_place, write_bytes
 from skinsynth.knobs import Config
 from skinsynth.models import vit
 from skinsynth.quality.metrics import binary_metrics
@@ -119,6 +119,7 @@ class Judge:
         temp = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temp, ignore_errors=True)
         self.model.save_pretrained(temp)
+        mode_by_umask(*temp.rglob("*.safetensors"))
         self.inputs.write(temp)
         put_in_place(temp, folder)
         self._forget(step)
