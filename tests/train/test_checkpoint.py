@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from skinsynth.files import write_json
+from skinsynth.files import read_json, write_json
 from skinsynth.train import checkpoint
 from skinsynth.train.checkpoint import Checkpoints
 from skinsynth.world import World
@@ -108,6 +108,18 @@ def test_of_pieces_that_the_ranks_wrote_whole_tensors_are_read(tmp_path: Path) -
         assert torch.equal(found.tensor("exp_avg", name), -value)
     engines[1].pieces["b"][1][3] = float("nan")
     assert save_on_two(tmp_path, engines=engines)[0] == ["NotFinite: weight/b"] * 2
+
+
+def test_checkpoints_of_before_there_were_pieces_are_read(tmp_path: Path) -> None:
+    """Under ZeRO too they held whole tensors, and nothing was said of shapes."""
+    assert save_on_two(tmp_path, torch.ones(2, 3), torch.zeros(1))[0] == ["", ""]
+    path = tmp_path / "step-00000007/complete.json"
+    facts = read_json(path)
+    del facts["shapes"]
+    write_json(path, facts)
+    found = Checkpoints(tmp_path, World(), {}).found
+    assert found is not None
+    assert torch.equal(found.tensor("weight", "p0"), torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
