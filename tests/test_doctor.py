@@ -108,14 +108,14 @@ def test_another_version_warns_and_a_missing_package_fails(tmp_path: Path, monke
     assert login.packages(constraints=tmp_path / "none.txt").state == "warn"
 
 
-def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
+def test_a_disk_that_is_too_small(drawn: Path, tmp_path: Path) -> None:
     few = [Stage("generate", bytes=10**6, files=10)]
     assert login._room(tmp_path, "here", few).state == "ok"
     assert login._room(tmp_path, "here", [*few, Stage("finetune", bytes=None, files=1)]).state == "warn"
     assert login._room(tmp_path, "here", [*few, Stage("finetune", bytes=10**18, files=1)]).state == "fail"
-    code, found = diagnose("configs/demo.yaml", f"run={tmp_path}/run", "generate.classes.benign.count=2000000000")
+    code, found = diagnose("configs/demo.yaml", *overrides(drawn, tmp_path, **{"generate.classes.benign.count": 2_000_000_000}))
     assert (code, found["disk"][0]["state"]) == (1, "fail")
-    assert re.search(r"about 9\.\d+ TB to be written", found["disk"][0]["found"])
+    assert re.search(r"about 20\.\d TB to be written", found["disk"][0]["found"])
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
