@@ -69,7 +69,8 @@ def mode_by_umask(*files: Path) -> None:
     mode = stat.S_IMODE(probe.stat().st_mode)
     probe.unlink()
     for file in files:
-        file.chmod(mode)
+        if stat.S_IMODE(file.stat().st_mode) != mode:  # a file system that gives all files one mode may refuse to be asked
+            file.chmod(mode)
 
 
 def put_in_place(temp: Path, final: Path) -> None:

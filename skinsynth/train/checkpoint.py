@@ -13,7 +13,6 @@ Who reads asks for whole tensors. DeepSpeed's own format is not used: it is pick
 
 from __future__ import annotations
 
-import bisect
 import json
 import logging
 import math
@@ -61,17 +60,18 @@ class Checkpoint:
 
     @cached_property
     def _index(self) -> dict[str, dict[str, list[tuple[int, str, Any]]]]:
-        """Parameter -> ``weight``, ``exp_avg`` ... -> its pieces in their order: offset, name in the file, the file."""
+        """Parameter -> ``weight``, ``exp_avg`` ... -> its pieces: offset, name in the file, the file."""
         found: dict[str, dict[str, list[tuple[int, str, Any]]]] = defaultdict(lambda: defaultdict(list))
         for file in [safe_open(self.path / name, "pt") for name in self.files]:
             for full in file.keys():  # noqa: SIM118 (it is no dict)
                 key, name, *offset = full.split("/")
-                bisect.insort(found[name][key], (int(offset[0]) if offset else 0, full, file), key=lambda piece: piece[0])
+                found[name][key].append((int(offset[0]) if offset else 0, full, file))
         return found
 
     def tensor(self, key: str, name: str) -> torch.Tensor:
         """float32, whole, on the CPU. Raises ``UserError`` where the checkpoint has no such tensor."""
-        pieces = [file.get_tensor(full) for _, full, file in self._index.get(name, {}).get(key, [])]
+        found = sorted(self._index.get(name, {}).get(key, []), key=lambda piece: piece[0])
+        pieces = [file.get_tensor(full) for _, full, file in found]
         if not pieces:
             raise UserError(f"checkpoint {self.path} has no '{key}' of '{name}': it was made by another model or method; delete it to begin again")
         return torch.cat(pieces).view(self.shapes[name]) if name in self.shapes else pieces[0]
