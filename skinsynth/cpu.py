@@ -29,6 +29,12 @@ def _keep_freed_memory() -> None:
             set_option(option, size)
 
 
+def threads() -> int:
+    """For work that torch does not do: those that the job was given (OpenMP's list for nested levels begins with them), else all cores."""
+    told = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(told) if told.isdigit() and int(told) else len(os.sched_getaffinity(0))
+
+
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
     """For code that imports thousands of modules. All they make stays for good, yet Python's garbage collector would look through it again and

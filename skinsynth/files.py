@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +10,8 @@ import platform
 import re
 import shutil
 import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +110,30 @@ def sha256_of(value: Any) -> str:
 
 def sha256_folder(path: Path, pattern: str = "**/*") -> str:
     """One hash over the relative names and contents of the files of a folder."""
+    return sha256_files(path, sorted(p for p in path.glob(pattern) if p.is_file()))
+
+
+def sha256_files(path: Path, files: Iterable[Path]) -> str:
+    """The same of some of them, in their order."""
     total = hashlib.sha256()
-    for file in sorted(p for p in path.glob(pattern) if p.is_file()):
+    for file in files:
         total.update(f"{file.relative_to(path)} {sha256_file(file)}\n".encode())
     return total.hexdigest()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One holder at a time, among processes and threads of this machine (and of others, where the file system's locks reach); free again when its
+    holder dies. On a file system without locks nobody waits: what is done under it must come out the same when two do it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = open(path, "a")  # noqa: SIM115
+    except PermissionError:  # another user's, in a group's folder: to lock it, it need not be written
+        lock = open(path)  # noqa: SIM115
+    with lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def owner() -> str:

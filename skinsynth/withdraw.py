@@ -5,13 +5,14 @@ Nothing is deleted here. A marked image is read by nobody any more; marked weigh
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skinsynth.data import descent
-from skinsynth.data.shards import check_part, part_path
+from skinsynth.data import descent, withdrawn
+from skinsynth.data.shards import parts_of, table_of
 from skinsynth.data.withdrawn import mark
 from skinsynth.errors import UserError
 from skinsynth.files import read_json
@@ -42,7 +43,8 @@ class Gone:
     def trained(self, lineage: dict[str, Any]) -> bool:
         """Whether weights of that lineage are known to have been trained on any of it."""
         known = descent.trained_on(lineage)
-        return bool(self.groups & {*known["groups"]} or self.images & {*known["images"]} or self.id in known["patients"])
+        lesion = self.id in withdrawn.lesions({self.id}, known["patients"]) & {*known["lesions"]}
+        return bool(self.groups & {*known["groups"]} or self.images & {*known["images"]} or self.id in known["patients"] or lesion)
 
 
 def find(group: str, shards: Path, runs: Path) -> list[Descendant]:
@@ -57,27 +59,23 @@ def find(group: str, shards: Path, runs: Path) -> list[Descendant]:
             raise UserError(f"{path} is not a folder: give the one of the datasets (--shards) and the one of the runs (--runs)")
     folders = sorted(p.parent for p in shards.glob("*/manifest.json"))
     manifests = {folder: read_json(folder / "manifest.json") for folder in folders}
-    tables = {folder: _table(folder, manifests[folder]) for folder in folders if manifests[folder].get("kind") == "real"}
+    tables = {folder: table_of(folder, manifests[folder]) for folder in folders if manifests[folder].get("kind") == "real"}
     gone = _resolve(group, tables)
     found = [d for folder, table in tables.items() if (d := _real(folder, table, gone))]
     found += [d for folder in folders if (d := _latents(folder, manifests[folder], gone))]
     found += [d for folder in folders if (d := _synthetic(folder, manifests[folder], gone))]
-    for run in sorted(p.parent for p in runs.glob("*/config.yaml")):
-        found += _weights(RunDir(run), gone, {d.folder: d.why for d in found})
+    for run in _runs(runs):
+        found += _weights(RunDir(run), gone, shards, {Path(d.folder).name: d.why for d in found if "weights" not in d.kind})
     return found
 
 
-def _parts(folder: Path, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for number, shard in enumerate(manifest["shards"]):
-        part = read_json(part_path(folder, number))
-        check_part(part_path(folder, number), shard, part)
-        yield part
-
-
-def _table(folder: Path, manifest: dict[str, Any]) -> Table:
-    """The names of all samples, marked ones included (see ``descent.table``)."""
-    tables = [descent.table(folder, part["keys"], part["columns"]) for part in _parts(folder, manifest)]
-    return {kind: [name for table in tables for name in table[kind]] for kind in descent.KINDS}
+def _runs(folder: Path) -> Iterator[Path]:
+    """The run folders in it, however deep: a group may sort them by year or by person."""
+    for path, folders, files in os.walk(folder):
+        if "config.yaml" in files:
+            folders.clear()
+            yield Path(path)
+        folders.sort()
 
 
 def _resolve(group: str, tables: dict[Path, Table]) -> Gone:
@@ -97,7 +95,7 @@ def _real(folder: Path, table: Table, gone: Gone) -> Descendant | None:
 def _latents(folder: Path, manifest: dict[str, Any], gone: Gone) -> Descendant | None:
     if manifest.get("kind") != "latents":
         return None
-    keys = sorted(key for part in _parts(folder, manifest) for key in part["keys"] if key in gone.images)
+    keys = sorted(key for part in parts_of(folder, manifest) for key in part["keys"] if key in gone.images)
     return Descendant("latents", str(folder), keys, "encoded from images of theirs") if keys else None
 
 
@@ -107,7 +105,7 @@ def _synthetic(folder: Path, manifest: dict[str, Any], gone: Gone) -> Descendant
     lineage = manifest.get("lineage") or {}
     if gone.trained(lineage):
         return Descendant("synthetic images", str(folder), None, "drawn with weights that were trained on them")
-    keys = sorted(key for part in _parts(folder, manifest) for key in _drawn_over(part, gone))
+    keys = sorted(key for part in parts_of(folder, manifest) for key in _drawn_over(part, gone))
     if keys:
         return Descendant("synthetic images", str(folder), keys, "drawn over images of theirs")
     return None if _is_known(lineage) else Descendant("synthetic images", str(folder), None, None)
@@ -125,10 +123,11 @@ def _is_known(lineage: dict[str, Any]) -> bool:
     return lineage.get("trained_group_ids", lineage.get("group_ids")) is not None
 
 
-def _weights(run: RunDir, gone: Gone, datasets: dict[str, str | None]) -> list[Descendant]:
+def _weights(run: RunDir, gone: Gone, shards: Path, datasets: dict[str, str | None]) -> list[Descendant]:
     """The generator, and classifiers that were trained on real images of the group or on synthetic ones that descend from it, or may do so.
 
-    ``datasets``: the folders that do, with the reason, or may do (None).
+    ``datasets``: the names of the folders in ``shards`` that do, with the reason, or may do (None). A run tells its home as it was typed: where
+    that is relative, to a place that nobody knows now, it is taken for this one.
     """
     found = []
     lineage = read_json(run.weights / "lineage.json")
@@ -137,8 +136,11 @@ def _weights(run: RunDir, gone: Gone, datasets: dict[str, str | None]) -> list[D
     elif lineage and not _is_known(lineage):
         found.append(Descendant("weights of the generator", str(run.weights), None, None))
     cfg = run.config()
+    home = Path(cfg.data.shards)
+    if home.is_absolute() and home.resolve() != shards.resolve():
+        return found
     for arm, wanted in cfg.classify.arms.items():
-        folders = {str(run.dataset(cfg, {"real": "train", "synthetic": "synthetic"}[name])) for name in wanted.used} & datasets.keys()
+        folders = {run.dataset(cfg, {"real": "train", "synthetic": "synthetic"}[name]).name for name in wanted.used} & datasets.keys()
         why = "trained on images that are withdrawn" if any(datasets[folder] for folder in folders) else None
         if folders:
             paths = sorted(run.node(f"classify/{arm}").glob("**/weights"))
@@ -147,10 +149,10 @@ def _weights(run: RunDir, gone: Gone, datasets: dict[str, str | None]) -> list[D
 
 
 def withdraw(group: str, found: list[Descendant], shards: Path) -> None:
-    """Marks all of it, the weights first, so that nothing new is made of them meanwhile; the home of the datasets, so that no later one has them."""
+    """Marks all of it, the weights first, so that nothing new is made of them meanwhile. The home of the datasets is marked in any case: what is
+    not prepared yet, or being made now, is not among what was found."""
     images = {key for descendant in found if descendant.kind == REAL for key in descendant.keys or ()}
-    if images:
-        mark(shards, group, sorted(images), "images of theirs")
+    mark(shards, group, sorted(images), "images of theirs")
     for descendant in sorted(found, key=lambda d: "weights" not in d.kind):
         if descendant.why:
             mark(Path(descendant.folder), group, descendant.keys, descendant.why)

@@ -24,10 +24,11 @@ from skinsynth.data.cache import Cache, open_dataset
 from skinsynth.data.shards import BadSample, Dataset
 from skinsynth.data.stream import Source
 from skinsynth.errors import UserError
-from skinsynth.files import birth
+from skinsynth.files import birth, read_json
 from skinsynth.knobs import Config
 from skinsynth.run import RunDir, Task
 from skinsynth.stages.prepare import SPLITS, prepare
+from skinsynth.withdraw import find, withdraw
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ def test_what_lies_elsewhere_is_read_as_if_it_were_here(there: Path, server: Ser
         assert content(run.dataset(cfg, split)) == content(there / f"set-{split}"), "now it is whole here"
         assert (run.dataset(cfg, split) / "manifest.json").read_bytes() == (there / f"set-{split}" / "manifest.json").read_bytes()
     go(cfg)  # again: nothing to do
-    assert all(count == 1 for path, count in server.asked.items() if not path.endswith("manifest.json"))
+    assert all(count == 1 for path, count in server.asked.items() if not path.endswith(("manifest.json", "withdrawn.json")))
 
 
 def test_only_the_shard_that_is_read_is_brought_and_into_the_cache(server: Server, tmp_path: Path) -> None:
@@ -212,7 +213,7 @@ def test_what_is_not_there_is_named_at_once(server: Server, tmp_path: Path) -> N
     with pytest.raises(UserError, match=rf"{server.url}/other-train/manifest.json cannot be fetched \(404 "):
         go(config(tmp_path, remote=server.url, name="other"))
     assert server.asked["/other-train/manifest.json"] == 1
-    with pytest.raises(UserError, match=r"the command 'cat /nowhere/set-train/manifest.json' ended with 1: cat: .*No such file"):
+    with pytest.raises(UserError, match=r"the command 'cat /nowhere/set-train/manifest.json' ended with 1, 3 times: cat: .*No such file"):
         go(config(tmp_path, remote="pipe:cat /nowhere/{name}"))
     with pytest.raises(UserError, match=r"/nowhere/set-train/manifest.json does not exist"):
         go(config(tmp_path, remote="/nowhere"))
@@ -332,3 +333,101 @@ def test_a_dataset_of_that_name_that_is_another_is_refused(there: Path, tmp_path
     go(mine)
     with pytest.raises(UserError, match=r"was made from another request:\n.*seed: 5 -> 0"):
         go(config(tmp_path, remote=str(there)))
+
+
+# ---- who withdrew where the dataset lies ----
+
+@pytest.mark.parametrize("kind", ["http", "pipe", "folder"])
+def test_who_withdrew_there_is_withdrawn_here(server: Server, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also of an index that was brought before, and where nothing was withdrawn a command's failure is told."""
+    there = tmp_path / "there"
+    remote = {"http": server.url, "pipe": f"pipe:cat {there}/{{name}}", "folder": str(there)}[kind]
+    cfg = config(tmp_path, remote=remote)
+    before = open_dataset(cfg, go(cfg), "train")
+    assert ("whether anybody withdrew there is not known" in capsys.readouterr().out) == (kind == "pipe")
+    patient = next(name for name in before.columns["patient"] if name)
+    found = find(patient, there, tmp_path)
+    withdraw(patient, found, there)
+    gone = {key for one in found if one.folder == str(there / "set-train") for key in one.keys or ()}
+    assert gone
+    if kind != "folder":  # which is looked at again at every stage
+        go(cfg)
+    after = open_dataset(cfg, RunDir(tmp_path / "run"), "train")
+    assert set(before.keys) - set(after.keys) == gone
+    with pytest.raises(UserError, match=f"{len(gone)} samples of .*set-train were withdrawn while they were used"):
+        before.check_withdrawn()
+    later = config(tmp_path / "later", remote=remote)
+    assert open_dataset(later, go(later), "train").keys == after.keys
+
+
+# ---- trouble on the way ----
+
+def test_what_is_cut_off_on_the_way_is_neither_json_nor_a_bad_tar(server: Server, tmp_path: Path) -> None:
+    server.trouble = ["cut", "cut"]
+    cfg = config(tmp_path, remote=server.url)
+    data = open_dataset(cfg, go(cfg), "train", tolerate=True)
+    server.trouble = ["cut"] * 3
+    with pytest.raises(UserError, match=r"could not be fetched in 3 tries \(cut off after 9 of 100000 bytes\)") as raised:
+        data.image(0)
+    assert not isinstance(raised.value, BadSample)
+    assert data.image(0).shape == (32, 32, 3), "the tar was not to blame"
+
+
+def test_a_command_that_fails_once_is_asked_again(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "PAUSE", 0.01)
+    script = tmp_path / "flaky.sh"
+    script.write_text(f'head -c 100 {there}/$1; [ -e {tmp_path}/asked ] || {{ touch {tmp_path}/asked; echo reset >&2; exit 1; }}; '
+                      f'tail -c +101 {there}/$1\n')
+    cfg = config(tmp_path, remote=f"pipe:sh {script} {{name}}")
+    run = go(cfg)
+    (tmp_path / "asked").unlink()
+    data = open_dataset(cfg, run, "train")
+    assert [data.read(0, "jpg")] == content(there / "set-train")[:1]
+
+
+def test_a_copy_that_is_damaged_here_is_brought_again(server: Server, tmp_path: Path) -> None:
+    """But once: where the remote's is damaged too, its samples are bad."""
+    cfg = config(tmp_path, remote=server.url, cache=str(tmp_path / "cache"))
+    run = go(cfg)
+    data = open_dataset(cfg, run, "train")
+    wanted, place = data.read(0, "jpg"), data.places[0][1]["jpg"][0]
+    tar = tmp_path / "cache/set-train/00000.tar"
+    flip(tar, place + 20)
+    assert open_dataset(cfg, run, "train").read(0, "jpg") == wanted
+    flip(tar, place + 20)
+    flip(tmp_path / "there/set-train/00000.tar", place + 20)
+    asked = server.asked["/set-train/00000.tar"]
+    data = open_dataset(cfg, run, "train", tolerate=True)
+    for _ in range(3):
+        with pytest.raises(BadSample, match="as fetched the tar has another sha256"):
+            data.read(0, "jpg")
+    assert server.asked["/set-train/00000.tar"] == asked + 2
+
+
+def flip(path: Path, place: int) -> None:
+    whole = bytearray(path.read_bytes())
+    whole[place] ^= 1
+    path.write_bytes(whole)
+
+
+def test_a_cache_of_another_user_is_read(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config(tmp_path, remote=str(there))
+    run = go(cfg)
+    open_dataset(cfg, run, "train").image(0)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(cache.os, "utime", refuse)
+    assert open_dataset(cfg, run, "train").image(0).shape == (32, 32, 3)
+
+
+def test_many_that_bring_at_once_leave_no_more_than_the_limit(there: Path, tmp_path: Path) -> None:
+    cfg = config(tmp_path, remote=f"pipe:cat {there}/{{name}}; case {{name}} in *.tar) sleep 0.2;; esac")
+    run = go(cfg)
+    shards = read_json(there / "set-train/manifest.json")["shards"]
+    cfg.data.cache_gb = 1.5 * max(shard["bytes"] for shard in shards) / 1e9
+    data = open_dataset(cfg, run, "train")
+    with ThreadPoolExecutor(len(shards)) as pool:
+        list(pool.map(lambda n: data.read(next(data.shard_samples(n)), "jpg"), range(len(shards))))
+    assert len(list((tmp_path / "shards").rglob("*.tar"))) == 1

@@ -41,6 +41,12 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
     assert faults("kept") < 1_000
 
 
+@pytest.mark.parametrize(("told", "threads"), [("3", 3), ("4,2", 4), ("", None), ("0", None), ("many", None)])
+def test_threads_are_those_that_the_job_was_given(monkeypatch: pytest.MonkeyPatch, told: str, threads: int | None) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", told)
+    assert cpu.threads() == (threads or len(os.sched_getaffinity(0)))
+
+
 def test_what_the_environment_says_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_keep_freed_memory", lambda: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import skinsynth
 
+from skinsynth.data import descent
 from skinsynth.data.codec import encode_jpeg
 from skinsynth.data.export import export, show
 from skinsynth.data.shards import BadSample, Dataset, ShardWriter, claim, part_path, write_manifest
@@ -172,6 +173,26 @@ def test_exported_as_files_with_a_table(chain: Path, tmp_path: Path) -> None:
         export(chain / "shards/run-latents", tmp_path / "x", "siim", None)
 
 
+def test_a_list_of_another_dataset_is_not_taken(chain: Path, tmp_path: Path) -> None:
+    """All runs' images have the same names: of another run's list, those that were set aside here might leave the house."""
+    accepted = read_json(chain / "run/screen/accepted.json")
+    (tmp_path / "other.json").write_text(json.dumps({**accepted, "manifest_sha256": "0" * 64}))
+    done = skinsynth("export", str(chain / "shards/run-synthetic"), str(tmp_path / "out"), "--only", str(tmp_path / "other.json"))
+    assert done.returncode == 1
+    assert "says what is accepted of another dataset" in done.stderr
+    with pytest.raises(UserError, match="has no nobody of those listed: the list is of another dataset"):
+        export(small(tmp_path), tmp_path / "out", "siim", {"a", "nobody"})
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_folder_may_be_the_target_by_a_dot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = small(tmp_path)
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    assert export(folder, Path("."), "siim", None) == 2
+    assert (tmp_path / "out/metadata.csv").is_file()
+
+
 def test_an_export_that_breaks_off_leaves_nothing(chain: Path, tmp_path: Path) -> None:
     def tell(done: int, of: int) -> None:
         raise OSError(28, "No space left on device")
@@ -255,6 +276,17 @@ def test_all_that_descends_from_a_patient_is_named_and_marked(copied: Path) -> N
     for call in (lambda: Dataset.open(copied / "shards/run-synthetic"), lambda: read_lineage(run.weights)):
         with pytest.raises(UserError, match=f"is withdrawn: group {group}, .*trained on"):
             call()
+    named = {d.folder for d in find(group, copied / "shards", copied) if d.kind == "weights of a classifier"}
+    config_path = run.path / "config.yaml"  # as most runs have it: relative to where it was launched, which nobody knows
+    config_path.write_text(config_path.read_text().replace(f"shards: {copied}/shards", "shards: shards"))
+    assert {d.folder for d in find(group, copied / "shards", copied) if d.kind == "weights of a classifier"} == named
+    config_path.write_text(config_path.read_text().replace("shards: shards", f"shards: {copied}/shards"))
+    assert len(named) >= 2
+    (copied / "runs/2026").mkdir(parents=True)
+    run.path.rename(copied / "runs/2026/run")
+    assert {d.folder for d in find(group, copied / "shards", copied / "runs") if d.kind == "weights of a classifier"} == {
+        path.replace(str(run.path), str(copied / "runs/2026/run")) for path in named}, "however deep"
+    (copied / "runs/2026/run").rename(run.path)
     shown = skinsynth("withdraw", "--group", "nobody", "--shards", str(copied / "shards"), "--runs", str(copied))
     assert "nothing in" in shown.stdout
     (run.node("generate") / "done.json").unlink()
@@ -315,7 +347,7 @@ def test_what_is_of_unknown_descent_is_told_and_not_marked(tmp_path: Path) -> No
     found = find("nobody", shards, run.path.parent)
     assert [(d.kind, d.why) for d in found] == [("synthetic images", None), ("weights of the generator", None), ("weights of a classifier", None)]
     withdraw("nobody", found, shards)
-    assert not list(tmp_path.rglob("withdrawn.json"))
+    assert list(tmp_path.rglob("withdrawn.json")) == [shards / "withdrawn.json"], "noted for what is prepared later, and nothing marked"
     assert [d.why for d in find("P1", shards, run.path.parent)] == [None, "trained on images of theirs", None]
 
 
@@ -340,3 +372,21 @@ def test_of_images_drawn_over_a_patients_only_those_are_withdrawn(tmp_path: Path
     assert not (unknown / "withdrawn.json").exists()
     missing = skinsynth("withdraw", "--group", "P1", "--shards", str(tmp_path / "no"), "--runs", str(tmp_path / "runs"))
     assert "is not a folder" in missing.stderr
+
+
+def test_what_was_made_while_they_withdrew_is_refused_although_it_bears_no_mark(tmp_path: Path) -> None:
+    """The home of the datasets names them: weights that a training wrote afterwards, and what was drawn with these."""
+    shards, folder = tmp_path / "shards", tmp_path / "shards/run-synthetic"
+    known = {"groups": ["g"], "images": ["a"], "patients": ["IP_1"], "lesions": ["IL_1"]}
+    lineage = {"group_ids": ["g"], "trained_group_ids": ["g"], "trained_on": known}
+    with ShardWriter(folder, 0) as shard:
+        shard.add("syn-00000000", {"jpg": b"x"}, target=0)
+    for gone in ("g", "IP_1", "IL_1"):
+        withdraw(gone, [], shards)
+        write_manifest(folder, 1, kind="synthetic", lineage=lineage)
+        with pytest.raises(UserError, match=rf"run-synthetic is withdrawn: it was trained on {gone}, which .*withdrawn.json names"):
+            Dataset.open(folder)
+        with pytest.raises(UserError, match="the weights is withdrawn"):
+            descent.check_withdrawn(lineage, shards, "the weights")
+        (shards / "withdrawn.json").unlink()
+    assert len(Dataset.open(folder)) == 1

@@ -9,6 +9,7 @@ from skinsynth.data import codec, concepts, shards
 from skinsynth.data.concepts import Source
 from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
 from skinsynth.files import read_json
+from skinsynth.knobs import Concept, Config, Images
 from skinsynth.stages.encode import _readable
 
 
@@ -29,3 +30,20 @@ def test_with_skip_a_bad_image_has_no_latents_and_is_noted(tmp_path: Path) -> No
 def test_the_prompts_of_the_sources_are_embedded_once_each_and_the_empty_one() -> None:
     found = [Source("one", (0, 1), ("b", "a"), False, (2,)), Source("two", (2,), ("b",), True, (1,))]
     assert concepts.prompts(found) == ["", "a", "b"]
+
+
+def test_instance_images_are_class_images_only_where_the_others_are_too_few(tmp_path: Path) -> None:
+    """Of one filter; a wider one says that the class is all that there is."""
+    with ShardWriter(tmp_path / "train", 0) as shard:
+        for i in range(40):
+            shard.add(f"k{i}", {"jpg": b""}, target=i % 2)
+    write_manifest(tmp_path / "train", 1)
+    train = Dataset.open(tmp_path / "train")
+    for count, where, shared in ((15, {"target": 1}, 0), (18, {"target": 1}, 3), (None, {"target": 1}, 5), (35, {}, None)):
+        cfg = Config()
+        cfg.finetune.global_batch = 4
+        cfg.finetune.concepts = {"mel": Concept("a sks", "a lesion", Images({"target": 1}, 5), Images(dict(where), count))}
+        instance, others = concepts.sources(cfg, train)
+        assert len(instance.samples) == 5
+        both = set(instance.samples) & set(others.samples)
+        assert len(both) == shared if shared is not None else both

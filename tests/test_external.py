@@ -191,3 +191,18 @@ def test_a_folder_that_cannot_be_used_is_told(drawn: Path, tmp_path: Path) -> No
     cfg = config.load("configs/demo.yaml", overrides(drawn, tmp_path, **{"data.synthetic": tmp_path}))
     with pytest.raises(UserError, match=r"holds no image that can be used \(image file is missing\)"):
         external.make_units(cfg, RunDir(Path(cfg.run)), Task())
+
+
+def test_an_image_that_changes_after_the_plan_stops_the_task(drawn: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    write_files(source, ["benign/1.png", "malignant/1.png"], {})
+    cfg = config.load("configs/demo.yaml", overrides(drawn, tmp_path, **{"data.synthetic": source}))
+    run = RunDir(tmp_path / "run")
+    external._plan(cfg, run.dataset(cfg, "synthetic"))
+    image = source / "benign/1.png"
+    image.write_bytes(image.read_bytes() + b"more")
+    with pytest.raises(UserError, match=f"{image.name} has changed since prepare looked at the images"):
+        external.make_units(cfg, run, Task())
+    image.unlink()
+    with pytest.raises(UserError, match=f"{image.name} is gone since prepare looked at the images"):
+        external.make_units(cfg, run, Task())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from skinsynth import files
+from skinsynth.files import locked
 
 
 def test_a_write_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,3 +87,20 @@ def test_processes_of_the_same_number_on_two_nodes_do_not_share_a_temp_file(tmp_
     files.write_bytes(tmp_path / "x.npy", b"same")
     assert (tmp_path / "x.npy").read_bytes() == b"same"
     assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_another_users_lock_is_taken_all_the_same() -> None:
+    """In a group's folder, where who comes second may not write it."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        path = Path(name) / ".set.lock"
+        with locked(path):
+            pass
+        path.chmod(0o644)
+        os.seteuid(65534)
+        try:
+            with locked(path):
+                pass
+        finally:
+            os.seteuid(0)

@@ -138,7 +138,7 @@ def test_a_model_that_is_not_there_stops_the_launch_before_anything_begins(tmp_p
     assert done.returncode == 1
     assert f"{key}=nobody/nothing" in done.stderr
     assert "skinsynth pull" in done.stderr
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.yaml", "provenance.json"]
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_what_is_read_is_fetched_once_and_nothing_else(internet: tuple[dict[str, str], list[str]]) -> None:
@@ -209,6 +209,31 @@ def test_a_model_that_the_hub_does_not_have(internet: tuple[dict[str, str], list
     assert done.returncode == 1
     assert "nobody/nothing cannot be fetched" in done.stderr
     assert "Repository not found" in done.stderr or "Repository Not Found" in done.stderr
+
+
+@pytest.mark.parametrize("name", [BASE, HALF])
+def test_of_a_local_folder_too_only_some_files_are_read(repositories: dict[str, dict[str, bytes]], tmp_path: Path, name: str) -> None:
+    """Also where half precision, a safety checker and other tools' files lie beside them."""
+    for file, data in repositories[name].items():
+        path = tmp_path / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    folder = hub.find_base(Model()).weights
+    names = [str(p.relative_to(folder)) for p in folder.glob("*/*")]
+    expected = [n.replace(".safetensors", ".fp16.safetensors") if name == HALF else n for n in names]
+    assert [str(p.relative_to(tmp_path)) for p in hub.read_files(tmp_path)] == sorted(expected)
+
+
+def test_where_one_network_is_half_precision_alone_the_halves_of_the_others_are_read(tmp_path: Path) -> None:
+    """As the pipeline loads them: a hash of the full ones would miss a change of what is drawn with."""
+    shutil.copytree(hub.find_base(Model()).weights, tmp_path / "base")
+    for part in ("vae", "unet"):
+        [file] = (tmp_path / "base" / part).glob("*.safetensors")
+        shutil.copy(file, file.with_suffix(".fp16.safetensors"))
+    (tmp_path / "base/vae/diffusion_pytorch_model.safetensors").unlink()
+    names = {f"{path.parent.name}/{path.name}" for path in hub.read_files(tmp_path / "base") if path.suffix == ".safetensors"}
+    halves = {f"{part}/diffusion_pytorch_model.fp16.safetensors" for part in ("vae", "unet")}
+    assert names == {*halves, "text_encoder/model.safetensors"}
 
 
 def test_a_classifier_folder(tmp_path: Path) -> None:

@@ -190,6 +190,33 @@ def test_pairs_are_the_first_two_columns_with_ids(tmp_path: Path) -> None:
         isic.read_pairs(csv(tmp_path, "1,x", header="no,name"), ["b"])
 
 
+def test_pairs_are_not_an_index_where_names_are_numbers(tmp_path: Path) -> None:
+    """As pandas writes it, with a name and without: its numbers are names of images by chance."""
+    for index in ("", "row"):
+        path = tmp_path / "pairs.csv"
+        path.write_text(f"{index},image_name_1,image_name_2\n0,7,9\n1,3,2\n2,11,5\n")
+        assert isic.read_pairs(path, ["7", "9", "3", "2", "11", "5", "0", "1"]) == [("7", "9"), ("3", "2"), ("11", "5")]
+
+
+def test_a_quotation_mark_that_is_never_closed_swallows_no_lines(tmp_path: Path) -> None:
+    path = csv(tmp_path, "a,0", '"b,1', "c,0", "d,1", header="image_name,target")
+    with pytest.raises(UserError, match=r"cannot be read as a CSV from line \d on, or from a quotation mark before it that is not closed"):
+        isic.read_metadata(path)
+
+
+@pytest.mark.parametrize("lead", ["", "sep=;\r\n"])
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_tables_with_semicolons_or_tabs_are_read(tmp_path: Path, mark: str, lead: str) -> None:
+    path = tmp_path / "metadata.csv"
+    path.write_bytes((lead if mark == ";" else "").encode() + f"image_name{mark}target{mark}age_approx\r\na{mark}1{mark}60\r\n".encode())
+    assert isic.read_metadata(path) == ([Row("a", 1, age=60)], [])
+
+
+def test_a_patient_of_whom_nobody_knows_is_none(tmp_path: Path) -> None:
+    rows, _ = isic.read_metadata(csv(tmp_path, *(f"i{n},{word},-,,,,,,0" for n, word in enumerate(["unknown", "UNKNOWN", "-", "?", "IP_1"]))))
+    assert [(row.patient_id, row.lesion_id) for row in rows] == [(None, None)] * 4 + [("IP_1", None)]
+
+
 def test_images_of_any_kind_become_rgb(tmp_path: Path) -> None:
     for i, mode in enumerate(("L", "CMYK", "RGB")):
         assert isic.read_image(jpeg(tmp_path / f"{i}.jpg", mode)).shape == (30, 40, 3)

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from skinsynth.data.codec import decode, encode_jpeg
+from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
+from skinsynth.data.withdrawn import mark
+from skinsynth.knobs import Config
 from skinsynth.quality import copies, near
+from skinsynth.quality.parts import Parts
+from skinsynth.run import Progress, RunDir
 
 LIMIT = 0.98
 
@@ -96,3 +101,43 @@ def test_a_flat_picture_is_near_to_nothing() -> None:
     flat = prints(np.full((2, 64, 64, 3), 120, np.uint8))
     assert not flat.any()
     assert not len(near.near_pairs(flat, flat, 0.5, same=True))
+
+
+def shards(folder: Path, kind: str, *contents: list[np.ndarray]) -> Path:
+    """A dataset with a shard for each list of images."""
+    count = 0
+    for number, images in enumerate(contents):
+        with ShardWriter(folder, number) as shard:
+            for image in images:
+                shard.add(f"{folder.name}-{count}", {"jpg": encode_jpeg(image, 95), "json": b"{}"}, target=count % 2, group=f"{folder.name}-{count}")
+                count += 1
+    write_manifest(folder, len(contents), kind=kind)
+    return folder
+
+
+@pytest.mark.parametrize("gone", [0, 1, 2])
+def test_a_shard_of_which_all_is_withdrawn_moves_no_pair(gone: int, tmp_path: Path) -> None:
+    """It has no part. The numbers of the images after it are those that they have where it is left out."""
+    rng = np.random.default_rng(4)
+    picture = [cv2.resize(rng.integers(0, 256, (4, 4, 3)).astype(np.uint8), (32, 32)) for _ in range(20)]
+    real = {kind: Dataset.open(shards(tmp_path / kind, "real", picture[n:n + 2])) for n, kind in ((0, "train"), (2, "val"), (4, "test"))}
+    content = [[picture[6], picture[7]], [picture[8], picture[9], picture[10]], [picture[11], picture[12]]]
+    kept = [number for number in range(3) if number != gone]
+    content[kept[1]].append(content[kept[0]][1])  # of two shards, the first after the other
+    content[kept[1]].append(content[kept[1]][0])  # and in one
+    folder, cfg = shards(tmp_path / "synthetic", "synthetic", *content), Config()
+    cfg.prepare.size = 32
+    keys = Dataset.open(folder).keys
+    start = sum(map(len, content[:gone]))
+    mark(folder, "g", keys[start:start + len(content[gone])], "drawn over images of theirs")
+    sets = real | {"synthetic": Dataset.open(folder)}
+    parts = Parts(cfg, tmp_path / "parts", sets, "")
+    assert [unit.shard for unit in parts.of("synthetic")] == kept
+    for unit in parts.of("synthetic"):
+        parts.inspect(unit, lambda images: np.zeros((len(images), 3), np.float32), Progress(RunDir(tmp_path), "screen", 0, 9, "images"))  # type: ignore[arg-type]
+    first, second = len(content[kept[0]]), len(content[kept[1]])
+    wanted = [[first + second - 2, 1], [first + second - 1, first]]
+    assert parts.pairs(LIMIT).tolist() == wanted
+    for unit in parts.of("synthetic"):
+        parts.compare(unit, LIMIT)
+    assert parts.pairs(LIMIT).tolist() == wanted

@@ -275,6 +275,75 @@ def test_who_withdrew_is_in_no_dataset_that_is_prepared_later(broken: Path, tmp_
         assert not found.keys() & set(Dataset.open(home / f"other-{split}").keys)
 
 
+def test_images_that_are_gone_or_others_since_the_plan_are_no_bad_images(drawn: Path, tmp_path: Path) -> None:
+    """A node on which their file system is not mounted must not commit shards without them; nor may another image come in under a planned name."""
+    shutil.copytree(drawn, tmp_path / "source")
+    cfg = config(tmp_path / "source", tmp_path)
+    images = tmp_path / "source/images"
+    images.rename(tmp_path / "mounted")
+    shutil.copytree(tmp_path / "mounted", images)
+    go(cfg, Task(1, 2))
+    shutil.rmtree(images)
+    images.mkdir()
+    with pytest.raises(UserError, match=r"\.jpg is gone since prepare looked at the images .*is its file system there on this node"):
+        go(cfg, Task(0, 2))
+    shutil.rmtree(images)
+    shutil.copytree(tmp_path / "mounted", images)
+    samples = read_json(tmp_path / "shards/set-train/plan.json")["splits"]
+    for split in SPLITS:  # whichever is this task's
+        for one, other in zip(samples[split], reversed(samples[split]), strict=True):
+            shutil.copy(tmp_path / "mounted" / f"{other}.jpg", images / f"{one}.jpg")
+    with pytest.raises(UserError, match=r"\.jpg has changed since prepare looked at the images"):
+        go(cfg, Task(0, 2))
+    shutil.rmtree(images)
+    shutil.copytree(tmp_path / "mounted", images)
+    assert go(cfg, Task(0, 2)).is_done("prepare")
+    assert all(Dataset.open(tmp_path / f"shards/set-{split}").manifest["set_aside"] == [] for split in SPLITS)
+
+
+def test_images_that_were_added_later_are_told(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(drawn, tmp_path / "source")
+    cfg = config(tmp_path / "source", tmp_path)
+    late = sorted((tmp_path / "source/images").iterdir())[:2]
+    for path in late:
+        path.rename(tmp_path / path.name)
+    go(cfg)
+    assert "are there now" not in capsys.readouterr().out
+    for path in late:
+        (tmp_path / path.name).rename(path)
+    cfg.run = str(tmp_path / "later")
+    go(cfg)
+    assert "2 images that were missing when set was prepared are there now" in capsys.readouterr().out
+
+
+def test_a_table_that_has_its_rows_twice_loses_no_image(drawn: Path, tmp_path: Path) -> None:
+    """As two collections' tables one after the other: half of the rows are no images that cannot be used."""
+    shutil.copytree(drawn, tmp_path / "source")
+    table = tmp_path / "source/metadata.csv"
+    head, *rows = table.read_text().splitlines()
+    table.write_text("\n".join([head, *rows, *rows]) + "\n")
+    run = go(config(tmp_path / "source", tmp_path))
+    assert run.metrics("prepare")["set_aside"]["reasons"] == {"duplicated id (the same row again; kept once)": len(rows)}
+
+
+def test_who_withdraws_before_or_while_the_data_are_prepared_is_in_none_of_them(drawn: Path, tmp_path: Path) -> None:
+    cfg = config(drawn, tmp_path)
+    (tmp_path / "shards").mkdir()
+    table = [line.split(",") for line in (drawn / "metadata.csv").read_text().splitlines()]
+    names, patients = ([row[table[0].index(column)] for row in table[1:]] for column in ("image_name", "patient_id"))
+    early, late = sorted({patient for patient in patients if patient})[:2]
+    withdraw(early, find(early, tmp_path / "shards", tmp_path), tmp_path / "shards")
+    go(cfg, Task(0, 2))
+    withdraw(late, find(late, tmp_path / "shards", tmp_path), tmp_path / "shards")
+    assert go(cfg, Task(1, 2)).is_done("prepare")
+    read = {key for split in SPLITS for key in Dataset.open(tmp_path / f"shards/set-{split}").keys}
+    theirs = {name for name, patient in zip(names, patients, strict=True) if patient in (early, late)}
+    assert theirs
+    assert not theirs & read
+    assert {name for name, patient in zip(names, patients, strict=True) if patient == early}.isdisjoint(
+        read_json(tmp_path / "shards/set-train/plan.json")["samples"])
+
+
 def test_the_same_file_under_both_targets_is_set_aside(broken: Path, tmp_path: Path) -> None:
     content = rows(broken)
     alone = {p.stem for p in lonely(broken)}

@@ -23,6 +23,7 @@ from skinsynth.errors import UserError
 from skinsynth.knobs import Model
 from skinsynth.models import diffusion, hub
 from skinsynth.models.denoiser import Denoiser
+from skinsynth.models.painter import Weights
 from skinsynth.models.tiny import WEIGHTS
 from skinsynth.run import RunDir, Task
 from skinsynth.stages.encode import encode
@@ -318,6 +319,82 @@ def test_sampling_is_what_the_pipeline_itself_does(kind: str, bases: Path) -> No
     assert (ours != other).any()  # the words do matter
 
 
+# ---- a LoRA of somebody else's ----
+
+TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+TEXT_Q = "encoder.layers.0.self_attn.q_proj"
+
+
+def lora(pipe: Any, form: str, layers: dict[str, list[str]]) -> dict[str, torch.Tensor]:
+    """Of rank 2, for the layers of each part of a pipeline, in the names of diffusers or kohya: of text encoders in those that transformers had."""
+    found, numbers = {}, torch.Generator().manual_seed(0)
+    for part, names in layers.items():
+        for name in names:
+            weight = pipe.components[part].get_submodule(name).weight
+            down = torch.randn(2, *weight.shape[1:], generator=numbers)
+            up = torch.randn(len(weight), 2, *[1] * (weight.ndim - 2), generator=numbers)
+            name = f"text_model.{name}" if part == "text_encoder" else name
+            if form == "kohya":
+                prefix = f"lora_{'te' if part == 'text_encoder' else part}_{name.replace('.', '_')}"
+                found |= {f"{prefix}.lora_down.weight": down, f"{prefix}.lora_up.weight": up, f"{prefix}.alpha": torch.tensor(2.0)}
+            else:
+                found |= {f"{part}.{name}.lora_A.weight": down, f"{part}.{name}.lora_B.weight": up}
+    return found
+
+
+def layers_of(pipe: Any) -> dict[str, list[str]]:
+    """As many tools take them: attention, the projections around it, and convolutions."""
+    wanted = re.compile(r"attn\d\.to_[qkv]$|to_out\.0$|proj_in$|proj_out$|resnets\.\d\.conv\d$|[qkv]_proj$|out_proj$|fc\d$")
+    return {part: [name for name, _ in pipe.components[part].named_modules() if wanted.search(name)] for part in ("unet", "text_encoder")}
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+@pytest.mark.parametrize("kind", ["sd15", "sd21"])
+def test_a_lora_goes_whole_into_its_base(form: str, kind: str, bases: Path, tmp_path: Path) -> None:
+    plain = diffusion.load_pipeline(bases / kind)
+    layers = layers_of(plain)
+    state = lora(plain, form, layers)
+    save_file(state, tmp_path / "lora.safetensors")
+    merged = diffusion.load_base(Model(base=str(bases / kind), lora=str(tmp_path / "lora.safetensors"), lora_scale=0.5))
+    changed = {key for key, value in weights(merged).items() if not torch.equal(value, weights(plain)[key])}
+    assert changed == {f"{part}.{name}.weight" for part, names in layers.items() for name in names}
+    assert len(changed) > 30
+    if form == "diffusers":
+        key = f"unet.{TO_Q}"
+        added = 0.5 * state[f"{key}.lora_B.weight"] @ state[f"{key}.lora_A.weight"]
+        assert torch.allclose(weights(merged)[f"{key}.weight"], weights(plain)[f"{key}.weight"] + added, atol=1e-5)
+
+
+def renamed(state: dict[str, torch.Tensor], old: str, new: str) -> dict[str, torch.Tensor]:
+    return {key.replace(old, new): value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("case", ["of FLUX", "in peft's names", "of a second text encoder", "of which half has no place", "with one layer too many",
+                                  "of a longer text encoder"])
+def test_a_lora_that_diffusers_would_pass_over_is_refused(case: str, bases: Path, tmp_path: Path) -> None:
+    """In silence, or with a warning among many: the base would pass for one that has it."""
+    pipe = diffusion.load_pipeline(bases / "sd15")
+    one, two = (lora(pipe, "diffusers", {part: [name]}) for part, name in (("unet", TO_Q), ("text_encoder", TEXT_Q)))
+    other = TO_Q.replace("down_blocks.0.attentions.0", "up_blocks.1.attentions.1")
+    more = lora(pipe, "diffusers", {"unet": [TO_Q, other, f"{other[:-4]}to_k"]})
+    nowhere = renamed(lora(pipe, "diffusers", {"unet": [other]}), "up_blocks.1", "up_blocks.7")
+    state, taken = {
+        "of FLUX": (renamed(one, f"unet.{TO_Q}", "transformer.single_transformer_blocks.0.attn.to_q"), "0 of its 1"),
+        "in peft's names": (renamed(one, "unet.", "base_model.model."), "0 of its 1"),
+        "of a second text encoder": (renamed(two, "text_encoder.", "text_encoder_2."), "0 of its 1"),
+        "of which half has no place": ({**one, **nowhere}, "1 of its 2"),
+        "with one layer too many": ({**more, **nowhere}, "3 of its 4"),
+        "of a longer text encoder": (renamed(two, TEXT_Q, TEXT_Q.replace("layers.0", "layers.9")), None),
+    }[case]
+    path = tmp_path / "lora.safetensors"
+    save_file(state, path)
+    with pytest.raises(UserError) as caught:
+        diffusion.load_base(Model(base=str(bases / "sd15"), lora=str(path)))
+    assert f"LoRA {path} " in str(caught.value)
+    told = f"{taken} layers have a place there" if taken else "it has layers that the base has not"
+    assert f"does not fit the base model: {told}" in str(caught.value)
+
+
 # ---- the loss ----
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -460,3 +537,25 @@ def test_the_hash_of_a_file_covers_what_it_is_loaded_with(bases: Path, tmp_path:
     schedule.write_text(schedule.read_text().replace("epsilon", "v_prediction"))
     assert diffusion.base_sha256(model) != before
     assert diffusion.load_base(model).scheduler.config.prediction_type == "v_prediction"
+
+
+def test_what_others_put_beside_the_files_that_are_read_changes_no_hash(drawn: Path, tmp_path: Path) -> None:
+    """A cache of the hub is often shared: another tool may fetch more of the same model at any time, also while images are drawn with it."""
+    base = tmp_path / "base"
+    shutil.copytree(WEIGHTS, base)
+    cfg = config.load("configs/demo.yaml", overrides(drawn, tmp_path, **{"generate.weights": "base", "model.base": base}))
+    before, used = diffusion.base_sha256(cfg.model), Weights(cfg, RunDir(tmp_path / "run"))
+    assert before == used.sha256 == diffusion.base_sha256(Model(base=str(WEIGHTS)))
+    (base / "safety_checker").mkdir()
+    (base / "safety_checker/config.json").write_text("{}")
+    weights = base / "unet/diffusion_pytorch_model.safetensors"
+    save_file({key: value.half() for key, value in load_file(weights).items()}, weights.with_suffix(".fp16.safetensors"), {"format": "pt"})
+    assert hub.variant(base) is None
+    assert diffusion.base_sha256(cfg.model) == before
+    used.check()
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert diffusion.base_sha256(cfg.model) != before
+    with pytest.raises(UserError, match=f"the weights changed while they were used: {before} at the start"):
+        used.check()

@@ -84,13 +84,17 @@ def export(dataset: DatasetFolder, folder: Annotated[str, typer.Argument(metavar
     """
     from skinsynth.data import export as exporting
     from skinsynth.errors import UserError
-    from skinsynth.files import read_json
+    from skinsynth.files import read_json, sha256_or_none
 
     if form not in ("siim", "imagefolder"):
         raise UserError(f"--format {form}: expected siim or imagefolder")
     listed = read_json(path_of(only)) if only else None
     if only and not isinstance(listed, dict):
         raise UserError(f"--only {only}: no such file, or no list of keys as screen writes it")
+    made_for = (listed or {}).get("manifest_sha256")
+    if made_for and made_for != sha256_or_none(path_of(dataset) / "manifest.json"):  # every run's images have the same names
+        raise UserError(f"--only {only} says what is accepted of another dataset than {dataset}, or of it before it was made anew: take that run's "
+                        "list, or screen again")
     count = exporting.export(path_of(dataset), path_of(folder), form, set(listed["keys"]) if listed else None)
     typer.echo(f"{count:,} images in {folder}")
 
@@ -152,7 +156,8 @@ def withdraw(group: Annotated[str, typer.Option("--group", metavar="ID", help="p
         typer.echo(f"{one.folder}: {one.kind}, " + (f"{size}: {one.why}" if one.why else "of unknown descent: nobody can tell, so it is not marked"))
     marked = [one for one in found if one.why]
     if not marked:
-        typer.echo(f"nothing in {shards} and {runs} is known to descend from group {group}")
+        typer.echo(f"nothing in {shards} and {runs} is known to descend from group {group}" +
+                   ("" if dry_run else "; it is noted, and nothing that is prepared there later has them"))
     elif dry_run:
         typer.echo("nothing was marked (--dry-run)")
     else:

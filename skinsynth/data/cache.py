@@ -10,7 +10,6 @@ opens no pipe under ``WDS_SECURE=1``. A command comes from the configuration alo
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import http.client
 import json
@@ -24,15 +23,15 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from io import BufferedRandom
 from pathlib import Path
 from typing import IO, Any
 
+from skinsynth.data import withdrawn
 from skinsynth.data.shards import SHARD, Dataset, Handle, check_part, claim, part_path
 from skinsynth.errors import UserError
-from skinsynth.files import is_spare, owner, sha256_file, sync, write_bytes
+from skinsynth.files import is_spare, locked, owner, sha256_file, sync, write_bytes
 from skinsynth.knobs import Config, Data
 from skinsynth.run import RunDir
 
@@ -48,16 +47,38 @@ def open_dataset(cfg: Config, run: RunDir, kind: str, tolerate: bool = False) ->
     folder = run.dataset(cfg, kind)
     if not cfg.data.remote or kind not in SPLITS:
         return Dataset.open(folder, tolerate)
+    if _is_folder(cfg.data.remote):
+        _bring_withdrawn(cfg.data.remote, [folder])
     return Dataset.open(folder, tolerate, Cache(cfg.data, folder.name).open)
 
 
 def adopt(cfg: Config, run: RunDir) -> dict[str, dict[str, Any]]:
-    """Brings the index (manifest and parts) of every split into ``data.shards``; returns the manifests.
+    """Brings the index (manifest and parts) of every split into ``data.shards``, and what is withdrawn there; returns the manifests.
 
     Raises:
         UserError: it cannot be fetched, is no index of prepared images of this size, or another dataset has the name here.
     """
-    return {split: _adopt_split(cfg, run.dataset(cfg, split)) for split in SPLITS}
+    found = {split: _adopt_split(cfg, run.dataset(cfg, split)) for split in SPLITS}
+    _bring_withdrawn(cfg.data.remote or "", [run.dataset(cfg, split) for split in SPLITS])
+    return found
+
+
+def _bring_withdrawn(remote: str, folders: list[Path]) -> None:
+    """Who withdrew where the datasets lie is withdrawn here as well: by the datasets' marks there, and those of their home."""
+    for place, name in ((folders[0].parent, withdrawn.NAME), *((folder, f"{folder.name}/{withdrawn.NAME}") for folder in folders)):
+        try:
+            content = fetch_bytes(remote, name, optional=True)
+            if not content:  # a command may fail, and its pipeline not
+                raise UserError(f"{remote} gave nothing for {name}")
+        except NotThere:
+            continue
+        except UserError as error:  # a command's failure may mean that there is no such file; so may a bucket's refusal (403)
+            print(f"whether anybody withdrew there is not known where this has no {name}: {error}")
+            return
+        try:
+            withdrawn.merge(place, json.loads(content)["groups"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"data.remote: what {remote} gives for {name} is no list of who withdrew") from None
 
 
 def _adopt_split(cfg: Config, folder: Path) -> dict[str, Any]:
@@ -109,7 +130,8 @@ def _parse(remote: str, name: str, content: bytes) -> Any:
 class Cache:
     """The tars of one remote dataset on this machine, the least recently opened of which make room above ``data.cache_gb``.
 
-    The limit is that of all splits of ``data.name`` together, and nothing else is ever deleted. A tar that is open stays readable.
+    The limit is that of all splits of ``data.name`` together, and nothing else is ever deleted. A tar that is open stays readable, and takes its
+    room on the disk until it is closed.
     """
 
     def __init__(self, data: Data, name: str):
@@ -119,14 +141,18 @@ class Cache:
         self.limit = None if data.cache_gb is None else int(data.cache_gb * 1e9)
         self.wrong: dict[str, str] = {}  # tar -> why it is not asked for again
 
-    def open(self, shard: dict[str, Any]) -> Handle:
+    def open(self, shard: dict[str, Any], doubt: bool = False) -> Handle:
         """An open tar (``shard``, ``bytes``, ``sha256`` as in the manifest), brought first where it is not there whole.
+
+        ``doubt``: a sample in it was not what it should be, so it is brought again where its hash is another one.
 
         Raises:
             UserError: it cannot be fetched.
             OSError: what is fetched is, twice, not what the manifest says.
         """
         path = self.root / self.name / shard["shard"]
+        if doubt and _whole(path, shard) and sha256_file(path) != shard["sha256"]:
+            path.unlink(missing_ok=True)
         while True:
             if not _whole(path, shard):
                 with locked(path.with_name(f".{path.name}.lock")):
@@ -134,7 +160,8 @@ class Cache:
                         self._bring(path, shard)
             with suppress(FileNotFoundError):  # another rank may just have made room
                 handle = Handle(path)
-                os.utime(path)
+                with suppress(OSError):  # another user brought it, or the cache can only be read: it is not marked as used
+                    os.utime(path)
                 return handle
 
     def _bring(self, path: Path, shard: dict[str, Any]) -> None:
@@ -151,6 +178,7 @@ class Cache:
                 if not wrong:
                     os.replace(temp, path)
                     sync(path.parent)
+                    self._make_room(0)  # others may have brought theirs meanwhile
                     return
                 self.wrong[path.name] = wrong
             raise OSError(0, self.wrong[path.name])
@@ -166,7 +194,7 @@ class Cache:
                 state = path.stat()
                 found.append((state.st_mtime_ns, state.st_size, path))
         total = needed + sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
+        for _, size, path in sorted(found)[: len(found) if needed else -1]:  # never the one that was just brought
             if total <= self.limit:
                 return
             path.unlink(missing_ok=True)
@@ -197,34 +225,32 @@ def _whole(path: Path, shard: dict[str, Any]) -> bool:
         return False
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One holder at a time on this machine, among processes and threads; it is free again when its holder dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as lock:
-        with suppress(OSError):  # a file system without locks: each brings the file, under a name of its own
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 # ---- fetching ----
 
-def fetch_bytes(remote: str, name: str) -> bytes:
-    """The content of a small file."""
+class NotThere(UserError):
+    """The remote answers, and has no such file."""
+
+
+def _is_folder(remote: str) -> bool:
+    return not remote.startswith("pipe:") and "://" not in remote
+
+
+def fetch_bytes(remote: str, name: str, optional: bool = False) -> bytes:
+    """The content of a small file; of one that may be missing, a command is asked once only."""
     with tempfile.TemporaryFile() as file:
-        fetch(remote, name, file)
+        fetch(remote, name, file, 1 if optional else TRIES)
         file.seek(0)
         return file.read()
 
 
-def fetch(remote: str, name: str, to: IO[bytes]) -> None:
+def fetch(remote: str, name: str, to: IO[bytes], tries: int = TRIES) -> None:
     """Copies ``name`` (``isic-train/00000.tar``) from the remote into an empty file.
 
     Raises:
         UserError: it is not there or not to be had; the message names the URL, the command or the path.
     """
     if remote.startswith("pipe:"):
-        return _from_command(remote.removeprefix("pipe:"), name, to)
+        return _from_command(remote.removeprefix("pipe:"), name, to, tries)
     if remote.startswith(("http://", "https://")):
         return _from_web(f"{remote.rstrip('/')}/{name}", to)
     if "://" in remote:
@@ -234,21 +260,35 @@ def fetch(remote: str, name: str, to: IO[bytes]) -> None:
         with open(Path(remote) / name, "rb") as source:
             shutil.copyfileobj(source, to, 1 << 20)
     except FileNotFoundError:
-        raise UserError(f"data.remote: {Path(remote) / name} does not exist: give the folder in which the prepared datasets lie") from None
+        raise NotThere(f"data.remote: {Path(remote) / name} does not exist: give the folder in which the prepared datasets lie") from None
 
 
-def _from_command(template: str, name: str, to: IO[bytes]) -> None:
+def _from_command(template: str, name: str, to: IO[bytes], tries: int) -> None:
+    """A command that fails is tried again: what it asks may be busy, or the connection broken."""
     if "{name}" not in template:
         raise UserError(f"data.remote=pipe:{template}: the command must hold {{name}}, which stands for the file, for example isic-train/00000.tar")
     command = template.replace("{name}", shlex.quote(name)).strip()
-    with tempfile.TemporaryFile() as words:
-        process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=to, stderr=words, start_new_session=True)
-        silent = _wait(process, to)
-        words.seek(0)
-        said = words.read().decode(errors="replace").strip().splitlines()
-    if silent or process.returncode:
-        how = f"gave nothing for {SILENT} s and was stopped" if silent else f"ended with {process.returncode}"
-        raise UserError(f"data.remote: the command '{command}' {how}{': ' + said[-1] if said else ''}")
+    for attempt in range(tries):
+        _again(attempt, to)
+        with tempfile.TemporaryFile() as words:
+            process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=to, stderr=words, start_new_session=True)
+            silent = _wait(process, to)
+            words.seek(0)
+            said = words.read().decode(errors="replace").strip().splitlines()
+        if not silent and not process.returncode:
+            return
+        if silent:
+            break
+    how = f"gave nothing for {SILENT} s and was stopped" if silent else f"ended with {process.returncode}{f', {tries} times' * (tries > 1)}"
+    raise UserError(f"data.remote: the command '{command}' {how}{': ' + said[-1] if said else ''}")
+
+
+def _again(attempt: int, to: IO[bytes]) -> None:
+    """Waits before another try than the first, for which the file is emptied."""
+    if attempt:
+        time.sleep(PAUSE * 2 ** (attempt - 1))
+    to.seek(0)
+    to.truncate()
 
 
 def _wait(process: subprocess.Popen[bytes], to: IO[bytes]) -> bool:
@@ -274,19 +314,20 @@ def _from_web(url: str, to: IO[bytes]) -> None:
     """A server's trouble (5xx, 429, silence, a broken connection) is tried again; a refusal is not."""
     why: object = ""
     for attempt in range(TRIES):
-        if attempt:
-            time.sleep(PAUSE * 2 ** (attempt - 1))
-        to.seek(0)
-        to.truncate()
+        _again(attempt, to)
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
                 shutil.copyfileobj(answer, to, 1 << 20)
             to.flush()
-            return
+            length = answer.headers.get("Content-Length")  # a body that is cut off is no error to urllib
+            if not length or to.tell() == int(length):
+                return
+            why = f"cut off after {to.tell()} of {length} bytes"
         except urllib.error.HTTPError as error:
             why = f"{error.code} {error.reason}"
             if error.code < 500 and error.code != 429:
-                raise UserError(f"data.remote: {url} cannot be fetched ({why}): check the address and that the file is there") from None
+                kind = NotThere if error.code in (404, 410) else UserError
+                raise kind(f"data.remote: {url} cannot be fetched ({why}): check the address and that the file is there") from None
         except urllib.error.URLError as error:
             why = error.reason
         except (OSError, http.client.HTTPException) as error:

@@ -41,7 +41,7 @@ def sources(cfg: Config, train: Dataset) -> list[Source]:
 def _captioned(cfg: Config, train: Dataset) -> Source:
     if "caption" not in train.columns:
         raise UserError(f"{train.folder} has no captions (it was made by an earlier version): delete it and prepare again")
-    samples = _take(train, cfg.finetune.images, cfg.seed, "finetune.images")
+    samples = _take(train, cfg.finetune.images, cfg.seed, "finetune.images", ())
     return Source("captions", samples, tuple(train.columns["caption"][i] for i in samples), False, train.shard_counts(samples))
 
 
@@ -53,8 +53,10 @@ def _dreambooth(cfg: Config, train: Dataset) -> list[Source]:
         key = f"finetune.concepts.{name}"
         kinds = [(concept.instance, concept.instance_prompt, "instance", False), (concept.class_, concept.class_prompt, "class", True)]
         kinds = kinds[: 2 if concept.class_prompt else 1]
+        taken: tuple[int, ...] = ()
         for images, prompt, kind, prior in kinds:
-            samples = _take(train, images, cfg.seed + number, f"{key}.{kind}")
+            # An instance is no class image beside that, unless the class is meant to be all that there is, which a wider filter says.
+            samples = taken = _take(train, images, cfg.seed + number, f"{key}.{kind}", taken if images.where == concept.instance.where else ())
             found.append(Source(name, samples, (prompt,) * len(samples), prior, train.shard_counts(samples), 1 / len(kinds)))
     return found
 
@@ -70,11 +72,13 @@ def prompts(found: list[Source]) -> list[str]:
     return sorted({"", *(prompt for source in found for prompt in source.prompts)})
 
 
-def _take(train: Dataset, images: Images, seed: int, key: str) -> tuple[int, ...]:
+def _take(train: Dataset, images: Images, seed: int, key: str, last: tuple[int, ...]) -> tuple[int, ...]:
+    """``last``: those that are taken only where the others are too few."""
     matching = train.select(images.where)
     if not matching:
         values = {n: sorted({str(v) for v in train.columns[n]})[:12] for n in images.where}
         raise UserError(f"{key}: no training image matches {images.where}; the columns there hold {values}")
     if images.count is None or images.count >= len(matching):
         return tuple(matching)
-    return tuple(sorted(matching[i] for i in permutation(len(matching), seed, 0)[: images.count]))
+    drawn, later = [matching[i] for i in permutation(len(matching), seed, 0)], set(last)
+    return tuple(sorted(sorted(drawn, key=lambda i: i in later)[: images.count]))

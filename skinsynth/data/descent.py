@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skinsynth.data import withdrawn
+from skinsynth.errors import UserError
 from skinsynth.files import read_json
 
 if TYPE_CHECKING:  # it needs numpy, which a launch, that looks for the models, does not
@@ -53,6 +55,18 @@ def union(*found: Names) -> Names:
 def trained_on(lineage: dict[str, Any]) -> Names:
     """All that is known of what weights, or those that drew synthetic images, were trained on; of older lineages the groups alone."""
     return union(lineage.get("trained_on") or {}, {"groups": lineage.get("trained_group_ids", lineage.get("group_ids")) or []})
+
+
+def check_withdrawn(lineage: dict[str, Any], home: Path, what: str) -> None:
+    """Raises ``UserError`` where ``what`` (weights, synthetic images) descends from a patient, lesion or image that is withdrawn in the home of the
+    datasets: it may have been made, or finished, after it was looked for what descends from them."""
+    ids, keys = withdrawn.at_home(home)
+    known = trained_on(lineage)
+    lesions = withdrawn.lesions(ids, known["patients"])
+    gone = sorted({*known["groups"], *known["patients"]} & ids | {*known["lesions"]} & lesions | {*known["images"]} & keys)
+    if gone:
+        raise UserError(f"{what} is withdrawn: it was trained on {gone[0]}{' and more' * (len(gone) > 1)}, which {home / withdrawn.NAME} names; "
+                        "delete it and make it again without")
 
 
 def told(lineage: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from skinsynth.data import descent
 from skinsynth.data.places import Places
-from skinsynth.data.shards import Dataset, check_part, part_path
+from skinsynth.data.shards import Dataset, check_part, gone_from, part_path
 from skinsynth.errors import UserError
 from skinsynth.files import read_json, write_text
 
@@ -24,10 +24,15 @@ def export(folder: Path, target: Path, form: str, only: set[str] | None, tell: C
     (``train/`` with ``metadata.csv``, as Hugging Face datasets reads it). Returns how many. Nothing is there before all is.
 
     Raises:
-        UserError: no finished dataset, one whose index holds names that could leave a folder, or ``target`` is there already.
+        UserError: no finished dataset, a key in ``only`` that it does not have, one whose index holds names that could leave a folder, or ``target``
+            is there already.
         BadSample: an image that is not as it was written.
     """
-    data = Dataset.open(folder)
+    data, target = Dataset.open(folder), target.absolute()
+    unknown = sorted((only or set()) - {*data.keys} - gone_from(folder, data.manifest))
+    if unknown:
+        raise UserError(f"{folder} has no {unknown[0]}{f' and {len(unknown) - 1} others' * (len(unknown) > 1)} of those listed: the list is of "
+                        "another dataset")
     if (kind := data.manifest.get("kind")) not in ("real", "synthetic"):
         raise UserError(f"{folder} holds no images but {kind}: there is nothing to export")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

@@ -17,17 +17,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from skinsynth import cpu
 from skinsynth.data import isic, tables
 from skinsynth.data.codec import encode_jpeg
 from skinsynth.data.isic import Aside, BadImage, Row
 from skinsynth.data.lesion import square
 from skinsynth.data.shards import ShardWriter, claim, missing_parts, write_manifest
 from skinsynth.errors import UserError
-from skinsynth.files import read_json, sha256_file, write_text
+from skinsynth.files import locked, read_json, sha256_file, write_text
 from skinsynth.knobs import Config
 from skinsynth.run import Progress, RunDir, Task
 
@@ -177,14 +179,22 @@ def finish(cfg: Config, run: RunDir) -> bool:
 
 
 def _plan(cfg: Config, folder: Path) -> dict[str, Any]:
-    """Which image is where: made by whichever task comes first. Two that make it at once make the same."""
+    """Which image is where: made by whichever task comes first, while the others wait. Without locks each makes it, and the same."""
+    with locked(folder / ".index.lock"):
+        return _locked_plan(cfg, folder)
+
+
+def _locked_plan(cfg: Config, folder: Path) -> dict[str, Any]:
     found = read_json(folder / "plan.json")
     if found is None:
         rows, aside = read(Path(cfg.data.synthetic or ""))
         if not rows:
             raise UserError(f"data.synthetic: {cfg.data.synthetic} holds no image that can be used" + (f" ({aside[0]['reason']})" if aside else ""))
         rows.sort(key=lambda row: isic.random_key(cfg.seed, "external", row.image_name))  # classes mixed in every shard
-        content = hashlib.sha256("".join(f"{row.image_name} {sha256_file(Path(str(row.file)))}\n" for row in rows).encode()).hexdigest()
+        with ThreadPoolExecutor(cpu.threads()) as pool:
+            hashes = pool.map(lambda row: sha256_file(Path(str(row.file))), rows)
+            rows = [replace(row, sha256=sha256) for row, sha256 in zip(rows, hashes, strict=True)]
+        content = hashlib.sha256("".join(f"{row.image_name} {row.sha256}\n" for row in rows).encode()).hexdigest()
         found = {"rows": [vars(row) for row in rows], "aside": aside, "content": content}
     knobs = {k: v for k, v in asdict(cfg.prepare).items() if k not in ("max_bad", "split")}
     claim(folder, {"stage": "prepare", "prepare": knobs, "seed": cfg.seed, "folder": cfg.data.synthetic, "content": found["content"]})
@@ -195,7 +205,7 @@ def _plan(cfg: Config, folder: Path) -> dict[str, Any]:
 
 def _add(cfg: Config, shard: ShardWriter, row: Row) -> None:
     try:
-        image = square(isic.read_image(Path(str(row.file))), cfg.prepare.size, cfg.prepare.crop, cfg.prepare.hair_removal)
+        image = square(isic.read_image(Path(str(row.file)), row.sha256), cfg.prepare.size, cfg.prepare.crop, cfg.prepare.hair_removal)
     except BadImage as error:
         shard.skip(row.image_name, str(error))
         return

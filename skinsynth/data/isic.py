@@ -33,6 +33,9 @@ COLUMNS = {  # ours -> theirs; the first that is filled counts
     "malignancy": ("benign_malignant", "diagnosis_1"),
 }
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+MISSING = "image file is missing"
+AGAIN = "duplicated id (the same row again; kept once)"
+UNKNOWN = {"unknown", "unk", "missing", "not available", "-", "?"}
 MIN_SIDE = 16  # pixels
 SITES = {"head/neck": "on the head or neck", "head and neck": "on the head or neck", "palms/soles": "on the palm or sole",
          "oral/genital": "in the oral or genital area", "anogenital region": "in the anogenital region", "genital": "in the genital area",
@@ -43,7 +46,8 @@ Aside = dict[str, str]  # {"key": image name, "reason": why it is left out}, as 
 
 @dataclass(frozen=True)
 class Row:
-    """One image. ``None`` is unknown; age in years; target 1 is malignant; ``file`` only where no folder is searched."""
+    """One image. ``None`` is unknown; age in years; target 1 is malignant; ``file`` only where no folder is searched, or the image
+    was found; ``sha256`` of its bytes, then."""
 
     image_name: str
     target: int
@@ -54,6 +58,7 @@ class Row:
     site: str | None = None
     diagnosis: str | None = None
     file: str | None = None
+    sha256: str | None = None
 
 
 class BadImage(Exception):
@@ -105,14 +110,20 @@ def _row(record: Mapping[str, str]) -> Row:
         raise ValueError("the image name may hold letters, digits, '_' and '-' only" if name else "no image name")
     if kind := tables.other_kind(record):
         raise ValueError(f"not dermoscopic: image_type is '{kind}'")
-    sex, site = (value if (value := (_value(record, column) or "").lower()) not in ("", "unknown") else None for column in ("sex", "site"))
+    sex, site = (value.lower() if (value := _known(record, column)) else None for column in ("sex", "site"))
     diagnosis = _value(record, "diagnosis")
-    return Row(name, _target(record), _value(record, "patient_id"), _value(record, "lesion_id"), sex, _age(_value(record, "age")), site,
+    return Row(name, _target(record), _known(record, "patient_id"), _known(record, "lesion_id"), sex, _age(_value(record, "age")), site,
                diagnosis and re.sub(r",? NOS$", "", diagnosis).lower())
 
 
 def _value(record: Mapping[str, str], ours: str) -> str | None:
     return next((record[c] for c in COLUMNS[ours] if record.get(c, "").lower() not in tables.EMPTY), None)
+
+
+def _known(record: Mapping[str, str], ours: str) -> str | None:
+    """As ``_value``; None also for a word that says that nobody knows: no patient of that name, who would have all such rows."""
+    value = _value(record, ours)
+    return None if value is None or value.lower() in UNKNOWN else value
 
 
 def _stem(name: str | None) -> str:
@@ -148,7 +159,7 @@ def _unique(rows: list[Row], aside: list[Aside]) -> tuple[list[Row], list[Aside]
     for name, found in same.items():
         if all(row == found[0] for row in found):
             kept.append(found[0])
-            aside += [{"key": name, "reason": "duplicated id (the same row again; kept once)"}] * (len(found) - 1)
+            aside += [{"key": name, "reason": AGAIN}] * (len(found) - 1)
         else:
             aside += [{"key": name, "reason": "duplicated id with rows that differ"}] * len(found)
     return kept, aside
@@ -193,13 +204,20 @@ def _distinct(rows: list[Row]) -> list[Row]:
 
 
 def read_pairs(path: Path, names: Iterable[str]) -> list[tuple[str, str]]:
-    """Pairs of image names from the first two columns that hold ids (of these images, or ISIC ids).
+    """Pairs of image names from the two columns that hold most ids (of these images, or ISIC ids): others may have numbers that are ids by chance.
 
     Raises:
         UserError: no such file, or not two columns of ids.
     """
     records, known = tables.read_csv(path, "duplicates"), set(names)
-    columns = [c for c in (records[0] if records else []) if any(_stem(r[c]) in known or re.fullmatch(r"ISIC_\d+", _stem(r[c])) for r in records)]
+
+    def ids(column: str) -> int:
+        return sum(_stem(r[column]) in known or re.fullmatch(r"ISIC_\d+", _stem(r[column])) is not None for r in records)
+
+    header = [column for column in (records[0] if records else []) if column]  # an index as pandas writes it has no name
+    counts = {column: count for column in header if (count := ids(column))}
+    best = sorted(counts, key=lambda c: (-counts[c], re.search("image|isic|name", c) is None))[:2]
+    columns = sorted(best, key=header.index)
     if records and len(columns) < 2:
         raise UserError(f"data.duplicates: {path} needs two columns of image names; it has: {', '.join(records[0])}")
     return [(_stem(r[columns[0]]), _stem(r[columns[1]])) for r in records if r[columns[0]] and r[columns[1]]]
@@ -211,27 +229,39 @@ def find_image(folder: Path, name: str) -> Path:
         path = folder / f"{name}{extension}"
         if path.is_file():
             return path
-    raise BadImage("image file is missing")
+    raise BadImage(MISSING)
 
 
-def read_image(path: Path) -> np.ndarray:
+def is_there(folder: Path, name: str) -> bool:
+    return any((folder / f"{name}{extension}").is_file() for extension in EXTENSIONS)
+
+
+def read_image(path: Path, sha256: str | None = None) -> np.ndarray:
     """uint8 (height, width, 3), RGB, upright. CMYK, grey, palette and alpha are converted (alpha is dropped).
+
+    ``sha256``: of the bytes that the file had when the plan was made.
 
     Raises:
         BadImage: missing, empty, truncated, not an image, too small, or too large to be one.
         OSError: the file system failed; this says nothing about the image.
+        UserError: it is not the file that was planned with.
     """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise BadImage("image file is missing") from None
+        if sha256:  # a file system that this node has not, perhaps: it must not be taken for images that are missing
+            raise _other(path, "is gone") from None
+        raise BadImage(MISSING) from None
+    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+        raise _other(path, "has changed")
     if not data:
         raise BadImage("empty file")
     try:
         with Image.open(io.BytesIO(data)) as image:
             _check_form(image)
-            upright = ImageOps.exif_transpose(image)
-            return np.asarray((upright.convert("RGBA") if upright.mode == "P" else upright).convert("RGB"))
+            ImageOps.exif_transpose(image, in_place=True)
+            upright = image.convert("RGBA") if image.mode == "P" else image
+            return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
     except BadImage:
         raise
     except Image.DecompressionBombError:  # Pillow's limit: 179 million pixels; the largest ISIC images have about 30
@@ -242,6 +272,11 @@ def read_image(path: Path) -> np.ndarray:
         text = str(error)
         cut = "truncated" in text or "unexpected end" in text
         raise BadImage("truncated image" if cut else f"damaged image ({text or type(error).__name__})") from None
+
+
+def _other(path: Path, what: str) -> UserError:
+    return UserError(f"{path} {what} since prepare looked at the images and split them: put it back as it was (is its file system there on this "
+                     "node?) and start the same command again, which goes on; or delete the dataset's folders to prepare the images as they are now")
 
 
 def _check_form(image: Image.Image) -> None:

@@ -31,9 +31,9 @@ from typing import IO, Any, Self, TypeVar
 
 import numpy as np
 
+from skinsynth.data import descent, withdrawn
 from skinsynth.data.codec import decode, from_npy
 from skinsynth.data.places import Places
-from skinsynth.data.withdrawn import withdrawn_keys
 from skinsynth.errors import UserError
 from skinsynth.files import is_spare, owner, read_json, sha256_file, sync, write_json, write_text
 
@@ -229,7 +229,8 @@ class Handle:
 class Dataset:
     """A finished dataset: its manifest, and where each sample lies. Samples are numbered 0 .. len-1 in shard order.
 
-    Reading is safe under threads. ``fetch`` opens a shard (an entry of the manifest) that may have to be brought first.
+    Reading is safe under threads. ``fetch`` opens a shard (an entry of the manifest) that may have to be brought first; called with True besides, one
+    in which something is not as it was written.
     """
 
     folder: Path
@@ -237,12 +238,13 @@ class Dataset:
     keys: list[str]
     columns: dict[str, list[Any]]
     places: Places
-    fetch: Callable[[dict[str, Any]], Handle] | None = None
+    fetch: Callable[..., Handle] | None = None
+    _doubted: set[int] = field(default_factory=set, repr=False)  # shards in which something was not as it was written
     _files: dict[int, Handle] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @classmethod
-    def open(cls, folder: Path, tolerate: bool = False, fetch: Callable[[dict[str, Any]], Handle] | None = None) -> Dataset:
+    def open(cls, folder: Path, tolerate: bool = False, fetch: Callable[..., Handle] | None = None) -> Dataset:
         """With ``tolerate`` a shard that is missing or of another size is found out when its samples are read (``BadSample``).
 
         Raises:
@@ -254,7 +256,7 @@ class Dataset:
             raise UserError(f"dataset {folder} is not there or not finished (no manifest.json): run the stage that makes it")
         keys: list[str] = []
         columns: dict[str, list[Any]] = {}
-        places, same, gone = Places(), dict[str, str](), withdrawn_keys(folder)
+        places, same, gone = Places(), dict[str, str](), gone_from(folder, manifest)
         for number, shard in enumerate(manifest["shards"]):
             part = read_json(part_path(folder, number))
             check_part(part_path(folder, number), shard, part)
@@ -278,11 +280,31 @@ class Dataset:
         Raises:
             BadSample: it is not there as it was written: a missing or truncated shard, another checksum.
         """
+        try:
+            return self._read(index, extension)
+        except BadSample:
+            if not self.fetch:
+                raise
+            number = self.places[index][0]
+            with self._lock:  # the copy here may be damaged, and not the remote's
+                if number not in self._doubted:
+                    self._doubted.add(number)
+                    self._files.pop(number, None)
+            return self._read(index, extension)
+
+    def _read(self, index: int, extension: str) -> bytes:
         number, members = self.places[index]
         offset, size, *checksum = members[extension]
         try:
             handle = self._handle(number)  # held until it is read, or another thread's opening might close it
-            data = os.pread(handle.number, size, offset)
+            try:
+                data = os.pread(handle.number, size, offset)
+            except OSError as error:
+                if error.errno != errno.ESTALE:  # another host replaced or deleted the file, on a network's file system
+                    raise
+                self._files.pop(number, None)
+                handle = self._handle(number)
+                data = os.pread(handle.number, size, offset)
         except OSError as error:
             if error.errno not in (0, errno.ENOENT, errno.EIO):  # a full disk, no right to read: not the sample's fault
                 raise
@@ -297,7 +319,7 @@ class Dataset:
         found = self._files.get(number)
         if found is None:
             shard = self.manifest["shards"][number]
-            found = self.fetch(shard) if self.fetch else Handle(self.folder / shard["shard"])
+            found = self.fetch(shard, number in self._doubted) if self.fetch else Handle(self.folder / shard["shard"])
             with self._lock:
                 self._files[number] = found
                 if len(self._files) > HANDLES:
@@ -352,9 +374,51 @@ class Dataset:
         here = [s for s in self.manifest["shards"] if not self.fetch or (self.folder / s["shard"]).exists()]
         return [s["shard"] for s in here if sha256_file(self.folder / s["shard"]) != s["sha256"]]
 
+    def check_withdrawn(self) -> None:
+        """Raises ``UserError`` where samples were withdrawn since the dataset was opened: what was made of them must not be kept."""
+        gone = gone_from(self.folder, self.manifest) & set(self.keys)
+        if gone:
+            raise UserError(f"{len(gone)} samples of {self.folder} were withdrawn while they were used (first: {min(gone)}): delete what was made of "
+                            "them, checkpoints included (the stage's folder in the run), and launch again, which does without them")
+
     def close(self) -> None:
         with self._lock:
             self._files.clear()
+
+
+def parts_of(folder: Path, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Raises ``UserError`` as ``check_part``."""
+    for number, shard in enumerate(manifest["shards"]):
+        part = read_json(part_path(folder, number))
+        check_part(part_path(folder, number), shard, part)
+        yield part
+
+
+def table_of(folder: Path, manifest: dict[str, Any]) -> dict[str, list[str | None]]:
+    """``descent.table`` of all samples, those that are withdrawn included."""
+    tables = [descent.table(folder, part["keys"], part["columns"]) for part in parts_of(folder, manifest)]
+    return {kind: [name for table in tables for name in table[kind]] for kind in descent.KINDS}
+
+
+def gone_from(folder: Path, manifest: dict[str, Any]) -> set[str]:
+    """The samples that are withdrawn: by a mark, or since they are of a patient, lesion or group that the home of the datasets names, in which this
+    one may not have been, or not been finished, when they withdrew.
+
+    Raises:
+        UserError: all of it is.
+    """
+    gone, (ids, keys) = withdrawn.withdrawn_keys(folder), withdrawn.at_home(folder.parent)
+    if ids and manifest.get("kind") == "real":
+        table = table_of(folder, manifest)
+        lesions = withdrawn.lesions(ids, table["patients"])
+        rows = zip(table["images"], table["groups"], table["patients"], table["lesions"], strict=True)
+        gone |= {str(key) for key, group, patient, lesion in rows if {group, patient} & ids or lesion in lesions}
+    if ids and manifest.get("kind") == "synthetic":
+        descent.check_withdrawn(manifest.get("lineage") or {}, folder.parent, str(folder))
+        for part in parts_of(folder, manifest):
+            groups, images = (part["columns"].get(name, [None] * len(part["keys"])) for name in ("source_group", "source"))
+            gone |= {key for key, group, image in zip(part["keys"], groups, images, strict=True) if group in ids or image in keys}
+    return gone
 
 
 def read_member(tar: IO[bytes], place: list[int]) -> bytes:

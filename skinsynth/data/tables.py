@@ -27,17 +27,31 @@ ONE_HOT = (({"mel", "nv", "bcc"}, ""), ({"melanoma", "seborrheic_keratosis"}, "n
 
 
 def read_csv(path: Path, what: str) -> list[dict[str, str]]:
-    """Stripped strings under lower-case column names; a byte order mark and CRLF are fine."""
+    """Stripped strings under lower-case column names; a byte order mark, CRLF, and semicolons or tabs for commas are fine.
+
+    Raises:
+        UserError: no such file, not UTF-8, a column twice, or a quotation mark that is never closed, which would swallow the lines that follow.
+    """
     if not path.is_file():
         raise UserError(f"data.{what}: {path} does not exist or is not a file: give the path of the CSV")
     try:
-        lines = csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""))
+        text = re.sub(r"\Asep=.\r?\n", "", path.read_bytes().decode("utf-8-sig"))  # what Excel may put before the header
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
         header = [name.strip().lower() for name in next(lines, [])]
         _check_twice(path, what, header)
         empty = dict.fromkeys(header, "")
         return [empty | dict(zip(header, (sys.intern(v.strip()) for v in line), strict=False)) for line in lines if line]  # few values differ
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"data.{what}: {path} is not a CSV in UTF-8 ({error}): export it as one") from None
+    except csv.Error as error:
+        raise UserError(f"data.{what}: {path} cannot be read as a CSV from line {lines.line_num} on, or from a quotation mark before it that is not "
+                        f"closed ({error}): mend that line, or export the table again") from None
+
+
+def _delimiter(text: str) -> str:
+    """By the header: where it has no comma, a semicolon (Excel's, where the comma is decimal) or a tab."""
+    header = text.partition("\n")[0]
+    return next((mark for mark in ",;\t" if mark in header), ",")
 
 
 def _check_twice(path: Path, what: str, header: list[str]) -> None:

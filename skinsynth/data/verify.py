@@ -1,4 +1,4 @@
-"""Is a dataset what it should be? Every planned image once, none else, every checksum right. One shard is in memory at a time."""
+"""Is a dataset what it should be? Every planned image once, none else, every checksum right. A few shards are in memory at a time."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from skinsynth.errors import UserError
 from skinsynth.files import read_json
 
 SHOWN = 20  # problems that are listed for a person
+AT_ONCE = 8  # shards that are read side by side, each by a thread that has it in memory
 
 
 @dataclass
@@ -55,7 +56,7 @@ def verify(folder: Path, tell: Callable[[int, int], None] = lambda done, of: Non
         there = len(units) if plan is None else -(-plan["planned"] // plan["shard_size"])
         found.problems.append(f"it is not finished: {len(units)} of {there} shards are there" if plan else "it is not finished: no manifest.json")
     seen: set[str] = set()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(min(AT_ONCE, len(os.sched_getaffinity(0)))) as pool:
         for done, (unit, part, problems) in enumerate(pool.map(lambda unit: _shard(folder, unit, manifest, plan), units), 1):
             found.problems += problems
             if part:

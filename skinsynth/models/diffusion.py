@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 
 from skinsynth import cpu
 from skinsynth.data.withdrawn import withdrawn_keys
 from skinsynth.errors import UserError
-from skinsynth.files import sha256_file, sha256_folder
+from skinsynth.files import sha256_file, sha256_files, sha256_folder
 from skinsynth.knobs import Model
 from skinsynth.models import hub
 
@@ -54,13 +56,32 @@ def merge_lora(pipe: Any, path: Path, scale: float) -> None:
     file = hub.lora_file(path)
     try:
         pipe.load_lora_weights(file.parent, weight_name=file.name, local_files_only=True, use_safetensors=True)
+    except (IndexError, KeyError):  # of what diffusers looks for in vain where a text encoder's layers are not the base's
+        raise UserError(f"LoRA {path} does not fit the base model: it has layers that the base has not; take one that was made for this kind of "
+                        "base") from None
     except (OSError, ValueError) as error:
         raise UserError(f"LoRA {path} cannot be loaded: {str(error).splitlines()[0]}") from None
     except RuntimeError as error:  # torch's "size mismatch for ..."
         line = next((row.strip() for row in str(error).splitlines() if "size mismatch" in row), str(error).splitlines()[0])
         raise UserError(f"LoRA {path} does not fit the base model, which has another shape: {line}") from None
+    _check_taken(pipe, file, path)
     pipe.fuse_lora(lora_scale=scale)
     pipe.unload_lora_weights()
+
+
+def _check_taken(pipe: Any, file: Path, path: Path) -> None:
+    """diffusers passes over what it finds no place for, with a warning at most.
+
+    Raises:
+        UserError: some of the file's layers are none of the base's, or all.
+    """
+    with safe_open(file, "pt") as found:
+        names = [name for name in found.keys() if re.search(r"lora_A|lora_down|lora\.down", name)]  # noqa: SIM118 (it is no dict)
+    parts = [pipe.components[name] for name in ("unet", "text_encoder", "text_encoder_2") if pipe.components.get(name) is not None]
+    taken = sum(".lora_A." in name for part in parts for name, _ in part.named_parameters())
+    if taken < max(1, len(names)):
+        raise UserError(f"LoRA {path} does not fit the base model: {taken} of its {len(names)} layers have a place there (the first is "
+                        f"{min(names, default='none')}); take one that was made for this kind of base, in the names of diffusers or kohya")
 
 
 @cpu.importing()
@@ -125,7 +146,7 @@ def base_sha256(model: Model) -> str:
 
 def _base_sha256(base: hub.Base) -> str:
     if base.weights.is_dir():
-        return weights_sha256(base.weights)
+        return sha256_files(base.weights, hub.read_files(base.weights))
     small = sorted(p for part in hub.PIPELINES[base.pipeline] for p in (base.config / part).iterdir() if p.suffix in (".json", ".txt"))
     lines = [f"{p.relative_to(base.config)} {sha256_file(p)}\n" for p in small]
     return hashlib.sha256("".join([f"{sha256_file(base.weights)}\n", *lines]).encode()).hexdigest()

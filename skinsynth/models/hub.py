@@ -365,6 +365,15 @@ def base_files(files: list[str]) -> list[str]:
     return found
 
 
+def read_files(folder: Path) -> list[Path]:
+    """The files in the subfolders of a local diffusers folder that are read: a cache that several people use may get others at any time."""
+    found = [folder / name for name in base_files([str(p.relative_to(folder)) for p in folder.glob("*/*") if p.is_file()])]
+    for part in NETWORKS if variant(folder) else ():  # where one network has half precision alone, it is taken of all that have it
+        half = [path for path in (folder / part).glob("*.fp16.*safetensors") if "non_ema" not in path.name]
+        found = [path for path in found if not half or path.parent.name != part or path.suffix != ".safetensors"] + half
+    return sorted(found)
+
+
 def config_files(files: list[str]) -> list[str]:
     """As ``base_files``, without the weights: what one file is loaded with."""
     return [f for f in base_files(files) if not f.endswith(".safetensors")]

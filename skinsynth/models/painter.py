@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import torch
 
+from skinsynth.data import descent
 from skinsynth.data.lesion import WORK, lesion_mask
 from skinsynth.data.order import sample_rng
 from skinsynth.data.plan import Planned
@@ -37,6 +38,7 @@ class Weights:
         self.seen = self._signature()
         self.sha256 = self._hash()
         self.lineage = diffusion.read_lineage(run.weights) if self.own else self._foreign()
+        descent.check_withdrawn(self.lineage, Path(cfg.data.shards), str(run.weights))
         if self.sha256 != self.lineage["weights_sha256"]:
             raise UserError(f"{run.weights} is not what finetune wrote: its files give {self.sha256}, lineage.json says "
                             f"{self.lineage['weights_sha256']}; delete {run.node('finetune')} to make it again")
@@ -53,14 +55,15 @@ class Weights:
         if self.own:
             return sorted(p for p in self.run.weights.glob("*/*") if p.is_file())
         base, lora = hub.find_base(self.cfg.model), self.cfg.model.lora
-        files = sorted(base.weights.glob("*/*")) if base.weights.is_dir() else [base.weights]
+        files = hub.read_files(base.weights) if base.weights.is_dir() else [base.weights]
         return [*files, *([hub.lora_file(Path(lora))] if lora else [])]
 
     def _signature(self) -> list[tuple[str, int, int]]:
         return [(str(path), found.st_size, found.st_mtime_ns) for path in self._files() for found in [path.stat()]]
 
     def check(self) -> None:
-        """Cheap where no file was touched. Raises ``UserError`` where their content is another one than at the start."""
+        """Cheap where no file was touched. Raises ``UserError`` where their content is another one than at the start, or they are withdrawn now."""
+        descent.check_withdrawn(self.lineage, Path(self.cfg.data.shards), str(self.run.weights))
         now = self._signature()
         if now == self.seen:
             return

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from skinsynth import cpu
 from skinsynth.data.codec import to_npy
 from skinsynth.data.shards import BadSample, Dataset
 from skinsynth.errors import UserError
@@ -142,7 +142,7 @@ class Parts:
         """The array ``name`` of ``SEARCHED``, of these thumbnails."""
         if name not in self.galleries:
             self.galleries[name] = self._gallery(SEARCHED[name])
-        found = self.galleries[name].search(thumbs, _threads())
+        found = self.galleries[name].search(thumbs, cpu.threads())
         return np.stack([found.index.astype(np.float64), found.similarity, found.nearness], 1)
 
     def _gallery(self, kinds: tuple[str, ...]) -> copies.Gallery:
@@ -221,7 +221,8 @@ class Parts:
         return {"set": _hash(self.sets["synthetic"]), "limit": limit, "turns": 8}
 
     def _near(self, earlier: Unit, later: Unit, limit: float) -> np.ndarray:
-        first = {unit.number: sum(u.count for u in self.of("synthetic")[:unit.shard]) for unit in (earlier, later)}
+        # a shard of which nothing may be read is no unit
+        first = {unit.number: sum(u.count for u in self.of("synthetic") if u.shard < unit.shard) for unit in (earlier, later)}
         prints = self.read(earlier, "prints"), self.read(later, "prints")
         return near.near_pairs(*prints, limit, same=earlier == later) + np.array([first[later.number], first[earlier.number]])
 
@@ -318,11 +319,6 @@ def _first(pairs: np.ndarray) -> np.ndarray:
 def matches(columns: np.ndarray) -> copies.Matches:
     """Of an array of ``SEARCHED``."""
     return copies.Matches(columns[:, 0].astype(np.int64), columns[:, 1], columns[:, 2])
-
-
-def _threads() -> int:
-    """Those that the job was given, else all cores."""
-    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
 
 def _read(dataset: Dataset, index: int, size: int) -> tuple[str | None, np.ndarray]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from skinsynth import config
+from skinsynth.data import withdrawn
 from skinsynth.errors import UserError
 from skinsynth.files import read_json, sha256_file, write_json
 from skinsynth.knobs import Config
@@ -65,7 +66,14 @@ def images_sha256(cfg: Config, run: RunDir, arm: str) -> str:
     """Of the files that say which images the arm is trained and judged on."""
     paths = [run.dataset(cfg, split) / "manifest.json" for split in ("train", "val", "test")]
     paths += [run.node("screen") / "accepted.json"] if "synthetic" in cfg.classify.arms[arm].used else []
+    paths += _withdrawn_from(cfg, run, arm)
     return hashlib.sha256("".join(sha256_file(path) for path in paths if path.is_file()).encode()).hexdigest()
+
+
+def _withdrawn_from(cfg: Config, run: RunDir, arm: str) -> list[Path]:
+    """Where it is written, if anybody withdraws, what no arm may be trained or judged on any more."""
+    kinds = ["train", "val", "test", *(["synthetic"] if "synthetic" in cfg.classify.arms[arm].used else [])]
+    return [run.dataset(cfg, kind) / withdrawn.NAME for kind in kinds]
 
 
 def _other_images(folder: Path, images: str) -> bool:
@@ -93,6 +101,8 @@ def one_seed(cfg: Config, run: RunDir, world: World, arm: str, number: int) -> N
                   partial(judge.evaluate, engine=engine), every=c.evaluate_every, place=Place(folder, number, len(cfg.arm_seeds)))
     figures = judge.finish(state)
     if world.is_main:
+        for source in data.sources.values():
+            source.dataset.check_withdrawn()
         write_json(folder / "metrics.json", {
             **figures, "seed": seed, "images_sha256": images, "steps": state["steps"], "chosen_step": state["best_step"],
             "chosen_by": {"split": "val", "metric": "auroc", "value": state["best_auroc"]},
@@ -117,7 +127,8 @@ def finish(cfg: Config, run: RunDir, arm: str) -> None:
     mean = {name: _mean([row[name] for row in found]) for name in METRICS}
     lineage = {"lineage": found[0]["lineage"]} if "lineage" in found[0] else {}
     run.finish(f"classify/{arm}", {"mean": mean, "seeds": cfg.arm_seeds, **lineage},
-               [path for folder in folders for path in (folder / "weights" / "config.json", folder / "predictions.csv", folder / "metrics.json")])
+               [path for folder in folders for path in (folder / "weights" / "config.json", folder / "predictions.csv", folder / "metrics.json")],
+               _withdrawn_from(cfg, run, arm))
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -99,7 +99,8 @@ def _loss(cfg: Config, pipe: Any, device: torch.device) -> Callable[[Any, Batch]
 
 
 def export(cfg: Config, run: RunDir, pipe: Any, samples: Samples, made_by: dict[str, Any]) -> None:
-    """The diffusers folder, whole or not there; its lineage says what it descends from."""
+    """The diffusers folder, whole or not there; its lineage says what it descends from. Not of images that are withdrawn meanwhile."""
+    samples.train.check_withdrawn()
     temp = run.weights.with_name(".weights.tmp")
     shutil.rmtree(temp, ignore_errors=True)
     if cfg.finetune.lora_rank:

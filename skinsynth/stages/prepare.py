@@ -8,15 +8,12 @@ is one output shard of one split. The task that sees all shards present writes t
 from __future__ import annotations
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +22,14 @@ import cv2
 from rich.console import Console
 from rich.table import Table
 
+from skinsynth import cpu
 from skinsynth.data import cache, external, isic, summary, withdrawn
 from skinsynth.data.codec import encode_jpeg
 from skinsynth.data.isic import Aside, BadImage, Row
 from skinsynth.data.lesion import square
 from skinsynth.data.shards import ShardWriter, claim, missing_parts, part_path, write_manifest
 from skinsynth.errors import UserError
-from skinsynth.files import read_json, sha256_file, write_text
+from skinsynth.files import locked, read_json, sha256_file, write_text
 from skinsynth.knobs import Config
 from skinsynth.run import Progress, RunDir, Task
 
@@ -82,6 +80,8 @@ def prepare(cfg: Config, run: RunDir, task: Task) -> None:
     _check_paths(cfg)
     folders = {split: run.dataset(cfg, split) for split in SPLITS}
     plan = _shared_plan(cfg, folders)
+    if task.index == 0:
+        _tell_new(cfg, plan)
     _make_units(cfg, run, task, plan, folders)
     if external.finish(cfg, run) and not any(missing_parts(folders[split], plan.shards(split)) for split in SPLITS):
         _finish(cfg, run, plan, folders)
@@ -102,10 +102,7 @@ def _check_paths(cfg: Config) -> None:
 def _shared_plan(cfg: Config, folders: dict[str, Path]) -> Plan:
     """The plan on disk, or a new one: one task makes it while the others wait. Only a plan that holds claims the folders."""
     path = folders["train"] / "plan.json"
-    Path(cfg.data.shards).mkdir(parents=True, exist_ok=True)
-    with open(Path(cfg.data.shards) / f".{cfg.data.name}.lock", "w") as lock:
-        with suppress(OSError):  # a file system without locks: every task makes the same plan
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(Path(cfg.data.shards) / f".{cfg.data.name}.lock"):
         request = _request(cfg)
         found = read_json(path)
         if found is not None and found.keys() != {f.name for f in fields(Plan)}:
@@ -116,6 +113,15 @@ def _shared_plan(cfg: Config, folders: dict[str, Path]) -> Plan:
         if found is None:
             write_text(path, json.dumps(vars(plan), sort_keys=True))
     return plan
+
+
+def _tell_new(cfg: Config, plan: Plan) -> None:
+    """Who added images after the first preparation expects them to be taken."""
+    missing = [a["key"] for a in plan.set_aside if a["reason"] == isic.MISSING]
+    there = [name for name in missing if cfg.data.images and isic.is_there(Path(cfg.data.images), name)]
+    if there:
+        print(f"{len(there)} images that were missing when {cfg.data.name} was prepared are there now (first: {there[0]}). They are not taken: for "
+              f"them, prepare under another data.name, or delete {cfg.data.shards}/{cfg.data.name}-* and launch again")
 
 
 def _request(cfg: Config) -> dict[str, Any]:
@@ -160,7 +166,8 @@ def make_plan(cfg: Config, request: dict[str, Any]) -> Plan:
 def _without_withdrawn(rows: list[Row], shards: Path, aside: list[Aside]) -> list[Row]:
     """Drops what was withdrawn from any dataset in this home, before an image is read; of that patient or lesion, new images too."""
     ids, keys = withdrawn.at_home(shards)
-    gone = {row.image_name for row in rows if row.image_name in keys or {row.patient_id, row.lesion_id} & ids}
+    lesions = withdrawn.lesions(ids, (row.patient_id for row in rows))
+    gone = {row.image_name for row in rows if row.image_name in keys or row.patient_id in ids or row.lesion_id in lesions}
     aside += [{"key": name, "reason": WITHDRAWN} for name in sorted(gone)]
     return [row for row in rows if row.image_name not in gone]
 
@@ -185,7 +192,7 @@ def _hash_images(rows: list[Row], images: str | None, aside: list[Aside]) -> tup
         if isinstance(found, BadImage):
             aside.append({"key": row.image_name, "reason": str(found)})
         else:
-            kept.append(replace(row, file=found[0]))
+            kept.append(replace(row, file=found[0], sha256=found[1]))
             hashes[row.image_name] = found[1]
     return kept, hashes
 
@@ -203,7 +210,7 @@ def _contradictions(rows: list[Row], hashes: dict[str, str], aside: list[Aside])
 
 
 def _in_threads(work: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
-    """Results in the order of the items; a ``BadImage`` is a result too. Threads: OMP_NUM_THREADS, else the cores allowed."""
+    """Results in the order of the items; a ``BadImage`` is a result too. """
 
     def guarded(item: Any) -> Any:
         try:
@@ -212,7 +219,7 @@ def _in_threads(work: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
             return error
 
     cv2.setNumThreads(1)  # the images run side by side already
-    with ThreadPoolExecutor(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))) as pool:
+    with ThreadPoolExecutor(cpu.threads()) as pool:
         try:
             for start in range(0, len(items), AT_ONCE):
                 yield from pool.map(guarded, items[start : start + AT_ONCE])
@@ -234,7 +241,7 @@ def _make_units(cfg: Config, run: RunDir, task: Task, plan: Plan, folders: dict[
 def _make_unit(cfg: Config, plan: Plan, split: str, shard: int, folder: Path, progress: Progress) -> None:
     def work(name: str) -> tuple[bytes, str | None]:
         path = Path(plan.samples[name]["file"])
-        image = square(isic.read_image(path), cfg.prepare.size, cfg.prepare.crop, cfg.prepare.hair_removal)
+        image = square(isic.read_image(path, plan.samples[name].get("sha256")), cfg.prepare.size, cfg.prepare.crop, cfg.prepare.hair_removal)
         return encode_jpeg(image, cfg.prepare.quality), isic.mislabelled(path)
 
     names, notes = plan.names(split, shard), []
@@ -302,8 +309,10 @@ def _facts(cfg: Config, plan: Plan, split: str, names: list[str], notes: list[di
 
 
 def _check_bad(cfg: Config, rows: int, aside: list[dict[str, str]]) -> None:
-    """Stops where more of the rows are unusable than the user allows; that a patient withdrew is no fault of the data."""
+    """Stops where more of the rows are unusable than the user allows; that a patient withdrew is no fault of the data, and a
+    row that stands there twice no image that is lost."""
     listed, aside = aside, [a for a in aside if a["reason"] != WITHDRAWN]
+    aside = [a for a in aside if a["reason"] != isic.AGAIN]
     if len(aside) <= cfg.prepare.max_bad * rows:
         return
     path = write_aside(Path(cfg.data.shards) / f"{cfg.data.name}-train", listed)
