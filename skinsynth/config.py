@@ -35,6 +35,7 @@ from skinsynth.knobs import (
 )
 
 STAGES = ("prepare", "encode", "finetune", "generate", "screen", "classify", "report")
+FINITE, NOT_USED = "expected a finite number", "the configuration cannot be used:\n  "
 NAME = re.compile(r"\w[\w.-]*")
 CLUSTERS = Path(__file__).resolve().parent.parent / "configs" / "cluster"
 
@@ -61,8 +62,14 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"{path}: expected 'key: value' pairs at the top, found {type(raw).__name__}")
     base: Any = OmegaConf.structured(Config)
     for layer, where in ((raw, str(path)), *((part, "command line") for part in dots)):
+        if isinstance(layer, dict) and isinstance(layer.get("cluster"), str):  # another cluster, with nothing left of the one before
+            base.cluster = OmegaConf.structured(Cluster())
         base = _merge(base, _cluster(_rename(layer, "class", "class_"), where), where)
-    config: Config = OmegaConf.to_object(base)  # type: ignore[assignment]
+    try:
+        config: Config = OmegaConf.to_object(base)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:  # ${...} that stands for nothing, or something that must be given
+        key = (error.full_key or "").replace("class_", "class")
+        raise UserError(f"{path}: {f'{key}: ' if key else ''}{_first_line(error)}") from None
     check(config)
     return config
 
@@ -133,11 +140,14 @@ def needs(config: Config) -> dict[str, tuple[str, ...]]:
 def check(config: Config) -> None:
     """Ranges, choices and what must fit together. Raises ``UserError`` with every problem found."""
     problems = list(_check_fields("", config))
+    if any(problem.endswith(FINITE) for problem in problems):  # what follows counts with them
+        raise UserError(NOT_USED + "\n  ".join(problems))
     for name, concept in config.finetune.concepts.items():
         if not concept.instance_prompt:
             problems.append(f"finetune.concepts.{name}.instance_prompt is empty")
     problems += _check_names("generate.classes", config.generate.classes)
     problems += _check_names("classify.arms", config.classify.arms)
+    problems += _check_names("data.name", [config.data.name])
     problems += _check_generate(config.generate)
     problems += _check_arms(config.classify)
     for section, training in (("finetune", config.finetune), ("classify", config.classify)):
@@ -164,7 +174,7 @@ def check(config: Config) -> None:
             hint = f" (did you mean {near[0]}?)" if near else ""
             problems.append(f"cluster.stages.{stage}: there is no such stage, only {', '.join(STAGES)}{hint}")
     if problems:
-        raise UserError("the configuration cannot be used:\n  " + "\n  ".join(problems))
+        raise UserError(NOT_USED + "\n  ".join(problems))
 
 
 def _check_names(where: str, names: Iterable[str]) -> Iterator[str]:
@@ -214,6 +224,8 @@ def _check_fields(prefix: str, node: Any) -> Any:
     if isinstance(node, dict):
         for key, value in node.items():
             yield from _check_fields(f"{prefix}.{key}", value)
+            if isinstance(value, float) and not math.isfinite(value):
+                yield f"{prefix}.{key} is {value}, {FINITE}"
     if isinstance(node, list):
         for number, value in enumerate(node):
             yield from _check_fields(f"{prefix}[{number}]", value)
@@ -226,6 +238,8 @@ def _check_fields(prefix: str, node: Any) -> Any:
             words = [str(choice) for choice in choices]
             near = difflib.get_close_matches(str(value), words, 1)
             yield f"{name} is '{value}', expected one of {', '.join(words)}" + (f" (did you mean {near[0]}?)" if near else "")
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{name} is {value}, {FINITE}"
         if span and value is not None and not span[0] <= value <= span[1]:
             yield f"{name} is {value}, expected {span[0]} to {span[1]}" if span[1] < math.inf else f"{name} is {value}, expected {span[0]} or more"
         yield from _check_fields(name, value)
@@ -238,7 +252,10 @@ def _merge(base: Any, layer: dict[str, Any], where: str) -> Any:
         key = (error.full_key or "").replace("class_", "class")
         if type(error).__name__ == "ConfigKeyError":
             raise UserError(f"{where}: unknown key '{key}'{_suggest(key)}") from None
-        raise UserError(f"{where}: {key}: {_first_line(error)}") from None
+        raise UserError(f"{where}: {f'{key}: ' if key else ''}{_first_line(error)}") from None
+    except TypeError as error:  # a list's item by its number, a list for a mapping
+        raise UserError(f"{where}: a value is of another kind than its key's ({_first_line(error)}): give lists as a whole, for example "
+                        "classify.seeds=[0,1,2], and sections as sections") from None
 
 
 def _suggest(key: str) -> str:

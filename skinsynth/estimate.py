@@ -22,6 +22,7 @@ from skinsynth.knobs import Config, Training
 from skinsynth.models import hub
 from skinsynth.run import RunDir
 from skinsynth.speeds import Rate, gpus, rank_count, rate
+from skinsynth.status import widen
 
 SD15 = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}  # numbers in the networks of Stable Diffusion 1.x
 VIT_B16 = 86_000_000
@@ -238,7 +239,7 @@ def table(found: list[Stage]) -> Table:
     sources = _sources_of(found)
     for s in found:
         does = "" if s.node == "report" else f"{_known(s.amount)} {s.unit}" if s.amount is not None else "unknown"
-        hours = "unknown" if s.hours is None else f"{s.hours:.2g} {'GPU h' if s.device == 'gpu' else 'core h'}"
+        hours = "unknown" if s.hours is None else f"{_number(s.hours)} {'GPU h' if s.device == 'gpu' else 'core h'}"
         view.add_row(s.node, does, "" if s.unit == "steps" or s.shards == 0 else _known(s.shards), str(s.tasks), str(s.ranks), size(s.bytes), hours,
                      _time(s.seconds), _time(s.limit), f"{_number(s.rate)}/s \\[{sources[s.source]}]" if s.rate else "unknown")
     return view
@@ -266,6 +267,7 @@ def _sources_of(found: list[Stage]) -> dict[str, int]:
 
 def show(console: Console, cfg: Config, found: list[Stage]) -> None:
     """The table, where its speeds come from, what will not fit, and the plan of generation."""
+    widen(console)
     console.print(table(found))
     for line in _plan_lines(plan(cfg)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -284,13 +286,15 @@ def _known(value: int | None) -> str:
 
 
 def _number(value: float) -> str:
+    if 0 < value < 0.001:
+        return "< 0.001"
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2g}"
 
 
 def _time(seconds: float | None) -> str:
     if seconds is None:
         return "unknown"
-    return f"{seconds / 3600:.2g} h" if seconds >= 3600 else f"{seconds / 60:.2g} min" if seconds >= 60 else f"{seconds:.2g} s"
+    return f"{_number(seconds / 3600)} h" if seconds >= 3600 else f"{_number(seconds / 60)} min" if seconds >= 60 else f"{_number(seconds)} s"
 
 
 def size(count: int | None) -> str:

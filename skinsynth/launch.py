@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def launch(cfg: Config, console: Console, earlier: RunDir | None = None, until: 
         UserError: another configuration or another launch in this folder, a job was refused, or a stage failed (its message, its log).
     """
     run, nodes = RunDir(Path(cfg.run)), chain(cfg, until)
-    run.create(cfg)
+    run.check(cfg)
     if all(run.is_done(node.name) for node in nodes):
         what = f"all {len(nodes)} stages of {run.path} are" if len(nodes) > 1 else f"{nodes[0].name} of {run.path} is"
         console.print(f"{what} done already")
@@ -34,13 +35,17 @@ def launch(cfg: Config, console: Console, earlier: RunDir | None = None, until: 
     for _, find in hub.models(cfg).values():
         find()  # a missing model is told now, not by a job that has waited for its turn
     with run.lock():
+        # queued jobs read the configuration when they begin, so it is written only once it is known that this launch may be
+        if cfg.cluster.kind != "slurm":
+            _not_with_slurm(run, nodes)
+        _same_mode(cfg, run)
+        run.create(cfg)
         if earlier:
             take_over(cfg, run, earlier, console)
         if cfg.cluster.kind == "slurm":
             slurm.submit_chain(cfg, run, nodes, console)
             console.print(f"see it with: skinsynth status {run.path} --watch", highlight=False, soft_wrap=True)
             return
-        _not_with_slurm(run, nodes)
         stop_processes(run, console, "stopping what an earlier launch left running:")
         if cfg.cluster.kind == "debug":
             in_process(run, nodes)
@@ -61,6 +66,16 @@ def _not_with_slurm(run: RunDir, nodes: list[Node]) -> None:
         active = slurm.queued(slurm.job_name(run, n.name) for n in nodes)
         if active:
             raise UserError(f"jobs {', '.join(active)} of {run.path} are with Slurm: wait for them, or 'skinsynth cancel {run.path}'")
+
+
+def _same_mode(cfg: Config, run: RunDir) -> None:
+    """Jobs of an array that find themselves told to be a gang would each do all of it, and the other way round."""
+    before = run.config().generate.mode if run.config_path.exists() else cfg.generate.mode
+    if before != cfg.generate.mode and slurm.submitted(run):
+        active = slurm.queued([slurm.job_name(run, "generate")])
+        if active:
+            raise UserError(f"generate.mode={cfg.generate.mode}, but jobs {slurm.span(list(active))} were submitted with {before}: wait for them, "
+                            f"or 'skinsynth cancel {run.path} generate' first")
 
 
 def dry_run(cfg: Config, until: str | None = None) -> str:
@@ -85,11 +100,13 @@ def cancel(run: RunDir, stage: str | None, console: Console) -> None:
     if not chosen:
         raise UserError(f"{run.path} has no stage '{stage}'; there are {', '.join(names)}")
     owner = run.lock_owner()
+    if owner is not None and owner[0] != platform.node():
+        raise UserError(f"{run.path} is being launched on {owner[0]} (process {owner[1]}): stop it there, with Ctrl-C or 'skinsynth cancel'")
     if owner is not None and stage:
         raise UserError(f"a launch that is under way is stopped as a whole: skinsynth cancel {run.path}")
     if owner is not None:
-        os.kill(owner, signal.SIGTERM)
-        console.print(f"told the launch (process {owner}) to stop; it saves its state first")
+        os.kill(owner[1], signal.SIGTERM)
+        console.print(f"told the launch (process {owner[1]}) to stop; it saves its state first")
     elif slurm.submitted(run):
         active = slurm.queued(slurm.job_name(run, name) for name in chosen)
         slurm.cancel(active)

@@ -162,7 +162,8 @@ class Local:
         wanted = self.cfg.cluster.of(node.stage)
         executor = LocalExecutor(self.run.node(node.name) / "submit")
         gang = stages.is_gang(self.cfg, node.stage)
-        executor.update_parameters(timeout_min=wanted.minutes, tasks_per_node=wanted.tasks_per_node if gang else 1, stderr_to_stdout=True)
+        # minutes are Slurm's: nobody starts a job anew here that was stopped for having taken its time
+        executor.update_parameters(timeout_min=10**6, tasks_per_node=wanted.tasks_per_node if gang else 1, stderr_to_stdout=True)
         mine = self._free_gpus()[:self._gpus(node)]
         with _undisturbed():  # no job may run that is not on the list
             started = {task.index: executor.submit(StageJob(node.name, str(self.run.path), task.index, task.count, ",".join(mine)))

@@ -96,8 +96,8 @@ class RunDir:
             raise UserError(f"{self.path} is no run folder: config.yaml is missing (make one with 'skinsynth launch CONFIG run={self.path}')")
         return configs.load(self.config_path)
 
-    def create(self, cfg: Config) -> None:
-        """Writes the resolved configuration; refuses a folder that was made with another one.
+    def check(self, cfg: Config) -> None:
+        """Makes the folder; refuses one that was made with another configuration.
 
         Cluster keys may change between launches: they change where the work is done, not what comes out.
 
@@ -106,11 +106,18 @@ class RunDir:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if self.config_path.exists():
-                found = configs.difference(cfg, self.config())
-                if found:
-                    raise UserError(f"{self.path} was made with another configuration:\n  " + "\n  ".join(found) +
-                                    f"\ntake another folder (run=..., with --reuse {self.path} for what stays the same), or delete this one")
+        except OSError as error:
+            raise UserError(f"the run folder {self.path} cannot be written: {error.strerror}") from None
+        if self.config_path.exists():
+            found = configs.difference(cfg, self.config())
+            if found:
+                raise UserError(f"{self.path} was made with another configuration:\n  " + "\n  ".join(found) +
+                                f"\ntake another folder (run=..., with --reuse {self.path} for what stays the same), or delete this one")
+
+    def create(self, cfg: Config) -> None:
+        """Writes the resolved configuration, which jobs read when they begin. Raises ``UserError`` as ``check`` does."""
+        self.check(cfg)
+        try:
             write_text(self.config_path, configs.dump(cfg))
             if not (self.path / "provenance.json").exists():
                 write_json(self.path / "provenance.json", provenance())
@@ -181,6 +188,13 @@ class RunDir:
         idle = {"done": 0, "total": 0, "unit": "units", "begun_at": 0, "start": now, "now": now}
         write_json(path, {**(read_hint(path) or idle), "finished_of": task.count})
 
+    def begin_anew(self, node: str, task: int) -> None:
+        """Forgets that a task did its share once: one that is lost before it tells of any progress must not count as through."""
+        path = self.progress_path(node, task)
+        state = read_hint(path)
+        if state and state.pop("finished_of", None):
+            write_json(path, state)
+
     def unfinished(self, node: str, count: int) -> list[int]:
         """The tasks, of so many, that did not do their share yet."""
         states = (read_hint(self.progress_path(node, task)) for task in range(count))
@@ -190,11 +204,15 @@ class RunDir:
         done = read_json(self.done_path(node))
         return done["metrics"] if done else {}
 
-    def lock_owner(self) -> int | None:
-        """The process on this machine that launches the run just now."""
-        owner = _locked_by(self.path / "launch.lock")
-        alive = owner.get("host") == platform.node() and birth(owner.get("pid", 0)) == owner.get("born")
-        return owner["pid"] if owner and alive else None
+    def lock_owner(self) -> tuple[str, int] | None:
+        """The host and the process that launch the run just now; of another host the lock tells, which is touched all the time."""
+        path = self.path / "launch.lock"
+        owner = _locked_by(path)
+        if not owner:
+            return None
+        here = owner["host"] == platform.node()
+        alive = birth(owner["pid"]) == owner["born"] if here else time.time() - _touched(path) <= LOCK_SILENT
+        return (owner["host"], owner["pid"]) if alive else None
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -246,6 +264,12 @@ def _take_away(path: Path, dead: dict[str, Any]) -> None:
         aside.unlink()
 
 
+def _touched(path: Path) -> float:
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
+
+
 def _keep_touching(path: Path, ended: threading.Event) -> None:
     while not ended.wait(LOCK_SILENT / 6):
         with contextlib.suppress(OSError):
@@ -294,6 +318,11 @@ class Progress:
 
     def advance(self, by: int = 1) -> None:
         self.set(self.state["done"] + by)
+
+    def go_on(self, done: int) -> None:
+        """So much more was there already: it counts as got further where the work is restarted, and not in its speed."""
+        self.state["begun_at"] += done
+        self.advance(done)
 
     def end(self) -> None:
         """It is done before all of it was: what is left is not needed."""

@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import os
+import re
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from skinsynth.files import read_json, write_json
 from skinsynth.knobs import Config
 from skinsynth.run import RunDir, Task
 
+JOBS_OWN = re.compile(r"(SLURM_|SRUN_|SQUEUE_|SACCT_|SUBMITIT_)|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$")
 HELD = ("launch failed requeued held", "JobHoldMaxRequeue")  # Slurm's reasons of a job that it put on hold by itself
 SCRIPTS = Path(__file__).resolve().parent.parent / "slurm"
 
@@ -64,7 +68,8 @@ def ask(*command: str) -> str:
         SlurmError: it is not there, does not answer, or says no.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        with own_environment():
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except FileNotFoundError:
         raise SlurmError(f"{command[0]} is not there: this needs a login node of a Slurm cluster (or take cluster=local)") from None
     except subprocess.TimeoutExpired:
@@ -72,6 +77,18 @@ def ask(*command: str) -> str:
     if done.returncode:
         raise SlurmError(f"{command[0]}: {_words(done.stderr) or f'exit status {done.returncode}'}")
     return done.stdout
+
+
+@contextlib.contextmanager
+def own_environment() -> Iterator[None]:
+    """Without what an interactive job, in which the command may be typed, says of itself (its memory, GPUs, binding: jobs that are submitted from it
+    would inherit them, and be refused or misplaced), and without what changes the answers of Slurm's programs. ``SBATCH_*`` stays: the defaults of a
+    site or a person."""
+    gone = {name: os.environ.pop(name) for name in [*os.environ] if JOBS_OWN.match(name) and name not in ("SLURM_CONF", "SLURM_CLUSTERS")}
+    try:
+        yield
+    finally:
+        os.environ.update(gone)
 
 
 def queued(names: Iterable[str]) -> dict[str, Job]:
@@ -154,6 +171,8 @@ def parameters(cfg: Config, run: RunDir, node: str, dependency: list[str], tasks
     wanted, site, gang = cluster.of(stage), cluster.site(stage), stages.is_gang(cfg, stage)
     extra, memory = site.pop("extra"), site.pop("mem_gb", None)
     env = Path(cluster.env).resolve() if cluster.env else SCRIPTS / "env.sh"
+    if not env.is_file():  # bash would go on without it, and the jobs without modules and caches
+        raise UserError(f"cluster.env: {env} is not there: give the path of the script that jobs source, or leave it out for slurm/env.sh")
     found = {
         "job_name": job_name(run, node), "time": wanted.minutes, "nodes": wanted.nodes if gang else 1,
         "ntasks_per_node": wanted.tasks_per_node if gang else 1, "cpus_per_task": wanted.threads or None,
@@ -161,8 +180,9 @@ def parameters(cfg: Config, run: RunDir, node: str, dependency: list[str], tasks
         "dependency": f"afterok:{':'.join(dependency)}" if dependency else None, "array_parallelism": wanted.throttle,
         "signal_delay_s": cluster.signal_seconds, "stderr_to_stdout": True, "wckey": None,
         # Slurm 22.05 and later: srun does not take the job's cpus-per-task over; and a gang that lost a rank must not wait for it
-        "srun_args": ["--kill-on-bad-exit=1", *([f"--cpus-per-task={wanted.threads}"] if wanted.threads else [])],
-        "setup": [f"source '{env}'"], "teardown": ["code=$?", *_after(run, node, tasks if gang else [])],
+        # --export: a site may want jobs to be submitted with export=NONE, which srun would pass on, without what env.sh exports
+        "srun_args": ["--kill-on-bad-exit=1", "--export=ALL", *([f"--cpus-per-task={wanted.threads}"] if wanted.threads else [])],
+        "setup": [f"source {shlex.quote(str(env))}"], "teardown": ["code=$?", *_after(run, node, tasks if gang else [])],
         "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", **extra}, **site,
     }
     return {key: value for key, value in found.items() if value is not None or key == "wckey"}
@@ -171,11 +191,11 @@ def parameters(cfg: Config, run: RunDir, node: str, dependency: list[str], tasks
 def _after(run: RunDir, node: str, tasks: Sequence[int]) -> list[str]:
     """Has the job ask for another turn where that makes sense, which a gang that failed by itself says in a file of its task's number; in an
     array that number is not the array's, since a launch submits only the tasks that are left."""
-    requeue = f"source '{SCRIPTS / 'requeue.sh'}'"
+    requeue = f"source {shlex.quote(str(SCRIPTS / 'requeue.sh'))}"
     if len(tasks) < 2:
-        return [f"{requeue} '{run.failed_path(node, tasks[0]).resolve() if tasks else '-'}'"]
-    folder = run.failed_path(node).resolve().parent
-    return [f"tasks=({' '.join(map(str, tasks))})", f"{requeue} '{folder}'/\"${{tasks[$SLURM_ARRAY_TASK_ID]}}\".json"]
+        return [f"{requeue} {shlex.quote(str(run.failed_path(node, tasks[0]).resolve())) if tasks else '-'}"]
+    folder = shlex.quote(str(run.failed_path(node).resolve().parent))
+    return [f"tasks=({' '.join(map(str, tasks))})", f"{requeue} {folder}/\"${{tasks[$SLURM_ARRAY_TASK_ID]}}\".json"]
 
 
 def script(cfg: Config, run: RunDir, node: str, tasks: int, dependency: list[str]) -> str:
@@ -191,6 +211,7 @@ def submit(cfg: Config, run: RunDir, node: str, tasks: list[Task], dependency: l
     """One job for a gang, one array for the tasks of a unit stage or the gangs of an arm's seeds."""
     for task in tasks:
         run.failed_path(node, task.index).unlink(missing_ok=True)
+        run.begin_anew(node, task.index)
     calls = [StageJob(node, str(run.path), task.index, task.count) for task in tasks]
     ids = sbatch(cfg, run.node(node) / "submit", parameters(cfg, run, node, dependency, [task.index for task in tasks]), calls, node)
     return [Submitted(node, number, task.index, task.count) for number, task in zip(ids, tasks, strict=True)]
@@ -208,7 +229,7 @@ def sbatch(cfg: Config, folder: Path, wanted: dict[str, Any], calls: list[Any], 
     executor = SlurmExecutor(folder, max_num_timeout=10**6, python=cfg.cluster.python)
     executor.update_parameters(**wanted)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+        with own_environment(), contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
             return [job.job_id for job in executor.submit_array(calls)]
     except FailedJobError as error:
         raise SlurmError(f"{what} could not be submitted; sbatch: {_words(str(error))}") from None

@@ -37,7 +37,8 @@ STATED_SIZE, STATED_STEPS = 512, 50
 
 def gpus(cfg: Config, stage: str) -> int:
     """GPUs of each node of a stage, asked for by ``gpus_per_node`` or by a ``gres`` such as gpu:a100:4."""
-    gres = re.search(r"gpu(?::[A-Za-z]\w*)?(?::(\d+))?(?:,|$)", str(cfg.cluster.site(stage).get("gres") or ""))
+    # a kind may have any letters and begin with a digit (2080ti, MIG's 1g.10gb); a number alone is no kind
+    gres = re.search(r"(?:^|[,/])gpu(?::(?!\d+(?:[,(]|$))[^:,(]+)?(?::(\d+))?(?:[,(]|$)", str(cfg.cluster.site(stage).get("gres") or ""))
     return cfg.cluster.of(stage).gpus_per_node or (int(gres[1] or 1) if gres else 0)
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ from skinsynth.chain import Node, chain
 from skinsynth.errors import UserError
 from skinsynth.files import birth, read_hint, read_json
 from skinsynth.run import RunDir
+
+ASK_SLURM = 20  # seconds between two questions of one who watches: each is work for the controller that all share
+FRESH = 120  # seconds since a task told of its progress, within which it is taken for alive where its process cannot be seen
 
 SILENT = 900  # seconds; a task that told nothing for so long is no longer at work
 STYLES = {"done": "green", "running": "bold cyan", "failed": "bold red", "waiting": "dim", "pending": "yellow", "stopped": "yellow"}
@@ -97,22 +101,37 @@ def newest_log(run: RunDir, node: str) -> str:
 
 # ---- what is known of its state ----
 
-def rows(run: RunDir) -> tuple[list[Row], str | None]:
-    """All stages of a run, and what Slurm said if it could not be asked.
+@dataclass(frozen=True)
+class Answer:
+    """What Slurm said of the run's jobs, by id; ``complaint``: why it could not be asked."""
+
+    active: dict[str, slurm.Job]
+    ended: dict[str, slurm.Job]
+    complaint: str | None = None
+
+
+def ask_slurm(run: RunDir) -> Answer:
+    nodes, jobs = chain(run.config()), slurm.submitted(run)
+    if not jobs or all(run.is_done(node.name) for node in nodes):
+        return Answer({}, {})
+    try:
+        active = slurm.queued(slurm.job_name(run, n.name) for n in nodes)
+        return Answer(active, slurm.ended(job.id for job in jobs if job.id not in active and not run.is_done(job.node)))
+    except slurm.SlurmError as error:
+        return Answer({}, {}, str(error))
+
+
+def rows(run: RunDir, answer: Answer | None = None) -> tuple[list[Row], str | None]:
+    """All stages of a run, and what Slurm said if it could not be asked. ``answer``: of Slurm, some seconds ago; without it is asked now.
 
     Raises:
         UserError: no run folder.
     """
-    nodes, complaint = chain(run.config()), None
+    nodes, answer = chain(run.config()), answer or ask_slurm(run)
+    active, ended, complaint = answer.active, answer.ended, answer.complaint
     jobs, alive = slurm.submitted(run), {p["node"] for p in _processes(run)}
-    active: dict[str, slurm.Job] = {}
-    ended: dict[str, slurm.Job] = {}
-    if jobs and not all(run.is_done(node.name) for node in nodes):
-        try:
-            active = slurm.queued(slurm.job_name(run, n.name) for n in nodes)
-            ended = slurm.ended(job.id for job in jobs if job.id not in active and not run.is_done(job.node))
-        except slurm.SlurmError as error:
-            complaint = str(error)
+    launching = run.lock_owner()
+    elsewhere = launching[0] if launching and launching[0] != platform.node() else None  # whose processes cannot be seen from here
     found: list[Row] = []
     for node in nodes:
         mine = [job.id for job in jobs if job.node == node.name]
@@ -120,6 +139,8 @@ def rows(run: RunDir) -> tuple[list[Row], str | None]:
             found.append(described(run, node, "done"))
         elif node.name in alive:
             found.append(described(run, node, "running"))
+        elif elsewhere and _is_fresh(run, node):
+            found.append(described(run, node, "running", f"launched on {elsewhere}"))
         elif mine and complaint:
             found.append(described(run, node, "unknown", "Slurm does not answer"))
         elif mine:
@@ -132,6 +153,12 @@ def rows(run: RunDir) -> tuple[list[Row], str | None]:
 def _processes(run: RunDir) -> list[dict[str, Any]]:
     """The processes of a local launch that are alive."""
     return [p for p in read_json(run.path / "processes.json") or [] if p["born"] is not None and birth(p["pid"]) == p["born"]]
+
+
+def _is_fresh(run: RunDir, node: Node) -> bool:
+    """Whether a task of it told of its progress lately; not one that did its share."""
+    found = ((read_hint(path), path) for path in (run.node(node.name) / "progress").glob("*.json"))
+    return any(state and not state.get("finished_of") and time.time() - path.stat().st_mtime < FRESH for state, path in found)
 
 
 def _idle(run: RunDir, node: Node) -> Row:
@@ -208,6 +235,7 @@ def table(run: RunDir, found: list[Row], took: dict[str, float], width: int) -> 
         columns |= {"again": [str(row.restarts or "") for row in found], "nodes": [row.nodes for row in found], "note": [_note(row) for row in found]}
     else:
         columns["took"] = [duration(took[row.node]) if row.node in took else "" for row in found]
+        columns["note"] = [row.detail if row.state == "running" else "" for row in found]
     columns = {name: cells for name, cells in columns.items() if name in ("stage", "state", "done") or any(cells)}
     if width < 100:
         columns.pop("nodes", None)
@@ -234,10 +262,15 @@ def _note(row: Row) -> str:
 
 def show(console: Console, run: RunDir, found: list[Row], complaint: str | None) -> None:
     """The table, and under it why something failed, and where the log is. In a file or a pipe it is as wide as it needs to be."""
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = max(console.width, 160)
+    widen(console)
     console.print(table(run, found, {}, console.width))
     _explain(console, found, complaint)
+
+
+def widen(console: Console) -> None:
+    """In a pipe or a file a table need not be cut for a terminal that is not there."""
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = max(console.width, 160)
 
 
 def _explain(console: Console, found: list[Row], complaint: str | None) -> None:
@@ -254,10 +287,13 @@ def _explain(console: Console, found: list[Row], complaint: str | None) -> None:
 
 def watch(run: RunDir, console: Console) -> None:
     """The table, kept fresh until nothing runs or waits in a queue any more, and no local launch is there to start more."""
+    answer, asked = None, 0.0
     with Live(console=console, auto_refresh=False) as live:
         while True:
             launching = run.lock_owner() is not None  # asked first: a launch that ends just now has told all that it did
-            found, complaint = rows(run)
+            if answer is None or time.monotonic() - asked > ASK_SLURM:
+                answer, asked = ask_slurm(run), time.monotonic()
+            found, complaint = rows(run, answer)
             live.update(table(run, found, {}, console.width), refresh=True)
             if not complaint and not launching and not any(row.state in ("running", "pending") for row in found):
                 break
@@ -277,7 +313,7 @@ def read_log(run: RunDir, node: str, task: int | None, follow: bool) -> Iterator
     found = logs(run, node, task)
     if not found:
         raise UserError(f"{node}{'' if task is None else f', task {task},'} has no log yet: it has not begun")
-    with open(found[-1]) as f:
+    with open(found[-1], errors="replace") as f:
         while True:
             text = f.read()
             if text:

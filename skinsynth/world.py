@@ -22,8 +22,12 @@ from skinsynth.errors import UserError
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class Stopped(Exception):
-    """A stop signal was agreed upon and the state is saved: leave, to go on another time."""
+class Stopped(BaseException):
+    """A stop signal was agreed upon and the state is saved: leave, to go on another time.
+
+    Like KeyboardInterrupt it is no ``Exception``: a unit stage raises it wherever it is, perhaps within a decoder, whose every ``Exception`` means a
+    bad image, or within an import, which libraries wrap in errors of their own.
+    """
 
 
 def leave(signum: int, frame: Any) -> None:
@@ -111,7 +115,8 @@ def place() -> tuple[World, dict[str, str]]:
     """This process's place and the ``torch.distributed`` variables that go with it."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:  # torchrun, or a site that exports them itself
-        return World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))), {}
+        local = env.get("LOCAL_RANK", env.get("SLURM_LOCALID", "0"))
+        return World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(local)), {"LOCAL_RANK": local}
     if "SUBMITIT_LOCAL_GLOBALID" in env:
         world = World(int(env["SUBMITIT_LOCAL_GLOBALID"]), int(env["SUBMITIT_LOCAL_NTASKS"]), int(env["SUBMITIT_LOCAL_LOCALID"]))
         return world, _variables(world, "127.0.0.1", env["SUBMITIT_LOCAL_JOB_ID"])

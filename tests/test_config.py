@@ -115,6 +115,41 @@ def test_a_cluster_file_and_single_keys_of_it_go_together() -> None:
         assert cluster.of("finetune").nodes == 2
 
 
+def test_another_cluster_takes_the_place_of_the_whole_one(tmp_path: Path) -> None:
+    """As where a run's own configuration is launched elsewhere: nothing of the first site's partition or memory may be asked for there."""
+    first = config.load("configs/demo.yaml", ["cluster=slurm", "cluster.partition=gpu", "cluster.stages.finetune.mem_gb=77"])
+    (tmp_path / "again.yaml").write_text(config.dump(first))
+    (tmp_path / "site.yaml").write_text("kind: slurm\naccount: mine\nstages:\n  generate: {array: 3}\n")
+    items = ["cluster.qos=high", f"cluster={tmp_path / 'site.yaml'}", "cluster.stages.generate.minutes=7"]  # in any order
+    cluster = config.load(tmp_path / "again.yaml", items).cluster
+    assert (cluster.kind, cluster.account, cluster.partition, cluster.qos) == ("slurm", "mine", None, "high")
+    assert set(cluster.stages) == {"generate"}
+    assert (cluster.of("generate").array, cluster.of("generate").minutes, cluster.of("finetune").mem_gb) == (3, 7, None)
+    assert config.load(tmp_path / "again.yaml", ["cluster=local"]).cluster == config.load("configs/demo.yaml", ["cluster=local"]).cluster
+    kept = config.load(tmp_path / "again.yaml", ["cluster.qos=high"]).cluster
+    assert (kept.partition, kept.qos, kept.of("finetune").mem_gb) == ("gpu", "high", 77), "a single key leaves the others"
+
+
+@pytest.mark.parametrize(("override", "words"), [
+    ("data.images=${oc.env:SKINSYNTH_NOT_SET}/x", ["data.images", "SKINSYNTH_NOT_SET"]),
+    ("data.images=${nowhere}", ["data.images", "nowhere"]),
+    ("classify.seeds[0]=3", ["another kind", "classify.seeds=[0,1,2]"]),
+    ("classify.arms=[a]", ["another kind", "sections as sections"]),
+    ("classify.arms.x.sources={real: .inf}", ["classify.arms.x.sources.real is inf", "expected a finite number"]),
+    ("classify.arms.x.sources={real: .nan}", ["classify.arms.x.sources.real is nan", "expected a finite number"]),
+    ("classify.arms.x.phases=[{sources: {real: 1}, share: .inf}]", ["classify.arms.x.phases[0].share is inf", "expected a finite number"]),
+    ("finetune.lr=.inf", ["finetune.lr is inf", "expected a finite number"]),
+    ("screen.max_kid_ratio=.nan", ["screen.max_kid_ratio is nan", "expected a finite number"]),
+    ("data.name=a/b", ["data.name: 'a/b' cannot be a name"]),
+    ("data.name=..", ["data.name: '..' cannot be a name"]),
+])
+def test_what_stands_for_nothing_or_for_no_number_is_told(override: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        config.load("configs/demo.yaml", [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
 @pytest.mark.parametrize(("overrides", "words"), [
     (["screen.copy_least=0.8"], "screen.copy_least=0.8 is above screen.copy_most=0.75"),
     (["finetune.optimizer=adamw8bit", "finetune.zero=0", "finetune.ema_decay=0.9"], "finetune.optimizer=adamw8bit keeps no moving average"),

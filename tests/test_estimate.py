@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, overrides, skinsynth
+from rich.console import Console
 
 from skinsynth import config, slurm, speeds
 from skinsynth.errors import UserError
-from skinsynth.estimate import Stage, estimate
+from skinsynth.estimate import Stage, _number, _time, estimate, show
 from skinsynth.files import read_json
 from skinsynth.run import RunDir
 
@@ -83,6 +85,15 @@ def test_a_gres_asks_for_gpus_too() -> None:
     for gres, count in (("gpu:4", 4), ("gpu", 1), ("gpu:a100:2", 2), ("gpu:a100", 1), ("nvme:1,gpu:3", 3), ("nvme:1", 0)):
         cfg.cluster.gres = gres
         assert speeds.gpus(cfg, "encode") == count, gres
+
+
+@pytest.mark.parametrize(("gres", "count"), [("gpu:2080ti:4", 4), ("gpu:tesla-v100:2", 2), ("gpu:nvidia_a100-sxm4-80gb:4", 4), ("gpu:1g.10gb:1", 1),
+                                             ("gpu:a100_3g.20gb:2", 2), ("gpu:2080ti", 1), ("nvme:1,gpu:h100-nvl:3", 3), ("gres/gpu:a100:2", 2),
+                                             ("gpu:a100:4(S:0-1)", 4), ("gpu:4", 4), ("gpu", 1), ("mygpu:2", 0), ("gpufs:1", 0)])
+def test_a_kind_of_gpu_may_be_called_anything(gres: str, count: int) -> None:
+    cfg = config.load("configs/demo.yaml")
+    cfg.cluster.gres = gres
+    assert speeds.gpus(cfg, "encode") == count
 
 
 def test_a_gres_without_gpus_per_node_is_all_that_slurm_is_asked_for(tmp_path: Path) -> None:
@@ -159,6 +170,29 @@ def test_a_resumed_stage_is_measured_by_its_losses(chain: Path, drawn: Path, tmp
     found = speeds.measured(config.load("configs/demo.yaml", overrides(drawn, chain)), "finetune", run)
     assert found is not None
     assert found.per_second == 3  # of each of two ranks
+
+
+def test_no_number_has_an_exponent() -> None:
+    assert [_time(3600.0 * hours) for hours in (1, 7.13, 99.4, 123.4, 1234)] == ["1 h", "7.1 h", "99.4 h", "123 h", "1,234 h"]
+    assert [_time(seconds) for seconds in (None, 0.25, 59, 600, 3594)] == ["unknown", "0.25 s", "59.0 s", "10.0 min", "59.9 min"]
+    assert [_number(value) for value in (0.042, 3.14159, 42.42, 700, 12345.6)] == ["0.042", "3.1", "42.4", "700", "12,346"]
+
+
+def test_in_a_pipe_the_table_is_not_cut(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal's 80 columns are nobody's there, unless COLUMNS says so."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    cfg = config.load("configs/isic2020-sd15.yaml", [cluster, *generating("generate.classes.benign.count=40000000")])
+    console = Console(file=io.StringIO(), width=80)
+    show(console, cfg, estimate(cfg, None))
+    table = console.file.getvalue().split("to generate")[0]  # type: ignore[attr-defined]
+    (line,) = (line for line in table.splitlines() if " generate " in line)
+    for cell in ("40,008,000 images", "40,008", "17,640 GPU h", "4,410 h", "2 h", "0.63/s [3]"):
+        assert f" {cell} " in line, line
+    assert "…" not in table
+    monkeypatch.setenv("COLUMNS", "80")
+    narrow = Console(file=io.StringIO(), width=80)
+    show(narrow, cfg, estimate(cfg, None))
+    assert max(map(len, narrow.file.getvalue().split("to generate")[0].splitlines())) <= 80  # type: ignore[attr-defined]
 
 
 def test_from_what_is_no_run(tmp_path: Path) -> None:

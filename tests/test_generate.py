@@ -131,6 +131,8 @@ def test_killed_inside_a_unit_it_loses_one_batch_at_most(chain: Path, drawn: Pat
     generate(cfg, run, Task())
     assert batches[0] == [saved, saved + 1], "it goes on with the first image that was not saved"
     assert len(batches) == sum(-(-n // 2) for n in (9 - saved, 9, 9))
+    told = read_json(run.progress_path("generate", 0))
+    assert (told["begun_at"], told["done"]) == (saved, 27), "what was saved is no work of this turn"
     whole, other = begin(chain, drawn, tmp_path / "undisturbed", **{"generate.batch": 2})
     generate(whole, other, Task())
     assert tars(folder) == tars(tmp_path / "undisturbed/shards/run-synthetic")

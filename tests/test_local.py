@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import overrides
 from rich.console import Console
@@ -93,6 +94,25 @@ def test_each_job_has_gpus_of_its_own_and_waits_for_them(launch: Local, monkeypa
     assert launch.run.is_done("prepare")
     assert given[:2] == [(0, "4"), (1, "GPU-5ab3")]
     assert given[2] in [(2, "4"), (2, "GPU-5ab3")]
+
+
+def test_the_minutes_of_a_stage_are_no_limit_here(launch: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    """submitit would stop a job that takes longer, and on this machine nobody would start it anew."""
+    from submitit import LocalExecutor
+
+    launch.cfg.cluster.stages = {"prepare": Resources(minutes=1)}
+    submit, limits = LocalExecutor.submit, []
+
+    def note(self: Any, job: Any) -> Any:
+        begun = submit(self, job)
+        limits.append(int(psutil.Process(int(begun.job_id)).environ()["SUBMITIT_LOCAL_TIMEOUT_S"]))
+        return begun
+
+    monkeypatch.setattr(LocalExecutor, "submit", note)
+    launch.nodes = launch.nodes[:1]
+    launch.run_all()
+    assert launch.run.is_done("prepare")
+    assert min(limits) > 365 * 24 * 3600
 
 
 def test_more_gpus_than_there_are_is_told_at_once(launch: Local, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -8,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from skinsynth import config, files, status
+from skinsynth import config, files, slurm, status
+from skinsynth import launch as launches
 from skinsynth import run as runs
 from skinsynth.errors import UserError
 from skinsynth.files import write_json
@@ -136,6 +139,61 @@ def test_a_lock_of_another_host_is_taken_over_once_it_is_silent(tmp_path: Path, 
         assert path.stat().st_mtime > first, "its owner touches it all the time"
 
 
+def of_another_host(run: RunDir) -> Path:
+    """As if the run were being launched there just now."""
+    path = run.path / "launch.lock"
+    path.write_text(json.dumps({"pid": os.getpid(), "born": files.birth(os.getpid()), "host": "login2", "since": "just now"}))
+    return path
+
+
+def test_the_owner_of_a_lock_is_known_on_every_host(tmp_path: Path) -> None:
+    run, here = RunDir(tmp_path), os.uname().nodename
+    assert run.lock_owner() is None
+    with run.lock():
+        assert run.lock_owner() == (here, os.getpid())
+    (tmp_path / "launch.lock").write_text(json.dumps({"pid": 2**30, "born": 1.0, "host": here, "since": "yesterday"}))
+    assert run.lock_owner() is None, "it is dead"
+    path = of_another_host(run)
+    assert run.lock_owner() == ("login2", os.getpid())
+    os.utime(path, (time.time() - 121,) * 2)
+    assert run.lock_owner() is None, "its owner does not touch it any more"
+
+
+def test_a_launch_on_another_host_is_stopped_there(tmp_path: Path) -> None:
+    """Its process has a number that here is another's: this test's own."""
+    run = RunDir(tmp_path)
+    run.create(config.load("configs/demo.yaml"))
+    path = of_another_host(run)
+    for stage in (None, "generate"):
+        with pytest.raises(UserError, match=rf"is being launched on login2 \(process {os.getpid()}\): stop it there"):
+            launches.cancel(run, stage, Console(quiet=True))
+    os.utime(path, (time.time() - 121,) * 2)
+    told = Console(file=io.StringIO(), width=200)
+    launches.cancel(run, None, told)
+    assert "nothing of" in told.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_what_another_host_runs_is_seen_as_running(tmp_path: Path) -> None:
+    """Its processes cannot be seen, what their tasks tell of their progress can."""
+    run = RunDir(tmp_path)
+    run.create(config.load("configs/demo.yaml"))
+    run.finish_task("prepare", Task())  # it did its share just now
+    Progress(run, "encode", 0, 100, "images").set(30)
+    Progress(run, "finetune", 0, 400, "steps").set(12)
+    os.utime(run.progress_path("encode", 0), (time.time() - 121,) * 2)
+
+    def states() -> dict[str, str]:
+        return {row.node: row.state for row in status.rows(run)[0]}
+
+    assert states()["finetune"] == "stopped"
+    path = of_another_host(run)
+    found = {row.node: row for row in status.rows(run)[0]}
+    assert [found[node].state for node in ("prepare", "encode", "finetune", "generate")] == ["stopped", "stopped", "running", "waiting"]
+    assert found["finetune"].detail == "launched on login2"
+    os.utime(path, (time.time() - 121,) * 2)
+    assert states()["finetune"] == "stopped"
+
+
 def test_of_two_that_find_a_dead_lock_one_alone_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other takes it over between this one's look and its hand."""
     path, here = tmp_path / "launch.lock", os.uname().nodename
@@ -180,6 +238,59 @@ def test_tasks_share_the_units_without_overlap() -> None:
     assert sorted(u for share in shares for u in share) == units
 
 
+def test_a_launch_that_is_refused_leaves_the_configuration_to_the_one_that_runs(tmp_path: Path) -> None:
+    """Jobs read it when they begin."""
+    items = [f"run={tmp_path / 'run'}", "cluster=debug"]
+    run = RunDir(tmp_path / "run")
+    run.create(config.load("configs/demo.yaml", items))
+    before = run.config_path.read_bytes()
+    with run.lock(), pytest.raises(UserError, match="is being launched already"):
+        launches.launch(config.load("configs/demo.yaml", [*items, "cluster.cores=3"]), Console(quiet=True))
+    assert run.config_path.read_bytes() == before
+
+
+def programs(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
+    """Slurm's programs, as far as a test needs them."""
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize("kind", ["debug", "slurm"])
+def test_where_jobs_are_with_slurm_a_refused_launch_changes_nothing(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it would work beside them, or have what they do be done as a gang."""
+    (tmp_path / "bin").mkdir()
+    run, items = RunDir(tmp_path / "run"), [f"run={tmp_path / 'run'}", "cluster=slurm"]
+    run.create(config.load("configs/demo.yaml", items))
+    slurm.note(run, [slurm.Submitted("generate", "17_0", 0, 2), slurm.Submitted("generate", "17_1", 1, 2)])
+    before, name = run.config_path.read_bytes(), slurm.job_name(run, "generate")
+    programs(tmp_path / "bin", monkeypatch, squeue="\n".join(f"echo '17_{n}|PENDING||{name}|None'" for n in (0, 1)), sbatch="exit 1", srun="")
+    cfg = config.load("configs/demo.yaml", [*items, f"cluster={kind}", "generate.mode=gang"])
+    why = "are with Slurm: wait" if kind == "debug" else "generate.mode=gang, but jobs 17_.* were submitted with array"
+    with pytest.raises(UserError, match=why):
+        launches.launch(cfg, Console(quiet=True))
+    assert run.config_path.read_bytes() == before
+
+
+def test_a_task_that_is_submitted_anew_is_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It did its share once, what it made was deleted: where it is lost before it begins, the next launch must submit it again."""
+    (tmp_path / "bin").mkdir()
+    programs(tmp_path / "bin", monkeypatch, sbatch="echo Submitted batch job 7", srun="")
+    run, cfg = RunDir(tmp_path / "run"), config.load("configs/demo.yaml", [f"run={tmp_path / 'run'}", "cluster=slurm"])
+    run.create(cfg)
+    for task in (0, 1, 2):
+        Progress(run, "generate", task, 10, "images").set(10)
+        run.finish_task("generate", Task(task, 3))
+    assert run.unfinished("generate", 3) == []
+    assert len(slurm.submit(cfg, run, "generate", [Task(1, 3), Task(2, 3)], [])) == 2
+    assert run.unfinished("generate", 3) == [1, 2]
+    assert files.read_json(run.progress_path("generate", 1))["done"] == 10, "what it told stays for the watcher"
+    run.begin_anew("generate", 1)  # nothing is left to forget
+    run.begin_anew("screen", 0)
+    assert not run.progress_path("screen", 0).exists()
+
+
 def test_a_read_only_folder_is_told(tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("")
@@ -211,6 +322,29 @@ def test_progress_is_a_file_that_a_watcher_reads(tmp_path: Path) -> None:
     assert (progress_of(run, "screen") or {})["total"] == 37, "of which one has ended three before its time"
 
 
+def test_what_was_saved_inside_a_unit_counts_as_got_further_and_not_as_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit that takes longer than the time limit is made in several turns, each of which saves some batches."""
+    run, patience = RunDir(tmp_path), 2
+
+    def turn(restart: int, saved: int) -> None:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        run.begin_task("generate", 0, patience)
+        progress = Progress(run, "generate", 0, 1000, "images")
+        progress.written = 0.0  # the networks were loaded meanwhile
+        progress.go_on(saved)
+        assert (progress.state["done"], progress.state["begun_at"]) == (saved, saved)
+
+    for restart in range(8):
+        turn(restart, 5 * restart)
+    found = status.progress_of(run, "generate")
+    assert found is not None
+    assert (found["done"], found["rate"]) == (35, 0)
+    for restart in range(8, 9 + patience):
+        turn(restart, 35)
+    with pytest.raises(UserError, match="without getting any further"):
+        turn(9 + patience, 35)
+
+
 @pytest.mark.parametrize("torn", ["", '{"done": 3, "to', "\0" * 40])
 def test_torn_progress_is_none_and_stops_nobody(tmp_path: Path, torn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a power cut may leave what is not fsynced."""
@@ -224,6 +358,19 @@ def test_torn_progress_is_none_and_stops_nobody(tmp_path: Path, torn: str, monke
     run.begin_task("generate", 0, patience=3)
     run.finish_task("generate", Task(0, 2))
     assert run.unfinished("generate", 2) == [1]
+
+
+def test_a_log_that_is_no_utf_8_can_be_read(tmp_path: Path) -> None:
+    """Whatever a driver or another program's progress bar put there."""
+    run = RunDir(tmp_path)
+    run.create(config.load("configs/demo.yaml"))
+    folder = run.node("finetune") / "submit"
+    folder.mkdir(parents=True)
+    (folder / "7_0_log.out").write_bytes(b"step 1\n\xff\xfe loss 0.3 \xc3\nstep 2\n")
+    text = "".join(status.read_log(run, "finetune", None, False))
+    assert text.startswith("step 1\n")
+    assert " loss 0.3 " in text
+    assert text.endswith("step 2\n")
 
 
 def test_progress_of_more_tasks_than_there_are_now_does_not_count(tmp_path: Path) -> None:

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import importlib
 import os
+import signal
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +12,9 @@ import torch
 import torch.distributed as dist
 
 from skinsynth import world
-from skinsynth.world import World, join, lost_peer, place
+from skinsynth.data import codec, isic, shards
+from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
+from skinsynth.world import STOP_SIGNALS, Stopped, World, join, leave, lost_peer, on_stop, place
 
 
 @pytest.mark.parametrize(("nodes", "first"), [("gpu7", "gpu7"), ("a100-[003-005,011],v100-2", "a100-003"), ("login,node[1-2]", "login")])
@@ -27,6 +33,62 @@ def test_a_gang_finds_its_first_node_in_a_container_that_has_no_slurm(nodes: str
     assert place()[1]["MASTER_PORT"] == variables["MASTER_PORT"]
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
     assert place()[1]["MASTER_PORT"] != variables["MASTER_PORT"], "ranks of the last life may still hold it"
+
+
+def test_a_rank_whose_site_says_nothing_of_its_place_on_the_node_takes_slurms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all ranks of a node would take its first GPU."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name, value in {"RANK": "13", "WORLD_SIZE": "16", "SLURM_LOCALID": "5"}.items():
+        monkeypatch.setenv(name, value)
+    assert place() == (World(13, 16, 5), {"LOCAL_RANK": "5"}), "which DeepSpeed looks for in the environment"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert place() == (World(13, 16, 2), {"LOCAL_RANK": "2"})
+    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.delenv("SLURM_LOCALID")
+    assert place() == (World(13, 16, 0), {"LOCAL_RANK": "0"})
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_stop_while_an_image_is_decoded_is_not_the_images_fault(number: signal.Signals, drawn: Path, tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every error of a decoder means a bad image, which would be set aside for good."""
+    image = next((drawn / "images").glob("*.jpg"))
+    with ShardWriter(tmp_path / "set", 0) as shard:
+        shard.add("a", {"jpg": codec.encode_jpeg(isic.read_image(image), 90)}, group="g", target=0)
+    write_manifest(tmp_path / "set", 1, kind="real")
+    data = Dataset.open(tmp_path / "set")
+
+    def stopped(*_: Any, **__: Any) -> Any:
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(isic.ImageOps, "exif_transpose", stopped)
+    monkeypatch.setattr(shards, "decode", stopped)
+    with on_stop(leave):
+        with pytest.raises(Stopped, match="goes on from the last finished unit"):
+            isic.read_image(image)
+        with pytest.raises(Stopped, match="goes on from the last finished unit"):
+            data.image(0)
+    monkeypatch.undo()
+    assert data.image(0).shape == isic.read_image(image).shape
+
+
+def test_a_stop_while_a_library_is_imported_is_not_the_librarys_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers imports its parts when they are asked for, and makes a RuntimeError of each error."""
+    from diffusers.utils.import_utils import _LazyModule
+
+    package = tmp_path / "lazy_for_a_test"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "slow.py").write_text("import signal\nsignal.raise_signal(signal.SIGUSR1)\nclass Part:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    spec = importlib.import_module(package.name).__spec__
+    lazy: Any = _LazyModule(package.name, str(package / "__init__.py"), {"slow": ["Part"]}, module_spec=spec)
+    with on_stop(leave), pytest.raises(Stopped):
+        _ = lazy.Part
+    with on_stop(World().note_stop):
+        assert lazy.Part.__name__ == "Part"
+    for name in [name for name in sys.modules if name.startswith(package.name)]:
+        del sys.modules[name]
 
 
 @pytest.fixture

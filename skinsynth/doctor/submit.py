@@ -87,7 +87,7 @@ def job_parameters(cfg: Config, run: RunDir) -> dict[str, Any]:
 
 def _collect(job: str, name: str, folder: Path, ranks: int, wait: float, say: Callable[[str], None]) -> list[Check]:
     """Waits until every rank has said all, or the job has ended, or the time is up; whoever said less than all has a line too."""
-    end, told, gone = time.monotonic() + wait, "", 0.0
+    end, told, gone, pause = time.monotonic() + wait, "", 0.0, 1.0
     while True:
         state, now = slurm.queued([name]).get(job), time.monotonic()
         gone = 0.0 if state else gone or now
@@ -98,7 +98,8 @@ def _collect(job: str, name: str, folder: Path, ranks: int, wait: float, say: Ca
         if state and _words(state) != told:
             told = _words(state)
             say(told)
-        time.sleep(1)
+        time.sleep(pause)
+        pause = min(1.3 * pause, 20)  # a queue may take long, and each question is work for the controller that all share
     found = [Check(**check) for file in files.values() for check in file["checks"]]
     silent = [str(rank) for rank, file in files.items() if not file["whole"]]
     if silent:

@@ -117,7 +117,7 @@ class Maker:
         done = self.progress.state["done"]
         with ResumableWriter(self.folder, unit) as shard, ThreadPoolExecutor(1) as pool:
             state = shard.state or {"attempt": 0, "batches": 0, "todo": list(self.plan.numbers(unit)), "faulty": []}
-            self.progress.advance(len(shard.keys))
+            self.progress.go_on(len(shard.keys))
             shard.extra["made_by"] = {"code": code_version(), "torch": torch.__version__, "device": _device_name()}
             for batch, count in self._batches(state):
                 drawn = self.painter.draw(batch)

@@ -224,3 +224,55 @@ def slurm_active(env: dict[str, str], run: RunDir) -> list[str]:
     names = ",".join(slurm.job_name(run, node) for node in NODES)
     return subprocess.run(["squeue", "-h", f"--name={names}", "--states=PENDING,RUNNING"], env=env, capture_output=True, text=True, timeout=30,
                           check=True).stdout.splitlines()
+
+
+def test_paths_with_quotes_and_a_missing_site_script(tmp_path: Path) -> None:
+    where = tmp_path / "O'Brien's runs"
+    cfg = config.load("configs/demo.yaml", ["cluster=slurm", f"run={where}/run"])
+    for node, tasks in (("finetune", 1), ("generate", 4), ("classify/hybrid", 3)):
+        text = slurm.script(cfg, RunDir(Path(cfg.run)), node, tasks, [])
+        done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    done = skinsynth("launch", "configs/demo.yaml", "cluster=slurm", "cluster.env=nope.sh", f"run={tmp_path / 'run'}", "--dry-run")
+    assert done.returncode == 1
+    assert "nope.sh is not there: give the path of the script that jobs source" in done.stderr
+
+
+def test_an_interactive_jobs_own_variables_reach_neither_jobs_nor_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"SLURM_MEM_PER_CPU": "1", "SLURM_JOB_ID": "7", "SQUEUE_FORMAT": "%i", "WORLD_SIZE": "2"}
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "derma", "MY_WORLD_SIZE": "2"}
+    for name, value in {**own, **kept}.items():
+        monkeypatch.setenv(name, value)
+    told = slurm.ask("env")
+    assert not [name for name in own if f"\n{name}=" in f"\n{told}"]
+    assert all(f"\n{name}=" in f"\n{told}" for name in kept)
+    assert os.environ["SLURM_JOB_ID"] == "7"
+
+
+@pytest.mark.parametrize(("failures", "turns"), [(2, 1), (9, 0)])
+def test_a_controller_that_does_not_answer_at_once_is_asked_again(tmp_path: Path, failures: int, turns: int) -> None:
+    """At the time limit of a thousand tasks. A controller that is overloaded cannot be had at will, so squeue and scontrol are scripts here."""
+    for name, does in {"sleep": ":", "squeue": f'echo x >> {tmp_path}/asked; [ "$(wc -l < {tmp_path}/asked)" -gt {failures} ] && echo RUNNING',
+                       "scontrol": f'echo "$@" >> {tmp_path}/told; [ "$(wc -l < {tmp_path}/told)" -gt 1 ]'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(["bash", "-c", f"code=75; source {ROOT}/slurm/requeue.sh -"], capture_output=True, text=True, check=False,
+                          env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"})
+    assert done.returncode == 75
+    told = (tmp_path / "told").read_text().splitlines() if (tmp_path / "told").exists() else []
+    assert told == ["requeue 7"] * 2 * turns, "the first of them failed"
+
+
+@pytest.mark.slurm
+def test_a_launch_that_is_refused_changes_nothing_that_queued_jobs_read(slurm: dict[str, str], drawn: Path, tmp_path: Path) -> None:
+    arguments = ["launch", "configs/demo.yaml", *overrides(drawn, tmp_path)]
+    held = [*arguments, "cluster=devcluster", "cluster.extra={hold: true}"]
+    assert run_skinsynth(slurm, *held).returncode == 0
+    before = (tmp_path / "run/config.yaml").read_text()
+    for other, words in (([*arguments, "cluster=debug"], "are with Slurm: wait for them"),
+                         ([*held, "generate.mode=gang"], "were submitted with array: wait for them")):
+        done = run_skinsynth(slurm, *other)
+        assert done.returncode == 1
+        assert words in done.stderr
+        assert (tmp_path / "run/config.yaml").read_text() == before
+    assert run_skinsynth(slurm, "cancel", str(tmp_path / "run")).returncode == 0
