@@ -5,6 +5,7 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from conftest import Setup, plant, take_as_screened
 
 from skinsynth import config, knobs, stages
 from skinsynth.data.augment import augment, blend, partner
+from skinsynth.data.codec import encode_jpeg
+from skinsynth.data.decoded import Decoded
 from skinsynth.data.order import sample_rng
 from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
 from skinsynth.errors import UserError
@@ -25,6 +28,7 @@ from skinsynth.quality.metrics import METRICS, binary_metrics
 from skinsynth.run import Task
 from skinsynth.stages.classify import classify
 from skinsynth.train.arms import Data
+from skinsynth.train.engine import Engine
 from skinsynth.train.judge import Judge, loss, predictions
 from skinsynth.train.log import read_lines
 from skinsynth.world import Stopped, World
@@ -234,6 +238,86 @@ def test_the_best_weights_are_on_the_disk_before_they_count(tmp_path: Path, monk
     judge._keep(7)
     assert {path.name for path in (tmp_path / "best-00000007").iterdir()} >= {"model.safetensors", "config.json", "preprocessor_config.json"}
     assert {path.stat().st_ino for path in (tmp_path, *tmp_path.rglob("*"))} <= synced
+
+
+def test_a_large_global_batch_is_not_judged_at_once(tmp_path: Path) -> None:
+    """That of many ranks would be too much for the one that judges."""
+    rng = np.random.default_rng(0)
+    with ShardWriter(tmp_path / "set", 0) as shard:
+        for number in range(150):
+            shard.add(f"k{number}", {"jpg": encode_jpeg(rng.integers(0, 255, (32, 32, 3), np.uint8), 90)}, group="g", target=number % 2)
+    write_manifest(tmp_path / "set", 1, kind="real")
+    sizes: list[int] = []
+    scores = []
+    for batch in (8, 64, 65, 4096):
+        judge = object.__new__(Judge)
+        judge.cfg = knobs.Classify(model="small", hidden_size=16, layers=1, heads=2, patch=8, global_batch=batch)
+        judge.model, judge.world = vit.build(judge.cfg, 32, 0).eval(), World()
+        judge.inputs = vit.Inputs.of(judge.cfg, judge.model, 32)
+        judge.data = SimpleNamespace(workers=1, decoded=Decoded(32, 32, 0.0))  # type: ignore[assignment]
+        judge.model.register_forward_hook(lambda model, given, output: sizes.append(len(output.logits)))
+        scores.append(judge.scores(Dataset.open(tmp_path / "set")))
+    assert sizes == [8] * 19 + [64] * 3 * 3
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    assert np.array_equal(scores[1], scores[2])
+    assert np.array_equal(scores[1], scores[3])
+
+
+# ---- other pretrained models ----
+
+def pretrained(kind: str, folder: Path) -> str:
+    """A small one with random weights, as from the hub: of the whole model, without a head for classes."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 28, "patch_size": 14}
+    both = {"vision_config": {**vision, "intermediate_size": 64}, "text_config": {**sizes, "intermediate_size": 64}}
+    model: Any = {"dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**vision)),
+                  "clip": lambda: transformers.CLIPModel(transformers.CLIPConfig(**both)),
+                  "siglip": lambda: transformers.SiglipModel(transformers.SiglipConfig(**both))}[kind]()
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "clip", "siglip"])
+def test_what_of_a_pretrained_model_has_no_part_in_the_answer_is_not_trained(kind: str, tmp_path: Path) -> None:
+    """A mask token, a norm or a head that are passed over: with a moving average of weights that never had a gradient nothing could be judged."""
+    cfg = knobs.Classify(model=pretrained(kind, tmp_path / kind), global_batch=4, steps=2, zero=0, ema_decay=0.9, precision="fp32")
+    model = vit.build(cfg, 64, 0)
+    inputs = vit.Inputs.of(cfg, model, 64)
+    assert inputs.side == 28
+    assert all(p.grad is None for p in model.parameters()), "nothing is added to the first step's gradients"
+    images = torch.randint(0, 255, (4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = {"images": images, "target": torch.eye(2)[[0, 1, 1, 0]]}
+    loss(model, batch, inputs).backward()
+    grads = {name: p.grad is not None for name, p in model.named_parameters()}
+    assert grads == {name: p.requires_grad for name, p in model.named_parameters()}
+    assert sorted(grads.values())[0] is False
+    assert sum(grads.values()) > 20
+    model.zero_grad(set_to_none=True)
+    engine = Engine(cfg, World(), model, "classify")
+    before = {name: value.clone() for name, value in engine.trained.items()}
+    for _ in range(2):
+        engine.step(1e-3, 0.5, [batch], lambda model, batch: loss(model, batch, inputs))
+    averages = dict(engine.weights())
+    assert averages.keys() == before.keys()
+    assert [name for name, value in averages.items() if torch.equal(value, before[name])] == []
+
+
+def test_the_side_of_the_images_is_found_wherever_a_model_has_it(tmp_path: Path) -> None:
+    """Hiera gives height and width; what says nothing takes the shards' own."""
+    import transformers
+
+    transformers.HieraForImageClassification(transformers.HieraConfig(embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8],
+                                                                      image_size=[64, 64])).save_pretrained(tmp_path / "hiera")
+    transformers.ConvNextV2ForImageClassification(transformers.ConvNextV2Config(depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 8, 8])).save_pretrained(
+        tmp_path / "convnext")
+    for kind, size, side in (("hiera", 512, 64), ("convnext", 96, 224)):
+        cfg = knobs.Classify(model=str(tmp_path / kind))
+        model = vit.build(cfg, size, 0)
+        assert vit.Inputs.of(cfg, model, size).side == side
+        assert vit.logits(model, torch.zeros(1, 3, size, size, dtype=torch.uint8), side).shape == (1, 2)
 
 
 # ---- what is wrong with the data ----

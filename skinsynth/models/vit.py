@@ -35,7 +35,10 @@ def build(cfg: Classify, size: int, seed: int, kind: str = "sdpa") -> Any:
     torch.manual_seed(seed)  # the new head, and all of the small ViT
     names = {"id2label": LABELS, "label2id": {v: k for k, v in LABELS.items()}}
     if cfg.model != "small":
-        return _pretrained(cfg, names, kind)
+        model = _pretrained(cfg, names)
+        _freeze_unused(cfg, model, Inputs.of(cfg, model, size).side)
+        attention.apply_to_classifier(model, kind)  # last: xformers runs on no CPU, where the model is still
+        return model
     side = cfg.image_size or size
     if side % cfg.patch:
         raise UserError(f"classify.patch={cfg.patch} does not divide the image side of {side} pixels")
@@ -46,7 +49,7 @@ def build(cfg: Classify, size: int, seed: int, kind: str = "sdpa") -> Any:
     return model
 
 
-def _pretrained(cfg: Classify, names: dict[str, Any], kind: str) -> Any:
+def _pretrained(cfg: Classify, names: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForImageClassification
 
     try:
@@ -64,8 +67,30 @@ def _pretrained(cfg: Classify, names: dict[str, Any], kind: str) -> Any:
                         "DeiT, Swin or ConvNeXt")
     if cfg.image_size and wanted.model_type in ("vit", "deit") and cfg.image_size != wanted.image_size:
         raise UserError(f"classify.image_size={cfg.image_size}: {cfg.model} takes images of {wanted.image_size} pixels; leave the key out")
-    attention.apply_to_classifier(model, kind)
     return model
+
+
+def _freeze_unused(cfg: Classify, model: Any, side: int) -> None:
+    """What has no part in the answer (DINOv2's mask token, a pooling head that is passed over) gets no gradient, for which data parallelism would
+    wait, and no state of the optimizer, which a checkpoint would look for."""
+    try:
+        model(pixel_values=torch.zeros(1, 3, side, side)).logits.sum().backward()
+    except (ValueError, RuntimeError) as error:  # CLIP names the side that it takes, others the shapes that do not fit
+        raise UserError(f"classify.image_size={cfg.image_size}: {cfg.model} cannot be given images of {side} pixels ({str(error).splitlines()[0]}); "
+                        "leave the key out, or take the model's own side") from None
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+    model.zero_grad(set_to_none=True)
+
+
+def _own_side(config: Any) -> int | None:
+    """The side of the images that the pretrained model takes, in pixels; CLIP and SigLIP have it one level down, Hiera for height and width."""
+    for one in (config, getattr(config, "vision_config", None)):
+        own = getattr(one, "image_size", None)
+        own = own[0] if isinstance(own, list | tuple) and own else own
+        if isinstance(own, int):
+            return own
+    return None
 
 
 @dataclass(frozen=True)
@@ -79,8 +104,7 @@ class Inputs:
     @classmethod
     def of(cls, cfg: Classify, model: Any, size: int) -> Inputs:
         """The pretrained model's own, from its ``preprocessor_config.json`` where there is one; ``size``: side of the shards' images."""
-        own = getattr(model.config, "image_size", None)
-        side = cfg.image_size or (own if isinstance(own, int) else size)
+        side = cfg.image_size or _own_side(model.config) or size
         folder = hub.resolve_classifier(cfg.model)
         path = folder / "preprocessor_config.json" if folder else None
         if path is None or not path.is_file():

@@ -101,6 +101,7 @@ class Checkpoints:
     keep: int = 2
     keep_every: int = 0
     found: Checkpoint | None = field(init=False, default=None)
+    last: int = field(init=False, default=0)  # the step of which the newest was made, or is being made
     _passed: set[str] = field(init=False, default_factory=set)  # names of the damaged ones that are newer than ``found``
     _part: threading.Thread | None = field(init=False, default=None)  # writes this rank's part
     _whole: threading.Thread | None = field(init=False, default=None)  # rank 0's: waits for all parts and makes a checkpoint of them
@@ -110,6 +111,7 @@ class Checkpoints:
     def __post_init__(self) -> None:
         self.identity = json.loads(json.dumps(self.identity))  # as it will be read back
         self.found = self._find()
+        self.last = self.found.step if self.found else 0
 
     # ---- reading ----
 
@@ -175,7 +177,7 @@ class Checkpoints:
         self.world.together(self._room(temp) if self.world.is_main else None)  # the folder is there
         facts = {"step": step, "topology": engine.topology, "identity": self.identity, "state": {**state, "scaler": engine.scaler()},
                  "shapes": engine.shapes if engine.sharded else {}}
-        self._until = math.inf
+        self._until, self.last = math.inf, step
         self._part = self._thread(self._write, temp / f"rank-{self.world.rank:05d}.safetensors", mine)
         self._whole = self._thread(self._commit, self.folder / f"step-{step:08d}", temp, facts) if self.world.is_main else None
 

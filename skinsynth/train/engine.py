@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -91,16 +92,18 @@ class Engine:
         self.adam = build_optimizer(cfg, groups(self.trained, scales or {}))
         self.accelerator = self._accelerator()
         model.train()  # before it is wrapped: what is loaded is in inference mode, and its wrapper would say of itself that it is not
-        self.model, self.optimizer = self.accelerator.prepare(model, self.adam)
+        with self._advised():
+            self.model, self.optimizer = self.accelerator.prepare(model, self.adam)
         if self.sharded:  # accelerate told transformers to shard, with collectives, whatever is loaded from now on: on rank 0 alone it would hang
             from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
             unset_hf_deepspeed_config()
         self._linked = not self.sharded or cfg.zero == 3 or len(self.adam.param_groups) == 1
-        if found:
-            self._go_on(found)
-        for name, value in exact.items():
-            self._set(WEIGHT, name, value)
+        with self._advised():
+            if found:
+                self._go_on(found)
+            for name, value in exact.items():
+                self._set(WEIGHT, name, value)
 
     @importing()
     def _accelerator(self) -> Any:
@@ -125,7 +128,8 @@ class Engine:
                 "zero_optimization": self._zero(cpu),
                 "zero_force_ds_cpu_optimizer": False,  # AdamW is torch's own: nothing is compiled on the node
                 "zero_allow_untested_optimizer": True,  # ours is torch's with one more state
-                "bf16": {"enabled": self.cfg.precision == "bf16"},
+                # else it waits for the device in every step, to leave out an update that is not finite; here one stops the training, at the save
+                "bf16": {"enabled": self.cfg.precision == "bf16", "check_grad_overflow": False},
                 "fp16": {"enabled": self.cfg.precision == "fp16"},
                 "steps_per_print": 10**9,
             })
@@ -163,7 +167,7 @@ class Engine:
         for group in self.adam.param_groups:
             group["lr"], group["ema_decay"] = lr * group.get("scale", 1.0), ema_decay
         total = torch.zeros((), device=self.device)
-        try:
+        with self._advised():
             for batch in batches:
                 batch = {name: values.to(self.device, non_blocking=True) for name, values in batch.items()}
                 with self.accelerator.accumulate(self.model):
@@ -174,12 +178,18 @@ class Engine:
                     self.optimizer.step()
                     self.optimizer.zero_grad()
                 total += value.detach() / self.accumulation
+        self._link()
+        return total
+
+    @contextmanager
+    def _advised(self) -> Iterator[None]:
+        """Where memory is out, says what to turn on."""
+        try:
+            yield
         except RuntimeError as error:  # torch.OutOfMemoryError is one; the host's memory has only words
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
             raise UserError(self._memory_advice(str(error).splitlines()[0])) from None
-        self._link()
-        return total
 
     def _link(self) -> None:
         """DeepSpeed (ZeRO 1 and 2) notes where the optimizer's states lie after the first group's first step, when those of the other groups
@@ -260,36 +270,45 @@ class Engine:
         return {name: sum(t.numel() * t.element_size() for t in tensors)
                 for name, tensors in (("weights", held), ("masters", masters), ("optimizer", states))}
 
+    @property
+    def skipped(self) -> bool:
+        """Whether DeepSpeed left out an update since its gradients were not finite, which is usual at fp16 alone. The same on all ranks."""
+        return self.sharded and self.cfg.precision != "fp16" and self.model.skipped_steps > 0
+
     def scaler(self) -> dict[str, Any]:
-        """fp16's loss scale, and the steps since it last changed; {} at other precisions."""
+        """fp16's loss scale, the steps since it last changed, and the ``updates`` that the optimizer counts, fewer than steps where some overflowed;
+        {} at other precisions."""
         if self.cfg.precision != "fp16":
             return {}
+        updates = {"updates": max((int(state["step"]) for state in self.adam.state.values()), default=0)}
         if self.sharded:
             own = self.model.optimizer.loss_scaler
-            return {"scale": float(own.cur_scale), "since": own.cur_iter - 1 - own.last_overflow_iter}
+            return {"scale": float(own.cur_scale), "since": own.cur_iter - 1 - own.last_overflow_iter, "hysteresis": own.cur_hysteresis, **updates}
         own = self.accelerator.scaler
-        return {"scale": own.get_scale(), "since": own.state_dict()["_growth_tracker"]}
+        return {"scale": own.get_scale(), "since": own.state_dict()["_growth_tracker"], **updates}
 
     def _set_scaler(self, saved: dict[str, Any]) -> None:
         """As ``scaler`` gave it, by whichever of the two scalers."""
         if self.sharded:
             own = self.model.optimizer.loss_scaler
             own.cur_scale, own.last_overflow_iter = saved["scale"], own.cur_iter - 1 - saved["since"]
+            own.cur_hysteresis = saved.get("hysteresis", own.cur_hysteresis)
         else:
             own = self.accelerator.scaler
             own.load_state_dict({**own.state_dict(), "scale": saved["scale"], "_growth_tracker": saved["since"]})
 
     def _go_on(self, found: Saved) -> None:
         """Puts the saved states in place, of which every rank takes what it holds."""
+        updates = (found.state.get("scaler") or {}).get("updates", found.step)
         if self.sharded:
             for flat in self._flat():
                 keys = self.keys_of(next(iter(self.trained)))[1:]
-                self.adam.state[flat] = {**self._step(flat, found.step), **{key: torch.zeros_like(flat) for key in keys}}
+                self.adam.state[flat] = {**self._step(flat, updates), **{key: torch.zeros_like(flat) for key in keys}}
             if self.cfg.zero < 3:
                 self.model.optimizer._lazy_init_hp_params_optimizer_state()  # else done after the first step
         else:
             for p in self.trained.values():
-                self.adam.state[p] = self._step(p, found.step)
+                self.adam.state[p] = self._step(p, updates)
         for name in self.trained:
             for key in self.keys_of(name) if self.sharded else found.keys(name):
                 self._set(key, name, found.tensor(key, name))

@@ -29,6 +29,7 @@ from skinsynth.train.engine import Batch, Engine
 from skinsynth.train.log import keep_lines
 from skinsynth.world import World
 
+AT_ONCE = 64  # images that are judged together at most: a global batch of many ranks is too much for one of them
 COLUMNS = ("sex", "age", "site", "diagnosis")  # of predictions.csv; empty: unknown
 
 
@@ -83,7 +84,7 @@ class Judge:
     @torch.inference_mode()
     def scores(self, split: Dataset) -> np.ndarray:
         """float32 (n,): probability of malignant, every rank doing its share. Batches are whole, so the cut shows in no bit. A collective."""
-        size, device = self.cfg.global_batch, self.world.device
+        size, device = min(self.cfg.global_batch, AT_ONCE), self.world.device
         starts, cuda = range(0, len(split), size), device.type == "cuda"
         found: dict[int, torch.Tensor] = {}
         reduced = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.cfg.precision)

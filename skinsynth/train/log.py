@@ -81,7 +81,7 @@ class TrainLog:
         self.waiting: list[tuple[int, torch.Tensor]] = []
         self.since, self.waited = time.perf_counter(), 0.0
         before = [row["loss"] for row in read_lines(self.path) if row["step"] <= begin] if engine.world.is_main else []
-        self.losses: list[float] = engine.world.gather(before[-USUAL:])[0]  # so that all ranks judge alike
+        self.first, self.losses = engine.world.gather((before[:KNOWN], before[-USUAL:]))[0]  # so that all ranks judge alike
         self.board: Any = None
         if engine.world.is_main:
             keep_lines(self.path, begin)
@@ -104,7 +104,11 @@ class TrainLog:
         return loss if "flops" in self.state else first
 
     def add(self, step: int, loss: torch.Tensor) -> None:
+        """Raises ``UserError`` where the step's gradients were not finite, as far as that is known already: else its weights tell, or the next
+        loss."""
         self.waiting.append((step, loss))
+        if self.engine.skipped:
+            raise self.blame(step, f"may be finite, but its gradients at step {step + 1} are not")
         if step == self.begin:
             loss.item()  # waits for the device, this once
             self.clock.lap("first step")
@@ -124,6 +128,7 @@ class TrainLog:
         numbers = [step for step, _ in self.waiting]
         self._check(numbers, losses)
         self.losses += losses
+        self.first += losses[:KNOWN - len(self.first)]
         seconds = max(1e-9, time.perf_counter() - self.since)
         speed = self._speed(cfg, len(losses), seconds, waited - self.waited)
         self.waiting, self.waited = [], waited
@@ -161,19 +166,24 @@ class TrainLog:
                 raise self.blame(step, f"is {loss} at step {step + 1}")
         if len(self.losses) < KNOWN:
             return
-        usual, last = self._usual(), self.losses[1 - FEW:] + losses
+        limit, usual, last = self._limit(), self._usual(), self.losses[1 - FEW:] + losses
         for number, step in enumerate(numbers):
             few = last[number:number + FEW]  # up to this step
-            if statistics.fmean(few) > self.engine.cfg.explode * usual:
+            if statistics.fmean(few) > limit:
                 raise self.blame(step, f"explodes: {statistics.fmean(few):.4g} on average over steps {step + 2 - FEW} to {step + 1}, usually "
-                                       f"{usual:.4g}; {losses[number]:.4g} at step {step + 1}")
+                                       f"{usual:.4g} (see {self.engine.section}.explode); {losses[number]:.4g} at step {step + 1}")
 
     def _usual(self) -> float:
         return statistics.median(self.losses[-USUAL:])
 
+    def _limit(self) -> float:
+        """Many times the usual loss, and more than that of the beginning: one that is next to nothing for most batches is, of a batch with a wrong
+        label or a hard image, easily a hundred times that."""
+        return max(self.engine.cfg.explode * self._usual(), statistics.fmean(self.first))
+
     def unusual(self) -> bool:
         """Whether the last loss alone is as high as the mean of a few may not be. The weights may have exploded: no time to save them."""
-        return len(self.losses) >= KNOWN and self.losses[-1] > self.engine.cfg.explode * self._usual()
+        return len(self.losses) >= KNOWN and self.losses[-1] > self._limit()
 
     def blame(self, step: int, what: str) -> UserError:
         """The error that names the step's samples and says what to do; ``what``: of the loss."""

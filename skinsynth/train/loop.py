@@ -115,10 +115,11 @@ def _save(done: int, log: TrainLog, checkpoints: Checkpoints, engine: Engine, st
 
 def _leave(node: str, step: int, log: TrainLog, feed: Feed[range, Batch], checkpoints: Checkpoints, engine: Engine, state: dict[str, Any],
            error: BaseException | None) -> NoReturn:
-    """All ranks save, and stop: for a signal that one has heard, a batch that one could not read, or what it could not write."""
-    if step > (checkpoints.found.step if checkpoints.found else 0):
+    """All ranks save, unless that was just done, and stop: for a signal that one has heard, a batch that one could not read, or what it could not
+    write."""
+    if step > checkpoints.last:
         log.flush(feed.waited)
         _save(step, log, checkpoints, engine, state)
-        checkpoints.wait()
+    checkpoints.wait()
     engine.world.together(error)
     raise Stopped(f"{node} stopped at step {step} of {engine.cfg.steps}; the same command goes on from there")

@@ -122,6 +122,20 @@ def test_checkpoints_of_before_there_were_pieces_are_read(tmp_path: Path) -> Non
     assert torch.equal(found.tensor("weight", "p0"), torch.ones(2, 3))
 
 
+def test_of_which_step_the_newest_is_is_known_before_it_is_on_disk(tmp_path: Path) -> None:
+    """So that nobody who leaves there makes it again; one that is damaged does not count."""
+    checkpoints = Checkpoints(tmp_path, World(), {})
+    assert checkpoints.last == 0
+    engine: Any = Held(torch.ones(1))
+    for step in (7, 9):
+        checkpoints.save(step, engine, {})
+        assert checkpoints.last == step
+    checkpoints.wait()
+    assert (checkpoints.last, Checkpoints(tmp_path, World(), {}).last) == (9, 9)
+    (tmp_path / "step-00000009/complete.json").write_text("")
+    assert Checkpoints(tmp_path, World(), {}).last == 7
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_cannot_write_its_part_keeps_nobody_waiting(tmp_path: Path, rank: int) -> None:
     """Its reason is what both say, at once; room is made for the next try."""

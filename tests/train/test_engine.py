@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, free_port
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-from test_loop import go, losses, square
+from test_loop import go, losses, square, steps_of
 
 from skinsynth.errors import UserError
 from skinsynth.files import read_json
@@ -26,7 +28,7 @@ from skinsynth.world import World
 OFFLOADED = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], "tests"]
 from test_loop import go
 for zero, offload in ((2, "optimizer"), (3, "parameters")):
     go(Path(sys.argv[2], f"zero-{zero}"), steps=20, zero=zero, offload=offload)
@@ -47,6 +49,49 @@ def test_a_single_rank_may_offload(tmp_path: Path) -> None:
         assert read_json(run.node("it") / "checkpoints/step-00000020/complete.json")["topology"] == {"ranks": 1, "zero": zero}
         assert losses(run) == pytest.approx(losses(plain), abs=1e-6)
         assert losses(turned) == pytest.approx(losses(plain), abs=1e-6)
+
+
+LEFT_OUT = """
+import os
+import sys
+from pathlib import Path
+sys.path[:0] = [sys.argv[1], "tests"]
+import torch
+from test_loop import go
+from skinsynth.errors import UserError
+from skinsynth.world import World, join
+
+def loss(model, batch):
+    weight = model.module.weight
+    bad = torch.sqrt((weight.float() * 0).sum()) if poisoned in batch["position"] else 0.0  # zero, with a gradient of infinity times zero
+    return ((model(batch["x"][:, None].to(weight.dtype)).float() - 3) ** 2).mean() + bad
+
+world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
+with join(world, {}):
+    for precision, zero, poisoned in (("fp32", 1, 51), ("fp32", 2, 51), ("bf16", 2, 79)):
+        try:
+            go(Path(sys.argv[2], f"{precision}-{zero}"), loss, world, steps=30, zero=zero, precision=precision)
+        except UserError as error:
+            print(f"{precision} {zero}: {error}")
+"""
+
+
+def test_a_gradient_that_is_not_finite_ends_a_sharded_training(tmp_path: Path) -> None:
+    """DeepSpeed would leave such an update out and go on without a word; the loss is finite, and on the first of two ranks so is the gradient. In
+    fp32 the step is known by that, in bf16 by what the update made of the weights."""
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LEFT_OUT, str(Path(__file__).parent), str(tmp_path)]
+    gang = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    said = [process.communicate(timeout=150) for process in gang]
+    assert [process.returncode for process in gang] == [0, 0], said[0][1][-3000:]
+    for words, _ in said:
+        told = [line for line in words.splitlines() if line.startswith(("fp32 ", "bf16 "))]
+        for zero, line in zip((1, 2), told, strict=False):
+            assert line.startswith(f"fp32 {zero}: the loss may be finite, but its gradients at step 13 are not (samples sample-48, sample-49, ")
+        assert len(told) == 3
+        assert re.match(r"bf16 2: the loss is finite at step 20, but '\w+/\w+' is not after that step's update \(samples sample-76, ", told[2])
+    assert [steps_of(RunDir(tmp_path / name)) for name in ("fp32-1", "fp32-2", "bf16-2")] == [[10]] * 3
 
 
 def test_what_is_loaded_for_inference_is_trained_in_training_mode() -> None:
@@ -94,6 +139,7 @@ def scaled(sharded: bool) -> Any:
     own = DynamicLossScaler(2.0**16, 1000, 1, 1, False)
     engine.model = SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=own))
     engine.accelerator = SimpleNamespace(scaler=torch.amp.GradScaler("cpu"))
+    engine.adam = SimpleNamespace(state={"p": {"step": torch.tensor(12.0)}})  # type: ignore[assignment]
     return engine
 
 
@@ -109,9 +155,9 @@ def test_the_loss_scale_goes_on_with_and_without_zero(here: bool, there: bool) -
     else:
         own = old.accelerator.scaler
         own.load_state_dict({**own.state_dict(), "scale": 2.0**15, "_growth_tracker": 7})
-    assert old.scaler() == {"scale": 2.0**15, "since": 7}
+    assert old.scaler() == {"scale": 2.0**15, "since": 7, "updates": 12, **({"hysteresis": 1} if here else {})}
     new._set_scaler(old.scaler())
-    assert new.scaler() == old.scaler()
+    assert new.scaler() == {"scale": 2.0**15, "since": 7, "updates": 12, **({"hysteresis": 1} if there else {})}
     if there:
         for _ in range(993):  # 7 and 993 good steps are a window
             new.model.optimizer.loss_scaler.update_scale(False)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import until
 
 from skinsynth.data.shards import BadSample
 from skinsynth.errors import UserError
@@ -125,9 +126,48 @@ def test_one_hard_batch_stops_nothing_and_is_no_time_to_save(tmp_path: Path) -> 
 
     run, _ = go(tmp_path / "once", lambda *given: spiky(*given, range(30, 31)), keep=9)
     assert steps_of(run) == [10, 20, 31, 40, 50, 60]
-    with pytest.raises(UserError, match=r"explodes: 20\.8 on average over steps 22 to 31, usually 1; 100 at step 31"):
+    with pytest.raises(UserError, match=r"explodes: 20\.8 on average over steps 22 to 31, usually 1 \(see it\.explode\); 100 at step 31"):
         go(tmp_path / "more", lambda *given: spiky(*given, range(30, 61)))
     assert steps_of(RunDir(tmp_path / "more")) == [10, 20]
+
+
+def easy(step: int) -> float:
+    """The loss of most batches comes next to nothing; in one of ten there is an image with a wrong label."""
+    return 0.7 if step <= 20 else 0.3 if step % 10 == 0 else 1e-3
+
+
+def planned(values: Callable[[int], float], world: World | None = None, stop: int = 0) -> Callable[[Any, Batch], torch.Tensor]:
+    """A loss that is ``values`` of the step, the first of which is 1; ``world`` hears a signal in the step ``stop``."""
+    def loss(model: Any, batch: Batch) -> torch.Tensor:
+        step = int(batch["position"][0]) // 4 + 1
+        if world and step == stop:
+            world.note_stop(signal.SIGUSR2, None)
+        return values(step) + 0 * square(model, batch)
+
+    return loss
+
+
+@pytest.mark.parametrize("log_every", [1, 5, 1000])
+def test_hard_batches_among_easy_ones_are_no_explosion(tmp_path: Path, log_every: int) -> None:
+    """They are far above 20 times the usual loss, but below that of the beginning. Each is just before a checkpoint, which is not put off."""
+    run, _ = go(tmp_path / "run", planned(easy), steps=100, keep=99, log_every=log_every)
+    assert steps_of(run) == list(range(10, 101, 10))
+
+
+def test_how_a_training_began_outlives_a_restart(tmp_path: Path) -> None:
+    """By that its hard batches are known for such also then, and a true explosion for one."""
+    def exploding(step: int) -> float:
+        return easy(step) if step <= 70 else 20.0
+
+    world = World()
+    with pytest.raises(Stopped, match="at step 45 of 100"):
+        go(tmp_path / "run", planned(exploding, world, 45), world, steps=100)
+    words = r"explodes: 2\.031 on average over steps 62 to 71, usually 0\.001 .*; 20 at step 71 \(samples sample-280, "
+    for _ in range(2):
+        with pytest.raises(UserError, match=words):
+            go(tmp_path / "run", planned(exploding), steps=100)
+        assert steps_of(RunDir(tmp_path / "run")) == [60, 70]
+    go(tmp_path / "run", planned(easy), steps=100)
 
 
 def test_out_of_memory_says_what_to_turn_on(tmp_path: Path) -> None:
@@ -151,6 +191,24 @@ def test_a_stop_goes_on_at_that_very_step(tmp_path: Path) -> None:
         go(tmp_path / "run", stopping, world)
     assert steps_of(RunDir(tmp_path / "run")) == [10, 17]
     run, _ = go(tmp_path / "run")
+    assert losses(run) == losses(whole)
+
+
+def test_a_stop_at_a_step_that_was_just_saved_saves_nothing_again(tmp_path: Path) -> None:
+    """As when a signal comes while pictures are drawn: with little time left, the one checkpoint of this step is not replaced by its like."""
+    run, world, seen = RunDir(tmp_path / "run"), World(), []
+    path = run.node("it") / "checkpoints/step-00000010"
+
+    def show(step: int) -> None:
+        until("the checkpoint is on disk", path.exists)
+        seen.append(path.stat().st_ino)
+        world.note_stop(signal.SIGUSR2, None)
+
+    with pytest.raises(Stopped, match="at step 10 of 60"):
+        go(run.path, world=world, more={"show": show, "every": 10})
+    assert [path.stat().st_ino] == seen
+    go(run.path)
+    whole, _ = go(tmp_path / "whole")
     assert losses(run) == losses(whole)
 
 
@@ -317,7 +375,8 @@ def test_peak_memory_is_that_of_the_steps(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.__setitem__(0, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "")
-    engine = SimpleNamespace(cfg=Training(), world=World(), device=torch.device("cuda"), micro=4, mean=lambda values: values, state_bytes=dict)
+    engine = SimpleNamespace(cfg=Training(), world=World(), device=torch.device("cuda"), micro=4, mean=lambda values: values, state_bytes=dict,
+                             skipped=False)
     log = TrainLog(tmp_path, engine, 0, Clock(), Numbers(), {})  # type: ignore[arg-type]
     for step, bytes_ in enumerate((3e9, 2e9)):
         log.add(step, torch.tensor(1.0))
