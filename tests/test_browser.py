@@ -25,6 +25,8 @@ LOOK = """
 addEventListener("load", () => {
   const frame = document.querySelector("iframe"), page = frame.contentDocument;
   page.querySelectorAll("details").forEach(d => d.open = true);
+  if (location.hash === "#print") for (const sheet of page.styleSheets) for (const rule of sheet.cssRules)
+    if (rule.media && rule.media.mediaText === "print") rule.media.mediaText = "all", page.documentElement.style.scrollbarWidth = "none";
   const box = e => e.getBoundingClientRect(), wide = frame.contentWindow.innerWidth;
   const inside = e => e.closest(".wide, pre, svg, .skip") !== null;
   const pictures = [...page.images].map(i => i.complete && i.naturalWidth > 0);
@@ -33,17 +35,22 @@ addEventListener("load", () => {
   page.querySelector("a").focus();
   document.title = JSON.stringify({pictures, sticking, scroll: page.documentElement.scrollWidth - page.documentElement.clientWidth, width: wide,
     unreachable: scrollers.filter(e => e.tabIndex < 0).length, scrollers: scrollers.length, skip: box(page.activeElement).left >= 0,
+    cut: scrollers.filter(e => e.matches(".wide")).map(e => `${e.ariaLabel}: ${e.scrollWidth} of ${e.clientWidth}`),
+    navigated: getComputedStyle(page.querySelector("nav") || page.body).display !== "none",
     text: parseFloat(getComputedStyle(page.body).fontSize)});
 });
 </script>"""
 
 
-def look(page: Path, folder: Path, width: int) -> tuple[dict, str]:
-    """(what a script outside of the page saw of it in a frame of that width, what the browser logged)."""
+A4 = 718  # CSS pixels: 210 mm less the centimetre on either side that browsers leave
+
+
+def look(page: Path, folder: Path, width: int, printed: bool = False) -> tuple[dict, str]:
+    """(what a script outside of the page saw of it in a frame of that width, what the browser logged). ``printed``: by its rules for print."""
     frame = folder / f"frame-{width}.html"
     frame.write_text(f'<!DOCTYPE html><meta charset="utf-8"><title></title><iframe width="{width}" height="800" src="{page.name}"></iframe>{LOOK}')
     done = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--allow-file-access-from-files",
-                           f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=20000", "--dump-dom", frame.as_uri()],
+                           f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=20000", "--dump-dom", frame.as_uri() + "#print" * printed],
                           capture_output=True, text=True, timeout=120, check=False)
     title = re.search("<title>(.*?)</title>", done.stdout, re.DOTALL)
     assert title, done.stderr[-2000:]
@@ -80,6 +87,25 @@ def test_it_is_seen_as_it_is_meant(pages: dict[str, Path], name: str, least: int
     assert seen["scrollers"] > 0 or width > 360, "nothing scrolls on a phone: are the tables there?"
     assert seen["skip"], "the link that skips to the report is not seen when it has the focus"
     assert seen["text"] >= 16
+
+
+@pytest.fixture(scope="module")
+def five(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of five arms, with names as long as people give them."""
+    folder = tmp_path_factory.mktemp("print")
+    cfg, run = make(folder / "run", arms=("real", "half", "more", "mostly-synthetic", "synthetic-first"), strengths=(0.6, 1.0, 1.6, 1.2, 1.1))
+    stage.report(cfg, run, Task())
+    return Path(shutil.copy(run.path / "report/index.html", folder / "five.html"))
+
+
+def test_on_paper_no_table_is_cut_off(five: Path) -> None:
+    """Nobody can scroll there."""
+    seen, logged = look(five, five.parent, A4, printed=True)
+    assert (logged, seen["width"], seen["navigated"]) == ("", A4, False)
+    assert (seen["cut"], seen["sticking"]) == ([], [])
+    seen, _ = look(five, five.parent, A4)
+    assert seen["navigated"]
+    assert seen["cut"], "on a screen of that width they scroll: are the tables there?"
 
 
 def test_the_look_finds_what_is_wrong(tmp_path: Path) -> None:

@@ -211,6 +211,21 @@ def test_seeds_that_differ_widen_the_interval() -> None:
     assert width(apart) > 3 * width(alike)
 
 
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_where_arms_err_alike_no_interval_leaves_all_reason(seeds: int) -> None:
+    """One is the other but for a little noise: between seeds both vary far more than their difference does."""
+    for number in range(3):
+        found = simulate(number, {"a": 1.0}, people=120, seeds=seeds)
+        noise = 0.001 * np.random.default_rng(number).normal(size=found.scores["a"].shape)
+        found.scores["b"], found.seeds["b"] = np.clip(found.scores["a"] + noise, 0, 1), found.seeds["a"]
+        of = estimates(found, 200)
+        for name, first in of["a"].items():
+            second = of["b"][name]
+            told, row = spread(second.draws - first.draws, first, second), difference(first, second)
+            assert told is None or told[1] >= seeds - 1 - 1e-9, name
+            assert row["ci"] is None or -2 < row["ci"][0] <= row["value"] <= row["ci"][1] < 2, name
+
+
 def test_of_equal_arms_the_difference_is_nothing() -> None:
     found = simulate(4, {"a": 1.0, "b": 1.0}, seeds=1)
     found.scores["b"] = found.scores["a"].copy()

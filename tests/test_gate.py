@@ -107,4 +107,5 @@ def test_the_ratio_takes_the_spread_where_real_to_real_is_about_zero() -> None:
     assert gate.kid_ratio(0.5, -0.01, 0.05) == 10
     assert gate.kid_ratio(0.5, 0.25, 0.05) == 2
     assert gate.kid_ratio(None, 0.25, 0.05) is gate.kid_ratio(0.5, 0.25, None) is None
-    assert gate.failures(metrics(kid_ratio=None), Screen(max_kid_ratio=0.1)) == []
+    [told] = gate.failures(metrics(kid_ratio=None), Screen(max_kid_ratio=0.1))
+    assert "is unknown, so screen.max_kid_ratio=0.1 cannot be told" in told

@@ -9,13 +9,17 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_report import Page, check_page, make
+from conftest import free_port
+from test_report import Page, check_page, dataset, make
 
-from skinsynth.data import external
+from skinsynth.data import cache, external
 from skinsynth.data.shards import Dataset
+from skinsynth.data.withdrawn import mark
+from skinsynth.errors import UserError
 from skinsynth.files import read_json, write_json
 from skinsynth.knobs import Arm, Config, Phase
-from skinsynth.pages import figures, pictures, screening, several
+from skinsynth.pages import figures, pictures, results, screening, several
+from skinsynth.quality import predictions
 from skinsynth.run import RunDir, Task
 from skinsynth.stages import report as stage
 
@@ -165,6 +169,70 @@ def test_a_withdrawal_is_told_and_a_run_without_its_shards_is_not_out_of_date(tm
     stage.report(cfg, run, Task())
     assert read_json(run.path / "report/report.json")["outdated"] == ["hybrid"]
     assert "screen was done before what it reads was made anew, or withdrawn from" in words_of(run)
+
+
+def trained(folder: Path) -> tuple[Config, RunDir]:
+    """Two arms that classify itself called done."""
+    from skinsynth.stages.classify import finish
+
+    cfg, run = make(folder, arms=("real", "half"), strengths=(0.6, 1.0))
+    dataset(folder / "shards/isic-test", "test", 12)
+    cfg.classify.seeds = [0, 1, 2]
+    for arm in cfg.classify.arms:
+        for seed in cfg.arm_seeds:
+            (run.seed(arm, seed) / "weights").mkdir()
+            (run.seed(arm, seed) / "weights/config.json").write_text("{}")
+        finish(cfg, run, arm)
+    return cfg, run
+
+
+@pytest.mark.parametrize(("kind", "stale"), [("test", ["real", "half"]), ("train", ["real", "half"]), ("val", ["real", "half"]),
+                                             ("synthetic", ["half"])])
+def test_an_arm_from_whose_images_somebody_withdrew_is_out_of_date(tmp_path: Path, kind: str, stale: list[str]) -> None:
+    """It is to be trained anew by the next launch, and the page says so."""
+    cfg, run = trained(tmp_path)
+    assert results.missing(cfg, run) == []
+    run.dataset(cfg, kind).mkdir(exist_ok=True)
+    mark(run.dataset(cfg, kind), "g1", [f"{kind}-1"], "images of theirs")
+    assert [arm for arm in cfg.classify.arms if not run.is_done(f"classify/{arm}")] == stale
+    told = " ".join(results.missing(cfg, run))
+    for arm in cfg.classify.arms:
+        assert (f"Arm {arm} is out of date: what it was trained on was made anew since, or withdrawn from" in told) == (arm in stale)
+    assert "weights" not in told
+
+
+def test_weights_of_an_arm_that_are_withdrawn_are_told(tmp_path: Path) -> None:
+    cfg, run = trained(tmp_path)
+    mark(run.seed("half", 1) / "weights", "g1", None, "trained on images that are withdrawn")
+    assert results.missing(cfg, run) == ["The weights of arm half are withdrawn: they were trained on images of somebody who withdrew since."]
+
+
+def test_of_arms_that_were_judged_on_other_images_the_one_that_is_out_of_date_is_named(tmp_path: Path) -> None:
+    """Somebody withdrew from the test images, and only the later arm was trained anew since: to delete that one would be in vain."""
+    from skinsynth.stages.classify import finish
+
+    cfg, run = trained(tmp_path)
+    mark(run.dataset(cfg, "test"), "g1", ["k7"], "images of theirs")
+    for seed in cfg.arm_seeds:
+        path = run.seed("half", seed) / "predictions.csv"
+        path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if not line.startswith("k7,")))
+    finish(cfg, run, "half")
+    with pytest.raises(UserError, match="arm half, seed 0 was judged on other test images") as caught:
+        predictions.read(cfg, run, predictions.arms_of(cfg))
+    assert str(caught.value).endswith(f"delete {run.node('classify/real')} and launch again")
+
+
+def test_a_remote_that_is_down_is_noted_and_the_report_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, run = armless(tmp_path)
+    monkeypatch.setattr(cache, "PAUSE", 0.01)
+    cfg.data.remote = f"http://127.0.0.1:{free_port()}"
+    (run.dataset(cfg, "train") / "00000.tar").unlink()
+    bad: dict[str, str] = {}
+    assert {(name, source) for name, source, *_ in pictures.grids(cfg, run, bad)} == {("benign", "synthetic"), ("malignant", "synthetic")}
+    assert {key: "refused" in why for key, why in bad.items()} == {"isic-train": True}, "no other one is asked for"
+    stage.report(cfg, run, Task())
+    text = " ".join(check_page((run.path / "report/index.html").read_text()).words.split())
+    assert f"isic-train (data.remote: {cfg.data.remote}/isic-train/00000.tar could not be fetched in 3 tries" in text
 
 
 def damage(folder: Path, number: int) -> None:

@@ -65,7 +65,7 @@ def epochs(curves: dict[str, dict[int, list[dict[str, Any]]]], chosen: dict[str,
                 axes.plot(x, y, lw=1.3, alpha=0.9, label=None if number else arm, **look)
                 for row in (r for r in found if r["step"] == step):
                     axes.plot(row["epoch"], 100 * row[split]["accuracy"], marker="*", ms=11, color=look["color"])
-        axes.set_xlabel("passes over the real training images")
+        axes.set_xlabel("steps x batch / real training images")
         axes.set_ylabel("accuracy, %")
         axes.legend(framealpha=0.85, edgecolor="none")  # over lines that cross it
 

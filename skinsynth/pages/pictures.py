@@ -35,15 +35,18 @@ def png(image: np.ndarray) -> str:
 
 
 def readable(data: Dataset, numbers: Iterable[int], most: int, bad: dict[str, str]) -> list[np.ndarray]:
-    """The first images, ``most`` of them, that can be read: uint8 (height, width, 3). ``bad`` gets the keys of others before them, and why."""
+    """The first images, ``most`` of them, that can be read: uint8 (height, width, 3). ``bad`` gets the keys of others before them, and why; of
+    a dataset that is not to be had at all its folder's name."""
     found: list[np.ndarray] = []
     for number in numbers:
-        if len(found) == most:
+        if len(found) == most or data.folder.name in bad:
             break
         try:
             found.append(data.image(number))
         except BadSample as error:
             bad[error.key] = f"{Path(error.folder).name}/{error.shard}: {error.reason}"
+        except UserError as error:  # its tars lie elsewhere, and that does not answer: nor will it for the next one
+            bad[data.folder.name] = str(error)
     return found
 
 

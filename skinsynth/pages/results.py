@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from skinsynth.data import withdrawn
 from skinsynth.files import read_json, sha256_file
 from skinsynth.knobs import Config
 from skinsynth.pages import figures, origin
@@ -99,9 +100,11 @@ def missing(cfg: Config, run: RunDir) -> list[str]:
         elif _outdated(run, stage):
             found.append(f"{stage} was done before what it reads was made anew, or withdrawn from: its figures are of then. Launch again.")
     for arm in cfg.classify.arms:
+        if any(run.node(f"classify/{arm}").glob(f"**/weights/{withdrawn.NAME}")):
+            found.append(f"The weights of arm {arm} are withdrawn: they were trained on images of somebody who withdrew since.")
         if _outdated(run, f"classify/{arm}"):
-            found += [f"Arm {arm} is out of date: what it was trained on was made anew since, so it may have seen other images than there are now. "
-                      "Its figures are of then; launch again.", *_why(run, [f"classify/{arm}"])]
+            found += [f"Arm {arm} is out of date: what it was trained on was made anew since, or withdrawn from, so it may have seen other images "
+                      "than there are now. Its figures are of then; launch again.", *_why(run, [f"classify/{arm}"])]
     return found + _why(run, ["prepare", "encode", "finetune", "generate", "screen"])
 
 

@@ -91,6 +91,8 @@ def spread(draws: np.ndarray, *arms: Estimate) -> tuple[float, float] | None:
     whole = known.var() + max(0.0, sum(seen) - sum(arm.noise / len(arm.seeds) for arm in arms))
     if whole < 1e-20:
         return None
+    # Where arms err alike the estimates between seeds may add up to more than there is: shares of it, or the freedom would fall below any part's.
+    seen = [variance * min(1.0, whole / sum(seen)) if variance else 0.0 for variance in seen]
     of_patients = (max(0.0, whole - sum(seen)), max(1, min(arm.groups for arm in arms) - 1))
     parts = [of_patients, *((variance, len(arm.seeds) - 1) for variance, arm in zip(seen, arms, strict=True))]
     return float(np.sqrt(whole)), float(whole**2 / sum(part**2 / freedom for part, freedom in parts if part))

@@ -91,7 +91,10 @@ def failures(metrics: dict[str, Any], knobs: Screen) -> list[str]:
         found.append(f"{rejected['copy']} of {generated} synthetic images are copies of training images, more than screen.max_copies="
                      f"{knobs.max_copies}")
     ratio = metrics["kid_ratio"]
-    if knobs.max_kid_ratio is not None and ratio is not None and ratio > knobs.max_kid_ratio:
+    if knobs.max_kid_ratio is not None and ratio is None:
+        found.append(f"KID ({metrics['features']}) of the synthetic images beside that of real ones is unknown, so screen.max_kid_ratio="
+                     f"{knobs.max_kid_ratio} cannot be told: raise screen.kid_subsets, or leave the limit out (too few images have no such figure)")
+    elif knobs.max_kid_ratio is not None and ratio > knobs.max_kid_ratio:
         found.append(f"KID ({metrics['features']}) of the synthetic images is {ratio} times that of real images, more than "
                      f"screen.max_kid_ratio={knobs.max_kid_ratio}")
     return found

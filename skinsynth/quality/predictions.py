@@ -75,8 +75,10 @@ def read(cfg: Config, run: RunDir, arms: list[str]) -> Predictions | None:
             if whole is None:
                 whole = one
             elif not whole.same_images(one):
+                other = next(iter(whole.seeds), arm)
+                stale = [name for name in (other, arm) if not run.is_done(f"classify/{name}")] or [arm]
                 raise UserError(f"{folder / 'predictions.csv'}: arm {arm}, seed {seed} was judged on other test images (or in another order) than "
-                                f"arm {next(iter(whole.seeds), arm)}: delete {run.node(f'classify/{arm}')} and launch again")
+                                f"arm {other}: delete {' and '.join(str(run.node(f'classify/{name}')) for name in stale)} and launch again")
             whole.columns = {name: whole.columns[name] for name in whole.columns if name in one.columns}
             scores.append(score)
             whole.seeds.setdefault(arm, []).append(seed)
