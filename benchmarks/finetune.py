@@ -29,7 +29,8 @@ from benchmarks.harness import REAL, SCRATCH, alternate, gpu, in_process, median
 @dataclass(frozen=True)
 class Setting:
     """``size``: width and height of the images in the folder, ``side`` of those that the model sees, in pixels; ``window``: steps that are timed
-    together; ``workers`` of the peer's loader; ``real``: images of ISIC 2017 where they are, instead of drawn ones."""
+    together; ``workers`` of the peer's loader; ``real``: images of ISIC 2017 where they are, instead of drawn ones; ``lora``: its rank, 0
+    for the whole UNet."""
 
     folder: Path
     model: str
@@ -43,6 +44,7 @@ class Setting:
     workers: int
     rounds: int = 5
     real: bool = False
+    lora: int = 0
 
     @property
     def tables(self) -> Path:
@@ -63,21 +65,26 @@ class Setting:
 SMALL = Setting(SCRATCH / "training", "the built-in model", 300, (192, 144), 64, 16, 40, 5, "fp32", 0)
 LARGE = replace(SMALL, folder=SCRATCH / "training-large", size=(1024, 768))
 CPU = replace(SMALL, folder=SCRATCH / "training-256", size=(256, 256), real=(REAL / "isic2017").is_dir())
-GPU = Setting(SCRATCH / "training-512", "Stable Diffusion 1.5's size, drawn weights", 120, (640, 480), 512, 16, 60, 10, "bf16", 8)
+NO_PREVIEWS = {f"generate.classes.{name}.count": 0 for name in ("benign", "malignant")}  # of drawn weights: on a CPU they would take an hour
+SD15 = "Stable Diffusion 1.5's size, drawn weights"
+GPU = Setting(SCRATCH / "training-512", SD15, 120, (640, 480), 512, 16, 60, 10, "bf16", 8)
+# On a CPU a step takes many seconds, and the whole UNet's optimizer more memory than a workstation has.
+SD15_CPU = Setting(SCRATCH / "training-512-cpu", SD15, 24, (640, 480), 512, 1, 6, 1, "fp32", 0, rounds=3, lora=16)
 ENCODED = "base"  # the run that prepared and encoded
 OURS, PEER = "skinsynth", "diffusers' example"
 
 
 def settings() -> dict[str, Setting]:
     """The name of a result, and its setting; the first is the one that is meant where none is named."""
-    return {"finetune": GPU} if gpu() else {"finetune": CPU, "finetune-small-images": SMALL, "finetune-large-images": LARGE}
+    return {"finetune": GPU} if gpu() else {"finetune": CPU, "finetune-small-images": SMALL, "finetune-large-images": LARGE,
+                                              "finetune-sd15": SD15_CPU}
 
 
 def model(s: Setting) -> Path:
     """The model's folder; of the large one the weights are drawn, which a step does not notice."""
     from skinsynth.models import tiny
 
-    if s != GPU:
+    if s.model != SD15:
         return tiny.WEIGHTS
     folder = s.folder / "model"
     if not (folder / "model_index.json").exists():
@@ -126,7 +133,8 @@ def make_run(s: Setting, name: str, keys: dict[str, Any]) -> Any:
               "data.images": s.pictures, "data.duplicates": "null" if s.real else s.tables / "duplicates.csv", "prepare.size": s.side,
               "finetune.steps": s.steps, "finetune.precision": s.precision, "finetune.global_batch": s.batch, "finetune.log_every": s.window,
               "finetune.checkpoint_every": 10**6, "model.attention": "sdpa",  # as the peer has
-              **({"model.base": model(s)} if s == GPU else {}), **keys}
+              "finetune.lora_rank": s.lora,
+              **({"model.base": model(s), **NO_PREVIEWS} if s.model == SD15 else {}), **keys}
     run = RunDir(s.folder / name)
     if name != ENCODED:
         shutil.rmtree(run.path, ignore_errors=True)
@@ -164,6 +172,7 @@ def peer(s: Setting) -> dict[str, float]:
     from accelerate import Accelerator
     from diffusers import DDPMScheduler, StableDiffusionPipeline
     from diffusers.optimization import get_scheduler
+    from peft import LoraConfig
     from PIL import Image
 
     cuda = torch.cuda.is_available()
@@ -173,7 +182,11 @@ def peer(s: Setting) -> dict[str, float]:
     frozen = {"device": accelerator.device, "dtype": torch.bfloat16 if s.precision == "bf16" else torch.float32}
     vae, text_encoder = (part.requires_grad_(False).to(**frozen) for part in (pipe.vae, pipe.text_encoder))
     unet = pipe.unet.train()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=3e-4, weight_decay=1e-2)
+    if s.lora:
+        unet.requires_grad_(False)
+        unet.add_adapter(LoraConfig(r=s.lora, lora_alpha=s.lora, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-4, weight_decay=1e-2)
     files = s.files
 
     class Folder(torch.utils.data.Dataset):
@@ -203,7 +216,7 @@ def peer(s: Setting) -> dict[str, float]:
                 loss = F.mse_loss(unet(noisy, timesteps, hidden, return_dict=False)[0].float(), noise.float())
                 accelerator.gather(loss.repeat(s.batch)).mean().item()
                 accelerator.backward(loss)
-                accelerator.clip_grad_norm_(unet.parameters(), 1.0)
+                accelerator.clip_grad_norm_(trained, 1.0)
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad()
@@ -235,8 +248,9 @@ def compare(name: str, s: Setting) -> None:
     rounds = alternate({side: partial(measure, word) for side, word in sides.items()}, s.rounds)
     pictures = f"{'ISIC 2017' if s.real else 'drawn'} JPEGs of {s.size[0]} x {s.size[1]}"
     report(name, rounds, OURS, PEER, "samples/s",
-           f"whole UNet, {s.model}, batch {s.batch}, {s.side} px, {s.precision}, SDPA, {s.steps} steps, median of windows of {s.window} steps, "
-           f"the first left out; {pictures}, which the peer decodes in the step; ours on latents and embeddings that encode made before, "
+           f"{f'LoRA of rank {s.lora}' if s.lora else 'whole UNet'}, {s.model}, batch {s.batch}, {s.side} px, {s.precision}, SDPA, {s.steps} steps, "
+           f"median of windows of {s.window} steps, the first left out; {pictures}, "
+           f"which the peer decodes in the step; ours on latents and embeddings that encode made before, "
            "which is not counted", device=gpu() or "cpu", last=last)
 
 

@@ -49,9 +49,9 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"configuration {path} does not exist (the shipped ones are in configs/)")
+    items = [_dot(item) for item in overrides or []]
     try:
         raw = OmegaConf.to_container(OmegaConf.load(path))
-        items = [_dot(item) for item in overrides or []]
         whole = [item for item in items if item.startswith("cluster=")]  # cluster=slurm cluster.account=x: the file first, then the key
         dots = [OmegaConf.to_container(OmegaConf.from_dotlist(part)) for part in (whole, [item for item in items if item not in whole])]
     except (OmegaConfBaseException, ValueError) as error:
@@ -147,7 +147,8 @@ def check(config: Config) -> None:
             problems.append(f"finetune.concepts.{name}.instance_prompt is empty")
     problems += _check_names("generate.classes", config.generate.classes)
     problems += _check_names("classify.arms", config.classify.arms)
-    problems += _check_names("data.name", [config.data.name])
+    if "/" in config.data.name or config.data.name in ("", ".", ".."):
+        problems.append(f"data.name={config.data.name!r} cannot be the beginning of folders' names: leave '/' out (data.shards says where they lie)")
     problems += _check_generate(config.generate)
     problems += _check_arms(config.classify)
     for section, training in (("finetune", config.finetune), ("classify", config.classify)):
@@ -273,6 +274,9 @@ def _suggest(key: str) -> str:
 def _dot(item: str) -> str:
     if "=" not in item:
         raise UserError(f"'{item}' is not of the form key=value (for example finetune.steps=200)")
+    if re.fullmatch(r"[^=]*=\s*(0\d+|\d+(:[0-5]?\d)+)\s*", item):
+        raise UserError(f"'{item}': YAML would take this for a number to the base of 8 or 60. Give minutes as a number; a word goes in quotes, for "
+                        f"""example '{item.replace("=", '="', 1)}"'""")
     return item
 
 

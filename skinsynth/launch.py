@@ -12,6 +12,7 @@ from rich.console import Console
 from skinsynth import slurm, stages
 from skinsynth.chain import Node, chain
 from skinsynth.errors import UserError
+from skinsynth.files import write_bytes
 from skinsynth.knobs import Config
 from skinsynth.local import Local, stop_processes
 from skinsynth.models import hub
@@ -39,11 +40,17 @@ def launch(cfg: Config, console: Console, earlier: RunDir | None = None, until: 
         if cfg.cluster.kind != "slurm":
             _not_with_slurm(run, nodes)
         _same_mode(cfg, run)
+        before = run.config_path.read_bytes() if run.config_path.exists() else None
         run.create(cfg)
         if earlier:
             take_over(cfg, run, earlier, console)
         if cfg.cluster.kind == "slurm":
-            slurm.submit_chain(cfg, run, nodes, console)
+            try:
+                slurm.submit_chain(cfg, run, nodes, console)
+            except BaseException:
+                if before is not None:  # what was queued before goes on with what it was submitted with
+                    write_bytes(run.config_path, before)
+                raise
             console.print(f"see it with: skinsynth status {run.path} --watch", highlight=False, soft_wrap=True)
             return
         stop_processes(run, console, "stopping what an earlier launch left running:")

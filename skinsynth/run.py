@@ -211,7 +211,7 @@ class RunDir:
         if not owner:
             return None
         here = owner["host"] == platform.node()
-        alive = birth(owner["pid"]) == owner["born"] if here else time.time() - _touched(path) <= LOCK_SILENT
+        alive = birth(owner["pid"]) == owner["born"] if here else _silent(path) <= LOCK_SILENT
         return (owner["host"], owner["pid"]) if alive else None
 
     @contextmanager
@@ -264,10 +264,12 @@ def _take_away(path: Path, dead: dict[str, Any]) -> None:
         aside.unlink()
 
 
-def _touched(path: Path) -> float:
-    with contextlib.suppress(OSError):
-        return path.stat().st_mtime
-    return 0.0
+def _silent(path: Path) -> float:
+    """As ``_untouched``; for one who may not write there by this host's clock."""
+    try:
+        return _untouched(path)
+    except OSError:
+        return time.time() - path.stat().st_mtime if path.exists() else float("inf")
 
 
 def _keep_touching(path: Path, ended: threading.Event) -> None:

@@ -29,7 +29,7 @@ from skinsynth.files import read_json, write_json
 from skinsynth.knobs import Config
 from skinsynth.run import RunDir, Task
 
-JOBS_OWN = re.compile(r"(SLURM_|SRUN_|SQUEUE_|SACCT_|SUBMITIT_)|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$")
+JOBS_OWN = re.compile(r"(SLURM_(?!CONF|CLUSTERS$|JWT$)|SRUN_|SQUEUE_|SACCT_|SUBMITIT_)|(RANK|LOCAL_RANK|WORLD_SIZE)$")
 HELD = ("launch failed requeued held", "JobHoldMaxRequeue")  # Slurm's reasons of a job that it put on hold by itself
 SCRIPTS = Path(__file__).resolve().parent.parent / "slurm"
 
@@ -82,9 +82,9 @@ def ask(*command: str) -> str:
 @contextlib.contextmanager
 def own_environment() -> Iterator[None]:
     """Without what an interactive job, in which the command may be typed, says of itself (its memory, GPUs, binding: jobs that are submitted from it
-    would inherit them, and be refused or misplaced), and without what changes the answers of Slurm's programs. ``SBATCH_*`` stays: the defaults of a
-    site or a person."""
-    gone = {name: os.environ.pop(name) for name in [*os.environ] if JOBS_OWN.match(name) and name not in ("SLURM_CONF", "SLURM_CLUSTERS")}
+    would inherit them, and be refused or misplaced), and without what changes the answers of Slurm's programs. ``SBATCH_*`` stays, and ``MASTER_ADDR``:
+    the defaults of a site or a person."""
+    gone = {name: os.environ.pop(name) for name in [*os.environ] if JOBS_OWN.match(name)}
     try:
         yield
     finally:

@@ -287,12 +287,13 @@ def _explain(console: Console, found: list[Row], complaint: str | None) -> None:
 
 def watch(run: RunDir, console: Console) -> None:
     """The table, kept fresh until nothing runs or waits in a queue any more, and no local launch is there to start more."""
-    answer, asked = None, 0.0
+    answer, asked, of = None, 0.0, list[slurm.Submitted]()
     with Live(console=console, auto_refresh=False) as live:
         while True:
             launching = run.lock_owner() is not None  # asked first: a launch that ends just now has told all that it did
-            if answer is None or time.monotonic() - asked > ASK_SLURM:
-                answer, asked = ask_slurm(run), time.monotonic()
+            jobs = slurm.submitted(run)
+            if answer is None or jobs != of or time.monotonic() - asked > ASK_SLURM:
+                answer, asked, of = ask_slurm(run), time.monotonic(), jobs
             found, complaint = rows(run, answer)
             live.update(table(run, found, {}, console.width), refresh=True)
             if not complaint and not launching and not any(row.state in ("running", "pending") for row in found):

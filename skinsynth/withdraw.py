@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skinsynth.data import descent, withdrawn
+from skinsynth.data import descent
 from skinsynth.data.shards import parts_of, table_of
 from skinsynth.data.withdrawn import mark
 from skinsynth.errors import UserError
@@ -34,17 +34,19 @@ class Descendant:
 
 @dataclass(frozen=True)
 class Gone:
-    """What a patient's, lesion's or group's id stands for: the groups that it is part of, and their images."""
+    """What a patient's, lesion's or group's id stands for: the groups that it is part of, and their images. ``kind``: as in ``withdrawn``."""
 
     id: str
     groups: set[str]
     images: set[str]
+    kind: str | None
 
     def trained(self, lineage: dict[str, Any]) -> bool:
         """Whether weights of that lineage are known to have been trained on any of it."""
         known = descent.trained_on(lineage)
-        lesion = self.id in withdrawn.lesions({self.id}, known["patients"]) & {*known["lesions"]}
-        return bool(self.groups & {*known["groups"]} or self.images & {*known["images"]} or self.id in known["patients"] or lesion)
+        named = self.id in known["patients"] if self.kind != "lesion" else False
+        lesion = self.id in known["lesions"] and (self.kind == "lesion" or (self.kind is None and self.id not in known["patients"]))
+        return bool(self.groups & {*known["groups"]} or self.images & {*known["images"]} or named or lesion)
 
 
 def find(group: str, shards: Path, runs: Path) -> list[Descendant]:
@@ -59,7 +61,7 @@ def find(group: str, shards: Path, runs: Path) -> list[Descendant]:
             raise UserError(f"{path} is not a folder: give the one of the datasets (--shards) and the one of the runs (--runs)")
     folders = sorted(p.parent for p in shards.glob("*/manifest.json"))
     manifests = {folder: read_json(folder / "manifest.json") for folder in folders}
-    tables = {folder: table_of(folder, manifests[folder]) for folder in folders if manifests[folder].get("kind") == "real"}
+    tables = _tables(shards)
     gone = _resolve(group, tables)
     found = [d for folder, table in tables.items() if (d := _real(folder, table, gone))]
     found += [d for folder in folders if (d := _latents(folder, manifests[folder], gone))]
@@ -69,20 +71,31 @@ def find(group: str, shards: Path, runs: Path) -> list[Descendant]:
     return found
 
 
+def _tables(shards: Path) -> dict[Path, Table]:
+    """Of the datasets of real images."""
+    manifests = {path.parent: read_json(path) for path in sorted(shards.glob("*/manifest.json"))}
+    return {folder: table_of(folder, manifest) for folder, manifest in manifests.items() if manifest.get("kind") == "real"}
+
+
 def _runs(folder: Path) -> Iterator[Path]:
-    """The run folders in it, however deep: a group may sort them by year or by person."""
-    for path, folders, files in os.walk(folder):
-        if "config.yaml" in files:
+    """The run folders in it, however deep and behind links: a group may sort them by year or by person. Other tools' have a config.yaml too."""
+    seen: set[Path] = set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        real = Path(path).resolve()
+        if real in seen or {"config.yaml", "provenance.json"} <= {*files}:
             folders.clear()
+        if real not in seen and {"config.yaml", "provenance.json"} <= {*files}:
             yield Path(path)
+        seen.add(real)
         folders.sort()
 
 
 def _resolve(group: str, tables: dict[Path, Table]) -> Gone:
     """A group is named after one of its members, and not the same in every dataset; an id is a lesion's only where no patient has it."""
     rows = [row for table in tables.values() for row in zip(table["groups"], table["images"], table["patients"], table["lesions"], strict=True)]
-    groups = {name for name, _, patient, _ in rows if group in (name, patient)} or {name for name, _, _, lesion in rows if lesion == group}
-    return Gone(group, {group, *(str(name) for name in groups)}, {str(image) for name, image, *_ in rows if name in groups})
+    people, things = ({name for name, _, patient, _ in rows if group in (name, patient)}, {name for name, _, _, lesion in rows if lesion == group})
+    groups, kind = people or things, "patient" if people else "lesion" if things else None
+    return Gone(group, {group, *(str(name) for name in groups)}, {str(image) for name, image, *_ in rows if name in groups}, kind)
 
 
 def _real(folder: Path, table: Table, gone: Gone) -> Descendant | None:
@@ -152,7 +165,7 @@ def withdraw(group: str, found: list[Descendant], shards: Path) -> None:
     """Marks all of it, the weights first, so that nothing new is made of them meanwhile. The home of the datasets is marked in any case: what is
     not prepared yet, or being made now, is not among what was found."""
     images = {key for descendant in found if descendant.kind == REAL for key in descendant.keys or ()}
-    mark(shards, group, sorted(images), "images of theirs")
+    mark(shards, group, sorted(images), "images of theirs", kind=_resolve(group, _tables(shards)).kind)
     for descendant in sorted(found, key=lambda d: "weights" not in d.kind):
         if descendant.why:
             mark(Path(descendant.folder), group, descendant.keys, descendant.why)

@@ -21,8 +21,9 @@ import pytest
 
 from skinsynth.data import cache
 from skinsynth.data.cache import Cache, open_dataset
-from skinsynth.data.shards import BadSample, Dataset
+from skinsynth.data.shards import BadSample, Dataset, ShardWriter, write_manifest
 from skinsynth.data.stream import Source
+from skinsynth.data.withdrawn import mark
 from skinsynth.errors import UserError
 from skinsynth.files import birth, read_json
 from skinsynth.knobs import Config
@@ -358,6 +359,17 @@ def test_who_withdrew_there_is_withdrawn_here(server: Server, tmp_path: Path, ki
         before.check_withdrawn()
     later = config(tmp_path / "later", remote=remote)
     assert open_dataset(later, go(later), "train").keys == after.keys
+    with ShardWriter(tmp_path / "shards/other-train", 0) as shard:  # of another hospital, which numbers its patients in the same way
+        shard.add("a", {"jpg": b"x"}, target=0, group=patient, patient=patient, lesion=None)
+    write_manifest(tmp_path / "shards/other-train", 1, kind="real")
+    assert Dataset.open(tmp_path / "shards/other-train").keys == ["a"]
+
+
+def test_a_datasets_own_mark_is_seen_where_its_home_has_none(there: Path, tmp_path: Path) -> None:
+    shutil.copytree(there, tmp_path / "there")
+    mark(tmp_path / "there/set-train", "IP", [Dataset.open(there / "set-train").keys[3]], "of theirs")
+    cfg = config(tmp_path, remote=f"pipe:cat {tmp_path}/there/{{name}}")
+    assert len(open_dataset(cfg, go(cfg), "train")) == len(Dataset.open(there / "set-train")) - 1
 
 
 # ---- trouble on the way ----

@@ -159,3 +159,19 @@ def test_what_stands_for_nothing_or_for_no_number_is_told(override: str, words: 
 def test_what_does_not_go_together_is_told(overrides: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         config.load("configs/demo.yaml", overrides)
+
+
+@pytest.mark.parametrize(("item", "told"), [
+    ("cluster.stages.generate.minutes=2:00:00", "to the base of 8 or 60"), ("cluster.account=0123", """for example 'cluster.account="0123"'"""),
+    ("finetune.steps", "is not of the form key=value")])
+def test_what_yaml_would_take_for_another_number_is_told(item: str, told: str) -> None:
+    """An account of digits would be another one, and two hours 7,200 minutes."""
+    with pytest.raises(UserError) as caught:
+        config.load("configs/demo.yaml", ["cluster=slurm", item])
+    assert told in str(caught.value)
+    assert str(caught.value).startswith(f"'{item}'"), "it is not the file's fault"
+
+
+def test_words_that_only_look_so_are_taken() -> None:
+    cfg = config.load("configs/demo.yaml", ["cluster=slurm", 'cluster.account="0123"', "run=runs/08", 'cluster.extra={begin: "20:30:00"}', "seed=0"])
+    assert (cfg.cluster.account, cfg.run, cfg.cluster.extra, cfg.seed) == ("0123", "runs/08", {"begin": "20:30:00"}, 0)

@@ -390,3 +390,35 @@ def test_what_was_made_while_they_withdrew_is_refused_although_it_bears_no_mark(
             descent.check_withdrawn(lineage, shards, "the weights")
         (shards / "withdrawn.json").unlink()
     assert len(Dataset.open(folder)) == 1
+
+
+def test_a_number_that_is_anothers_lesion_withdraws_nobody_else(tmp_path: Path) -> None:
+    """Also once the patient of that number is in no dataset any more."""
+    shards = tmp_path / "shards"
+    for split, rows in {"train": {"a": ("12", None), "b": ("13", "40")}, "val": {"c": ("40", "12")}}.items():
+        with ShardWriter(shards / f"isic-{split}", 0) as shard:
+            for key, (patient, lesion) in rows.items():
+                shard.add(key, {"jpg": b"x"}, target=0, group=f"g{key}", patient=patient, lesion=lesion)
+        write_manifest(shards / f"isic-{split}", 1, kind="real")
+    withdraw("12", find("12", shards, tmp_path), shards)
+    lineage = {"trained_on": {"groups": ["gc"], "images": ["c"], "patients": ["40"], "lesions": ["12"]}}
+    for _ in range(2):
+        assert Dataset.open(shards / "isic-val").keys == ["c"]
+        descent.check_withdrawn(lineage, shards, "the weights")
+        shutil.rmtree(shards / "isic-train", ignore_errors=True)
+    withdraw("nobody", [], shards)
+    known = (shards / "withdrawn.json").read_bytes()
+    withdraw("12", [], shards)
+    assert (shards / "withdrawn.json").read_bytes() == known, "said again it is the same"
+
+
+def test_runs_behind_links_are_found_and_other_tools_files_are_none(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    run = RunDir(tmp_path / "scratch/isic")
+    run.create(Config(run=str(run.path)))
+    write_json(run.weights / "lineage.json", {"group_ids": ["P1"]})
+    (tmp_path / "runs/mlflow").mkdir(parents=True)
+    (tmp_path / "runs/mlflow/config.yaml").write_text("a: [b")
+    (tmp_path / "runs/isic").symlink_to(run.path)
+    (tmp_path / "runs/round").symlink_to(tmp_path / "runs")
+    assert [d.folder for d in find("P1", tmp_path / "shards", tmp_path / "runs")] == [str(tmp_path / "runs/isic/finetune/weights")]

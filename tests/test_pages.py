@@ -324,6 +324,13 @@ def test_what_is_plotted_stands_in_tables_and_no_colour_judges(made: tuple[Confi
     assert not re.search(r"\.verdict \{[^}]*(green|--good)", text)
 
 
+def test_where_thresholds_come_from_is_told(made: tuple[Config, RunDir]) -> None:
+    """A reviewer asks; and 0.5 is what the figures are counted at."""
+    text = words_of(made[1])
+    assert "call malignant what has a probability of at least 0.5" in text
+    assert "takes its threshold from these very test images" in text
+
+
 def test_the_commands_on_the_page_can_be_pasted(made: tuple[Config, RunDir], tmp_path: Path) -> None:
     path = str(made[1].path)
     text = (made[1].path / "report/index.html").read_text()

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from skinsynth import config, status
+from skinsynth.files import read_json
 from skinsynth.run import RunDir
 from skinsynth.status import Row
 
@@ -72,3 +73,11 @@ def test_watching_goes_on_while_a_launch_is_between_two_stages(tmp_path: Path) -
         assert watching.is_alive(), "nothing runs just now, but more will"
     watching.join(10)
     assert not watching.is_alive()
+
+
+@pytest.mark.parametrize("node", ["prepare", "encode", "generate", "screen"])
+def test_each_task_knows_how_much_there_is_for_all(chain: Path, node: str) -> None:
+    """Else a stage of which two of eight tasks are through, and the others wait, looks complete."""
+    parts = [read_json(path) for path in (chain / "run" / node / "progress").glob("*.json")]
+    assert parts
+    assert {part["of"] for part in parts} == {sum(part["total"] for part in parts)} == {sum(part["done"] for part in parts)}

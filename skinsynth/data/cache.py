@@ -64,21 +64,29 @@ def adopt(cfg: Config, run: RunDir) -> dict[str, dict[str, Any]]:
 
 
 def _bring_withdrawn(remote: str, folders: list[Path]) -> None:
-    """Who withdrew where the datasets lie is withdrawn here as well: by the datasets' marks there, and those of their home."""
-    for place, name in ((folders[0].parent, withdrawn.NAME), *((folder, f"{folder.name}/{withdrawn.NAME}") for folder in folders)):
-        try:
-            content = fetch_bytes(remote, name, optional=True)
-            if not content:  # a command may fail, and its pipeline not
-                raise UserError(f"{remote} gave nothing for {name}")
-        except NotThere:
-            continue
-        except UserError as error:  # a command's failure may mean that there is no such file; so may a bucket's refusal (403)
-            print(f"whether anybody withdrew there is not known where this has no {name}: {error}")
-            return
-        try:
-            withdrawn.merge(place, json.loads(content)["groups"])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"data.remote: what {remote} gives for {name} is no list of who withdrew") from None
+    """Who withdrew where the datasets lie is withdrawn here as well: by the datasets' marks there, and those of their home, which say nothing of
+    other datasets here."""
+    home = _withdrawn_there(remote, withdrawn.NAME)
+    for folder in folders:
+        withdrawn.merge(folder, _withdrawn_there(remote, f"{folder.name}/{withdrawn.NAME}"))
+        withdrawn.merge(folder, home, withdrawn.THERE)
+
+
+def _withdrawn_there(remote: str, name: str) -> withdrawn.Marks:
+    try:
+        content = fetch_bytes(remote, name, optional=True)
+        if not content:  # a command may fail, and its pipeline not
+            raise UserError(f"{remote} gave nothing for {name}")
+    except NotThere:
+        return {}
+    except (UserError, OSError) as error:  # a command's failure may mean that there is no such file; so may a bucket's refusal (403)
+        print(f"whether anybody withdrew there is not known where this has no {name}: {error}")
+        return {}
+    try:
+        return {str(group): {"keys": found["keys"], "why": str(found["why"]), "kind": found.get("kind")}
+                for group, found in json.loads(content)["groups"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"data.remote: what {remote} gives for {name} is no list of who withdrew") from None
 
 
 def _adopt_split(cfg: Config, folder: Path) -> dict[str, Any]:
@@ -151,8 +159,9 @@ class Cache:
             OSError: what is fetched is, twice, not what the manifest says.
         """
         path = self.root / self.name / shard["shard"]
-        if doubt and _whole(path, shard) and sha256_file(path) != shard["sha256"]:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another rank doubts it too
+            if doubt and _whole(path, shard) and sha256_file(path) != shard["sha256"]:
+                path.unlink()
         while True:
             if not _whole(path, shard):
                 with locked(path.with_name(f".{path.name}.lock")):
@@ -178,14 +187,14 @@ class Cache:
                 if not wrong:
                     os.replace(temp, path)
                     sync(path.parent)
-                    self._make_room(0)  # others may have brought theirs meanwhile
+                    self._make_room(0, path)  # others may have brought theirs meanwhile
                     return
                 self.wrong[path.name] = wrong
             raise OSError(0, self.wrong[path.name])
         finally:
             temp.unlink(missing_ok=True)
 
-    def _make_room(self, needed: int) -> None:
+    def _make_room(self, needed: int, keep: Path | None = None) -> None:
         if self.limit is None:
             return
         found = []
@@ -194,11 +203,12 @@ class Cache:
                 state = path.stat()
                 found.append((state.st_mtime_ns, state.st_size, path))
         total = needed + sum(size for _, size, _ in found)
-        for _, size, path in sorted(found)[: len(found) if needed else -1]:  # never the one that was just brought
+        for _, size, path in sorted(found):
             if total <= self.limit:
                 return
-            path.unlink(missing_ok=True)
-            total -= size
+            if path != keep:
+                path.unlink(missing_ok=True)
+                total -= size
 
 
 def _abandoned(temp: Path) -> bool:

@@ -60,10 +60,9 @@ def trained_on(lineage: dict[str, Any]) -> Names:
 def check_withdrawn(lineage: dict[str, Any], home: Path, what: str) -> None:
     """Raises ``UserError`` where ``what`` (weights, synthetic images) descends from a patient, lesion or image that is withdrawn in the home of the
     datasets: it may have been made, or finished, after it was looked for what descends from them."""
-    ids, keys = withdrawn.at_home(home)
-    known = trained_on(lineage)
-    lesions = withdrawn.lesions(ids, known["patients"])
-    gone = sorted({*known["groups"], *known["patients"]} & ids | {*known["lesions"]} & lesions | {*known["images"]} & keys)
+    gone_there, known = withdrawn.at_home(home), trained_on(lineage)
+    gone = sorted({*known["groups"], *known["patients"]} & gone_there.people | {*known["lesions"]} & gone_there.lesions(known["patients"])
+                  | {*known["images"]} & gone_there.keys)
     if gone:
         raise UserError(f"{what} is withdrawn: it was trained on {gone[0]}{' and more' * (len(gone) > 1)}, which {home / withdrawn.NAME} names; "
                         "delete it and make it again without")

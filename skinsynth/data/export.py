@@ -29,7 +29,7 @@ def export(folder: Path, target: Path, form: str, only: set[str] | None, tell: C
         BadSample: an image that is not as it was written.
     """
     data, target = Dataset.open(folder), target.absolute()
-    unknown = sorted((only or set()) - {*data.keys} - gone_from(folder, data.manifest))
+    unknown = sorted(only - {*data.keys} - gone_from(folder, data.manifest)) if only else []
     if unknown:
         raise UserError(f"{folder} has no {unknown[0]}{f' and {len(unknown) - 1} others' * (len(unknown) > 1)} of those listed: the list is of "
                         "another dataset")

@@ -39,6 +39,7 @@ TABLES = ("metadata.csv", "metadata.jsonl")
 NAMES = ("file_name", *isic.COLUMNS["image_name"])  # columns that name an image, the first that is filled counts
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 SHOWN = 5  # entries of a folder that is refused
+AT_ONCE = 4096  # calls handed to the threads at a time: each takes a kilobyte while it waits
 KNOWN = ("sex", "age", "site", "diagnosis")
 LINEAGE = {"base": "elsewhere", "weights_sha256": None, "train": None, "group_ids": None, "trained_group_ids": None}
 
@@ -150,10 +151,12 @@ def make_units(cfg: Config, run: RunDir, task: Task) -> None:
     """
     folder = run.dataset(cfg, "synthetic")
     rows, size = [Row(**row) for row in _plan(cfg, folder)["rows"]], cfg.prepare.shard_size
-    mine = task.mine(missing_parts(folder, -(-len(rows) // size)))
-    cut = {unit: rows[unit * size : (unit + 1) * size] for unit in mine}
-    progress = Progress(run, "prepare", task.index, sum(map(len, cut.values())), "synthetic images")
-    for unit, chosen in cut.items():
+    units = -(-len(rows) // size)
+    mine = {unit: rows[unit * size : (unit + 1) * size] for unit in task.mine(list(range(units)))}
+    todo = {unit: mine[unit] for unit in missing_parts(folder, units) if unit in mine}
+    total = sum(map(len, mine.values()))
+    progress = Progress(run, "prepare", task.index, total, "synthetic images", total - sum(map(len, todo.values())))
+    for unit, chosen in todo.items():
         with ShardWriter(folder, unit) as shard:
             for row in chosen:
                 _add(cfg, shard, row)
@@ -192,7 +195,8 @@ def _locked_plan(cfg: Config, folder: Path) -> dict[str, Any]:
             raise UserError(f"data.synthetic: {cfg.data.synthetic} holds no image that can be used" + (f" ({aside[0]['reason']})" if aside else ""))
         rows.sort(key=lambda row: isic.random_key(cfg.seed, "external", row.image_name))  # classes mixed in every shard
         with ThreadPoolExecutor(cpu.threads()) as pool:
-            hashes = pool.map(lambda row: sha256_file(Path(str(row.file))), rows)
+            hashes = (sha256 for start in range(0, len(rows), AT_ONCE)
+                      for sha256 in pool.map(lambda row: sha256_file(Path(str(row.file))), rows[start:start + AT_ONCE]))
             rows = [replace(row, sha256=sha256) for row, sha256 in zip(rows, hashes, strict=True)]
         content = hashlib.sha256("".join(f"{row.image_name} {row.sha256}\n" for row in rows).encode()).hexdigest()
         found = {"rows": [vars(row) for row in rows], "aside": aside, "content": content}

@@ -407,17 +407,17 @@ def gone_from(folder: Path, manifest: dict[str, Any]) -> set[str]:
     Raises:
         UserError: all of it is.
     """
-    gone, (ids, keys) = withdrawn.withdrawn_keys(folder), withdrawn.at_home(folder.parent)
-    if ids and manifest.get("kind") == "real":
+    gone, home = withdrawn.withdrawn_keys(folder), withdrawn.of_dataset(folder)
+    if home and manifest.get("kind") == "real":
         table = table_of(folder, manifest)
-        lesions = withdrawn.lesions(ids, table["patients"])
+        lesions = home.lesions(table["patients"])
         rows = zip(table["images"], table["groups"], table["patients"], table["lesions"], strict=True)
-        gone |= {str(key) for key, group, patient, lesion in rows if {group, patient} & ids or lesion in lesions}
-    if ids and manifest.get("kind") == "synthetic":
+        gone |= {str(key) for key, group, patient, lesion in rows if {group, patient} & home.people or lesion in lesions}
+    if home and manifest.get("kind") == "synthetic":
         descent.check_withdrawn(manifest.get("lineage") or {}, folder.parent, str(folder))
         for part in parts_of(folder, manifest):
             groups, images = (part["columns"].get(name, [None] * len(part["keys"])) for name in ("source_group", "source"))
-            gone |= {key for key, group, image in zip(part["keys"], groups, images, strict=True) if group in ids or image in keys}
+            gone |= {key for key, group, image in zip(part["keys"], groups, images, strict=True) if group in home.people or image in home.keys}
     return gone
 
 

@@ -5,37 +5,40 @@
     {"groups": {"IP_123": {"keys": null, "why": "trained on them", "when": "2026-11-23"}}}   keys null: all of it
 
 The home of the datasets has one too, with all ids that were withdrawn and their real images as far as there were any: it holds for every dataset in
-it, those yet to be prepared or finished included.
+it, those yet to be prepared or finished included. There an id also has its ``kind``: ``patient`` (or a group), ``lesion``, or null where it was none
+that anybody knew of: numbers may be a patient's here and a lesion's there. A dataset that lies elsewhere has its home's beside it (``THERE``).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from skinsynth.errors import UserError
-from skinsynth.files import read_json, write_json
+from skinsynth.files import locked, read_json, write_json
 
-NAME = "withdrawn.json"
+NAME, THERE = "withdrawn.json", "withdrawn-there.json"
+Marks = dict[str, dict[str, Any]]  # id -> keys, why, when, and in a home kind
 
 
-def mark(folder: Path, group: str, keys: list[str] | None, why: str) -> None:
+def mark(folder: Path, group: str, keys: list[str] | None, why: str, **more: str | None) -> None:
     """``keys``: the samples that are withdrawn; None for the folder as a whole."""
-    found = read_json(folder / NAME) or {"groups": {}}
-    found["groups"][group] = {"keys": keys, "why": why, "when": time.strftime("%Y-%m-%d")}
-    write_json(folder / NAME, found)
+    merge(folder, {group: {"keys": keys, "why": why, **more}})
 
 
-def merge(folder: Path, groups: dict[str, dict[str, Any]]) -> None:
-    """Adds marks that were made elsewhere."""
-    here = _groups(folder)
-    for group, found in groups.items():
-        mine = here.get(group, {"keys": []})["keys"]
-        keys = None if mine is None or found["keys"] is None else sorted({*mine, *map(str, found["keys"])})
-        if group not in here or mine != keys:
-            mark(folder, str(group), keys, str(found["why"]))
+def merge(folder: Path, groups: Marks, name: str = NAME) -> None:
+    """Adds marks to those that are there. Of a mark that says nothing new the file stays as it is: what was made since is made of the same images."""
+    with locked(folder / f".{NAME}.lock"):
+        here = _groups(folder / name)
+        for group, found in groups.items():
+            mine = here.get(group, {"keys": []})["keys"]
+            keys = None if mine is None or found["keys"] is None else sorted({*mine, *map(str, found["keys"])})
+            if group not in here or mine != keys:
+                here[str(group)] = {"when": time.strftime("%Y-%m-%d"), **found, "keys": keys}
+                write_json(folder / name, {"groups": here})
 
 
 def withdrawn_keys(folder: Path) -> set[str]:
@@ -44,23 +47,45 @@ def withdrawn_keys(folder: Path) -> set[str]:
     Raises:
         UserError: all of the folder is withdrawn.
     """
-    groups = _groups(folder)
+    groups = _groups(folder / NAME)
     for group, found in groups.items():
         if found["keys"] is None:
             raise UserError(f"{folder} is withdrawn: group {group}, {found['why']} ({found['when']}); delete it and make it again without that group")
-    return {key for found in groups.values() for key in found["keys"]} | at_home(folder.parent)[1]
+    return {key for found in groups.values() for key in found["keys"]} | of_dataset(folder).keys
 
 
-def at_home(shards: Path) -> tuple[set[str], set[str]]:
-    """The ids that were withdrawn in a home of datasets, and the real images that went with them."""
-    groups = _groups(shards)
-    return set(groups), {key for found in groups.values() for key in found["keys"] or ()}
+@dataclass(frozen=True)
+class Withdrawn:
+    """``people``: ids that may be a patient's or a group's; ``things``: those that may be a lesion's, ``unknown`` ones among both; ``keys``: the real
+    images that went with them."""
+
+    people: set[str]
+    things: set[str]
+    unknown: set[str]
+    keys: set[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.people or self.things)
+
+    def lesions(self, patients: Iterable[str | None]) -> set[str]:
+        """The ``things`` where these are all the patients: an id of which nobody could tell is a lesion's only where no patient has it."""
+        return self.things - (self.unknown & set(patients))
 
 
-def lesions(ids: set[str], patients: Iterable[str | None]) -> set[str]:
-    """Which of the ids may be lesions': a number may be a patient's and, of somebody else, a lesion's. ``patients``: all that there are."""
-    return ids - set(patients)
+def at_home(shards: Path) -> Withdrawn:
+    """What is withdrawn in a home of datasets."""
+    return _withdrawn(_groups(shards / NAME))
 
 
-def _groups(folder: Path) -> dict[str, dict[str, Any]]:
-    return (read_json(folder / NAME) or {"groups": {}})["groups"]
+def of_dataset(folder: Path) -> Withdrawn:
+    """What is withdrawn in the home that a dataset lies in, and in that which it was brought from."""
+    return _withdrawn({**_groups(folder / THERE), **_groups(folder.parent / NAME)})
+
+
+def _withdrawn(groups: Marks) -> Withdrawn:
+    of = {kind: {group for group, found in groups.items() if found.get("kind") == kind} for kind in ("patient", "lesion", None)}
+    return Withdrawn(of["patient"] | of[None], of["lesion"] | of[None], of[None], {key for found in groups.values() for key in found["keys"] or ()})
+
+
+def _groups(path: Path) -> Marks:
+    return (read_json(path) or {"groups": {}})["groups"]

@@ -38,10 +38,13 @@ class Weights:
         self.seen = self._signature()
         self.sha256 = self._hash()
         self.lineage = diffusion.read_lineage(run.weights) if self.own else self._foreign()
-        descent.check_withdrawn(self.lineage, Path(cfg.data.shards), str(run.weights))
+        self._check_withdrawn()
         if self.sha256 != self.lineage["weights_sha256"]:
             raise UserError(f"{run.weights} is not what finetune wrote: its files give {self.sha256}, lineage.json says "
                             f"{self.lineage['weights_sha256']}; delete {run.node('finetune')} to make it again")
+
+    def _check_withdrawn(self) -> None:
+        descent.check_withdrawn(self.lineage, Path(self.cfg.data.shards), str(self.run.weights) if self.own else self.cfg.model.base)
 
     def _hash(self) -> str:
         return diffusion.weights_sha256(self.run.weights) if self.own else diffusion.base_sha256(self.cfg.model)
@@ -63,7 +66,7 @@ class Weights:
 
     def check(self) -> None:
         """Cheap where no file was touched. Raises ``UserError`` where their content is another one than at the start, or they are withdrawn now."""
-        descent.check_withdrawn(self.lineage, Path(self.cfg.data.shards), str(self.run.weights))
+        self._check_withdrawn()
         now = self._signature()
         if now == self.seen:
             return

@@ -76,8 +76,10 @@ def _freeze_unused(cfg: Classify, model: Any, side: int) -> None:
     try:
         model(pixel_values=torch.zeros(1, 3, side, side)).logits.sum().backward()
     except (ValueError, RuntimeError) as error:  # CLIP names the side that it takes, others the shapes that do not fit
-        raise UserError(f"classify.image_size={cfg.image_size}: {cfg.model} cannot be given images of {side} pixels ({str(error).splitlines()[0]}); "
-                        "leave the key out, or take the model's own side") from None
+        if "allocate memory" in str(error):
+            raise
+        advice = f"leave classify.image_size={cfg.image_size} out" if cfg.image_size else "set classify.image_size to its own side"
+        raise UserError(f"classify.model={cfg.model} cannot be given images of {side} pixels ({str(error).splitlines()[0]}): {advice}") from None
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)
     model.zero_grad(set_to_none=True)

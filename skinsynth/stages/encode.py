@@ -45,19 +45,21 @@ def encode(cfg: Config, run: RunDir, task: Task) -> None:
     base_sha256 = diffusion.base_sha256(cfg.model)
     claim(folder, {"base_sha256": base_sha256, "train_sha256": sha256_file(train.folder / "manifest.json"), "seed": cfg.seed,
                    **asdict(cfg.encode), "samples": [train.keys[i] for i in wanted]})
-    mine = {unit: sorted(set(train.shard_samples(unit)) & set(wanted)) for unit in task.mine(missing_parts(folder, units))}
+    mine = {unit: sorted(set(train.shard_samples(unit)) & set(wanted)) for unit in task.mine(list(range(units)))}
+    todo = {unit: mine[unit] for unit in missing_parts(folder, units) if unit in mine}
 
     def drawn(batch: list[int]) -> np.ndarray:
         """uint8 (views, n, height, width, 3)."""
         return np.stack([views.views(train.image(i), train.keys[i], cfg.encode, cfg.seed) for i in batch], 1)
 
-    progress = Progress(run, "encode", task.index, sum(len(samples) for samples in mine.values()), "images")
-    for unit, samples in mine.items():
+    total = sum(map(len, mine.values()))
+    progress = Progress(run, "encode", task.index, total, "images", total - sum(map(len, todo.values())), len(wanted))
+    for unit, samples in todo.items():
         with ShardWriter(folder, unit) as shard:
             samples = _readable(train, samples, shard) if skip else samples
             batches = dict(enumerate(diffusion.padded(samples, cfg.encode.batch)))
-            todo = ((number, [batch]) for number, (batch, _) in batches.items())
-            with Feed(drawn, todo, cfg.data.workers, turns=pipe.vae.device.type == "cpu") as feed:  # the next batch is decoded beside this one
+            numbered = ((number, [batch]) for number, (batch, _) in batches.items())
+            with Feed(drawn, numbered, cfg.data.workers, turns=pipe.vae.device.type == "cpu") as feed:  # the next batch is decoded beside this one
                 for number, (images,) in feed:
                     batch, count = batches[number]
                     moments = np.stack([diffusion.encode_images(pipe.vae, view) for view in images], 1)

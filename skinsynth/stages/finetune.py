@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ def finetune(cfg: Config, run: RunDir, world: World) -> None:
     clock = Clock()
     clock.lap("start and imports")
     base_sha256 = diffusion.base_sha256(cfg.model)
+    descent.check_withdrawn(hub.descent_of(cfg.model), Path(cfg.data.shards), cfg.model.base)  # its weights would descend from them too
     pipe = _base(cfg)
     kind = attention.choose(cfg.model.attention, world.device)
     model = denoiser.build(pipe, cfg.finetune, kind, cfg.seed)

@@ -165,9 +165,9 @@ def make_plan(cfg: Config, request: dict[str, Any]) -> Plan:
 
 def _without_withdrawn(rows: list[Row], shards: Path, aside: list[Aside]) -> list[Row]:
     """Drops what was withdrawn from any dataset in this home, before an image is read; of that patient or lesion, new images too."""
-    ids, keys = withdrawn.at_home(shards)
-    lesions = withdrawn.lesions(ids, (row.patient_id for row in rows))
-    gone = {row.image_name for row in rows if row.image_name in keys or row.patient_id in ids or row.lesion_id in lesions}
+    home = withdrawn.at_home(shards)
+    lesions = home.lesions(row.patient_id for row in rows)
+    gone = {row.image_name for row in rows if row.image_name in home.keys or row.patient_id in home.people or row.lesion_id in lesions}
     aside += [{"key": name, "reason": WITHDRAWN} for name in sorted(gone)]
     return [row for row in rows if row.image_name not in gone]
 
@@ -233,7 +233,8 @@ def _make_units(cfg: Config, run: RunDir, task: Task, plan: Plan, folders: dict[
     missing = {(split, i) for split in SPLITS for i in missing_parts(folders[split], plan.shards(split))}
     total = sum(len(plan.names(*units[u])) for u in mine)
     todo = [units[u] for u in mine if units[u] in missing]
-    progress = Progress(run, "prepare", task.index, total, "images", total - sum(len(plan.names(*unit)) for unit in todo))
+    progress = Progress(run, "prepare", task.index, total, "images", total - sum(len(plan.names(*unit)) for unit in todo),
+                        sum(map(len, plan.splits.values())))
     for split, shard in todo:
         _make_unit(cfg, plan, split, shard, folders[split], progress)
 

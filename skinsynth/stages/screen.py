@@ -54,7 +54,7 @@ def screen(cfg: Config, run: RunDir, task: Task) -> None:
     if _up_to_date(run, sets):
         return
     parts = Parts(cfg, run.node(NODE) / "parts", sets, features.network_sha256(cfg, run), task.index)
-    mine = set(task.mine([unit.number for unit in parts.units if not parts.have(unit)]))
+    mine = set(task.mine([unit.number for unit in parts.units]))
     make(parts, [unit for unit in parts.units if unit.number in mine], run, task)
     if all(parts.have(unit) for unit in parts.units):
         Verdict(parts, run).write()
@@ -97,9 +97,10 @@ def _up_to_date(run: RunDir, sets: dict[str, Dataset]) -> bool:
     return run.is_done(NODE) and accepted is not None and accepted.get("screened") == screened(sets)
 
 
-def make(parts: Parts, units: list[Unit], run: RunDir, task: Task) -> None:
-    """The parts of this task: those of training shards first, since all others are searched in their thumbnails."""
-    progress = Progress(run, NODE, task.index, sum(unit.count for unit in units), "images")
+def make(parts: Parts, mine: list[Unit], run: RunDir, task: Task) -> None:
+    """The parts of this task that are not there: those of training shards first, since all others are searched in their thumbnails."""
+    units, total = [unit for unit in mine if not parts.have(unit)], sum(unit.count for unit in mine)
+    progress = Progress(run, NODE, task.index, total, "images", total - sum(unit.count for unit in units), sum(unit.count for unit in parts.units))
     extractor, limit = _extractor(parts.cfg, run) if units else None, parts.cfg.screen.duplicate
     for unit in units:
         assert extractor is not None
