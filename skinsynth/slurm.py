@@ -82,8 +82,8 @@ def ask(*command: str) -> str:
 @contextlib.contextmanager
 def own_environment() -> Iterator[None]:
     """Without what an interactive job, in which the command may be typed, says of itself (its memory, GPUs, binding: jobs that are submitted from it
-    would inherit them, and be refused or misplaced), and without what changes the answers of Slurm's programs. ``SBATCH_*`` stays, and ``MASTER_ADDR``:
-    the defaults of a site or a person."""
+    would inherit them, and be refused or misplaced), and without what changes the answers of Slurm's programs. ``SBATCH_*`` and ``MASTER_ADDR``
+    stay: the defaults of a site or a person."""
     gone = {name: os.environ.pop(name) for name in [*os.environ] if JOBS_OWN.match(name)}
     try:
         yield

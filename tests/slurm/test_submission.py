@@ -240,7 +240,8 @@ def test_paths_with_quotes_and_a_missing_site_script(tmp_path: Path) -> None:
 
 def test_an_interactive_jobs_own_variables_reach_neither_jobs_nor_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     own = {"SLURM_MEM_PER_CPU": "1", "SLURM_JOB_ID": "7", "SQUEUE_FORMAT": "%i", "WORLD_SIZE": "2"}
-    kept = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_CONF_SERVER": "ctl", "SLURM_JWT": "secret", "MASTER_ADDR": "10.0.0.1", "SBATCH_ACCOUNT": "derma", "MY_WORLD_SIZE": "2"}
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_CONF_SERVER": "ctl", "SLURM_JWT": "secret", "MASTER_ADDR": "10.0.0.1",
+            "SBATCH_ACCOUNT": "derma", "MY_WORLD_SIZE": "2"}
     for name, value in {**own, **kept}.items():
         monkeypatch.setenv(name, value)
     told = slurm.ask("env")
