@@ -31,6 +31,8 @@ def mark(folder: Path, group: str, keys: list[str] | None, why: str, **more: str
 
 def merge(folder: Path, groups: Marks, name: str = NAME) -> None:
     """Adds marks to those that are there. Of a mark that says nothing new the file stays as it is: what was made since is made of the same images."""
+    if not groups:  # nothing is written then, perhaps since it may not be
+        return
     with locked(folder / f".{NAME}.lock"):
         here = _groups(folder / name)
         for group, found in groups.items():
