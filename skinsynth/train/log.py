@@ -155,7 +155,7 @@ class TrainLog:
         passes = 2 if getattr(cfg, "lora_rank", 0) else 3  # forward, and backward at twice its cost: LoRA has next to no gradients of weights
         flops = self.state.get("flops", 0) * passes * rate / size
         peak = peak_flops(self.engine.device)
-        return {"samples_per_second": round(rate, 2), "samples_per_second_per_rank": round(rate / size, 2),
+        return {"samples_per_second": _digits(rate), "samples_per_second_per_rank": _digits(rate / size),
                 "tflops_per_rank": round(flops / 1e12, 4), "mfu": round(flops / peak, 4) if peak else None,
                 "data_wait": round(waited / seconds, 4), "peak_memory_gb": round(peak_memory(self.engine.device) / 1e9, 3)}
 
@@ -241,6 +241,11 @@ def forward_flops(module: torch.nn.Module) -> Iterator[Any]:
 def peak_flops(device: torch.device) -> float | None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return None if "MIG" in name else next((value for known, value in PEAK.items() if re.search(rf"\b{known}\b", name)), None)  # an A4000 is no A40
+
+
+def _digits(rate: float) -> float:
+    """Four digits: of a large model on a CPU an image may take half a minute."""
+    return float(f"{rate:.4g}")
 
 
 def peak_memory(device: torch.device) -> int:
