@@ -22,7 +22,7 @@ from skinsynth.knobs import Training
 from skinsynth.run import RunDir
 from skinsynth.train.checkpoint import Checkpoints
 from skinsynth.train.engine import Batch, Engine
-from skinsynth.train.log import Clock, TrainLog, forward_flops, read_lines
+from skinsynth.train.log import Clock, TrainLog, _digits, forward_flops, read_lines
 from skinsynth.train.loop import train
 from skinsynth.train.optimizer import AdamW
 from skinsynth.world import Stopped, World
@@ -441,3 +441,8 @@ def test_the_moving_average_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> N
         p.grad = torch.ones(10)
         optimizer.step()
     assert copied.count(10) == 1
+
+
+def test_a_speed_keeps_its_digits() -> None:
+    """Of a large model on a CPU an image takes half a minute, of a small one on a GPU there are thousands a second."""
+    assert [_digits(rate) for rate in (0.048731, 47.9132, 12345.6)] == [0.04873, 47.91, 12350.0]
