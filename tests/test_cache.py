@@ -442,4 +442,5 @@ def test_many_that_bring_at_once_leave_no_more_than_the_limit(there: Path, tmp_p
     data = open_dataset(cfg, run, "train")
     with ThreadPoolExecutor(len(shards)) as pool:
         list(pool.map(lambda n: data.read(next(data.shard_samples(n)), "jpg"), range(len(shards))))
-    assert len(list((tmp_path / "shards").rglob("*.tar"))) == 1
+    left = [path.stat().st_size for path in (tmp_path / "shards").rglob("*.tar")]
+    assert 0 < sum(left) <= cfg.data.cache_gb * 1e9, "one, or the last, which is small, beside another"
