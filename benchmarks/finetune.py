@@ -250,7 +250,7 @@ def compare(name: str, s: Setting) -> None:
     report(name, rounds, OURS, PEER, "samples/s",
            f"{f'LoRA of rank {s.lora}' if s.lora else 'whole UNet'}, {s.model}, batch {s.batch}, {s.side} px, {s.precision}, SDPA, {s.steps} steps, "
            f"median of windows of {s.window} steps, the first left out; {pictures}, "
-           f"which the peer decodes in the step; ours on latents and embeddings that encode made before, "
+           "which the peer decodes in the step; ours on latents and embeddings that encode made before, "
            "which is not counted", device=gpu() or "cpu", last=last)
 
 

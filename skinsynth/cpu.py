@@ -6,8 +6,13 @@ import contextlib
 import ctypes
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
+A = TypeVar("A")
+B = TypeVar("B")
+AT_ONCE = 4096  # calls handed to the threads at a time: each takes a kilobyte while it waits
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
@@ -33,6 +38,16 @@ def threads() -> int:
     """For work that torch does not do: those that the job was given (OpenMP's list for nested levels begins with them), else all cores."""
     told = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     return int(told) if told.isdigit() and int(told) else len(os.sched_getaffinity(0))
+
+
+def in_threads(work: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
+    """Results in the order of the items; what ``work`` raises is raised in its place, and what has not begun then is left."""
+    with ThreadPoolExecutor(threads()) as pool:
+        try:
+            for start in range(0, len(items), AT_ONCE):
+                yield from pool.map(work, items[start:start + AT_ONCE])
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextlib.contextmanager

@@ -125,7 +125,7 @@ class Training:
     zero: int = free(at_least(2, 0, 3))  # DeepSpeed ZeRO stage; 0: plain data parallel
     offload: str = free(one_of("none", "optimizer", "parameters"))  # to the host's memory; parameters: both, with zero=3
     precision: str = one_of("fp32", "bf16", "fp16")
-    explode: float = free(at_least(20.0, 1))  # stop where the loss of ten steps, on average, is this many times the usual one
+    explode: float = free(at_least(20.0, 1))  # stop where ten steps' loss, on average, is so many times the usual one, and above the first ones
     checkpoint_every: int = free(at_least(200, 1))
     keep: int = free(at_least(2, 1))  # newest checkpoints kept
     keep_every: int = free(at_least(0, 0))  # and those of every so many steps; 0: none

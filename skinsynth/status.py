@@ -28,7 +28,6 @@ from skinsynth.run import RunDir
 
 ASK_SLURM = 20  # seconds between two questions of one who watches: each is work for the controller that all share
 FRESH = 120  # seconds since a task told of its progress, within which it is taken for alive where its process cannot be seen
-
 SILENT = 900  # seconds; a task that told nothing for so long is no longer at work
 STYLES = {"done": "green", "running": "bold cyan", "failed": "bold red", "waiting": "dim", "pending": "yellow", "stopped": "yellow"}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from skinsynth.data import descent
 from skinsynth.data.shards import parts_of, table_of
-from skinsynth.data.withdrawn import mark
+from skinsynth.data.withdrawn import Withdrawn, mark
 from skinsynth.errors import UserError
 from skinsynth.files import read_json
 from skinsynth.run import RunDir
@@ -32,23 +32,6 @@ class Descendant:
     why: str | None
 
 
-@dataclass(frozen=True)
-class Gone:
-    """What a patient's, lesion's or group's id stands for: the groups that it is part of, and their images. ``kind``: as in ``withdrawn``."""
-
-    id: str
-    groups: set[str]
-    images: set[str]
-    kind: str | None
-
-    def trained(self, lineage: dict[str, Any]) -> bool:
-        """Whether weights of that lineage are known to have been trained on any of it."""
-        known = descent.trained_on(lineage)
-        named = self.id in known["patients"] if self.kind != "lesion" else False
-        lesion = self.id in known["lesions"] and (self.kind == "lesion" or (self.kind is None and self.id not in known["patients"]))
-        return bool(self.groups & {*known["groups"]} or self.images & {*known["images"]} or named or lesion)
-
-
 def find(group: str, shards: Path, runs: Path) -> list[Descendant]:
     """All that descends from a patient or a lesion (with the whole group that either is part of), or from a group, in a folder of datasets and a
     folder of runs.
@@ -59,21 +42,23 @@ def find(group: str, shards: Path, runs: Path) -> list[Descendant]:
     for path in (shards, runs):
         if not path.is_dir():
             raise UserError(f"{path} is not a folder: give the one of the datasets (--shards) and the one of the runs (--runs)")
-    folders = sorted(p.parent for p in shards.glob("*/manifest.json"))
-    manifests = {folder: read_json(folder / "manifest.json") for folder in folders}
-    tables = _tables(shards)
+    manifests = _manifests(shards)
+    tables = _tables(manifests)
     gone = _resolve(group, tables)
-    found = [d for folder, table in tables.items() if (d := _real(folder, table, gone))]
-    found += [d for folder in folders if (d := _latents(folder, manifests[folder], gone))]
-    found += [d for folder in folders if (d := _synthetic(folder, manifests[folder], gone))]
+    found = [d for folder, table in tables.items() if (d := _real(folder, table, group, gone))]
+    found += [d for folder, manifest in manifests.items() if (d := _latents(folder, manifest, gone))]
+    found += [d for folder, manifest in manifests.items() if (d := _synthetic(folder, manifest, gone))]
     for run in _runs(runs):
         found += _weights(RunDir(run), gone, shards, {Path(d.folder).name: d.why for d in found if "weights" not in d.kind})
     return found
 
 
-def _tables(shards: Path) -> dict[Path, Table]:
+def _manifests(shards: Path) -> dict[Path, dict[str, Any]]:
+    return {path.parent: read_json(path) for path in sorted(shards.glob("*/manifest.json"))}
+
+
+def _tables(manifests: dict[Path, dict[str, Any]]) -> dict[Path, Table]:
     """Of the datasets of real images."""
-    manifests = {path.parent: read_json(path) for path in sorted(shards.glob("*/manifest.json"))}
     return {folder: table_of(folder, manifest) for folder, manifest in manifests.items() if manifest.get("kind") == "real"}
 
 
@@ -90,33 +75,35 @@ def _runs(folder: Path) -> Iterator[Path]:
         folders.sort()
 
 
-def _resolve(group: str, tables: dict[Path, Table]) -> Gone:
-    """A group is named after one of its members, and not the same in every dataset; an id is a lesion's only where no patient has it."""
+def _resolve(group: str, tables: dict[Path, Table]) -> Withdrawn:
+    """What an id stands for, with the groups that it is part of (among ``people``) and their images. A group is named after one of its members, and
+    not the same in every dataset; an id is a lesion's only where no patient has it."""
     rows = [row for table in tables.values() for row in zip(table["groups"], table["images"], table["patients"], table["lesions"], strict=True)]
     people, things = ({name for name, _, patient, _ in rows if group in (name, patient)}, {name for name, _, _, lesion in rows if lesion == group})
-    groups, kind = people or things, "patient" if people else "lesion" if things else None
-    return Gone(group, {group, *(str(name) for name in groups)}, {str(image) for name, image, *_ in rows if name in groups}, kind)
+    groups, lesion, unknown = people or things, bool(things and not people), not (people or things)
+    return Withdrawn({str(name) for name in groups} | (set() if lesion else {group}), {group} if lesion or unknown else set(),
+                     {group} if unknown else set(), {str(image) for name, image, *_ in rows if name in groups})
 
 
-def _real(folder: Path, table: Table, gone: Gone) -> Descendant | None:
-    keys = sorted(gone.images & {*table["images"]})
-    joined = sorted(gone.groups & {*table["groups"]} - {gone.id})
+def _real(folder: Path, table: Table, group: str, gone: Withdrawn) -> Descendant | None:
+    keys = sorted(gone.keys & {*table["images"]})
+    joined = sorted(gone.people & {*table["groups"]} - {group})
     why = "images of theirs" + (f" (of group {', '.join(joined)})" if joined else "")
     return Descendant(REAL, str(folder), keys, why) if keys else None
 
 
-def _latents(folder: Path, manifest: dict[str, Any], gone: Gone) -> Descendant | None:
+def _latents(folder: Path, manifest: dict[str, Any], gone: Withdrawn) -> Descendant | None:
     if manifest.get("kind") != "latents":
         return None
-    keys = sorted(key for part in parts_of(folder, manifest) for key in part["keys"] if key in gone.images)
+    keys = sorted(key for part in parts_of(folder, manifest) for key in part["keys"] if key in gone.keys)
     return Descendant("latents", str(folder), keys, "encoded from images of theirs") if keys else None
 
 
-def _synthetic(folder: Path, manifest: dict[str, Any], gone: Gone) -> Descendant | None:
+def _synthetic(folder: Path, manifest: dict[str, Any], gone: Withdrawn) -> Descendant | None:
     if manifest.get("kind") != "synthetic":
         return None
     lineage = manifest.get("lineage") or {}
-    if gone.trained(lineage):
+    if descent.withdrawn_from(lineage, gone):
         return Descendant("synthetic images", str(folder), None, "drawn with weights that were trained on them")
     keys = sorted(key for part in parts_of(folder, manifest) for key in _drawn_over(part, gone))
     if keys:
@@ -124,10 +111,10 @@ def _synthetic(folder: Path, manifest: dict[str, Any], gone: Gone) -> Descendant
     return None if _is_known(lineage) else Descendant("synthetic images", str(folder), None, None)
 
 
-def _drawn_over(part: dict[str, Any], gone: Gone) -> Iterator[str]:
+def _drawn_over(part: dict[str, Any], gone: Withdrawn) -> Iterator[str]:
     groups, images = (part["columns"].get(name, [None] * len(part["keys"])) for name in ("source_group", "source"))
     for key, group, image in zip(part["keys"], groups, images, strict=True):
-        if group in gone.groups or image in gone.images:
+        if group in gone.people or image in gone.keys:
             yield key
 
 
@@ -136,7 +123,7 @@ def _is_known(lineage: dict[str, Any]) -> bool:
     return lineage.get("trained_group_ids", lineage.get("group_ids")) is not None
 
 
-def _weights(run: RunDir, gone: Gone, shards: Path, datasets: dict[str, str | None]) -> list[Descendant]:
+def _weights(run: RunDir, gone: Withdrawn, shards: Path, datasets: dict[str, str | None]) -> list[Descendant]:
     """The generator, and classifiers that were trained on real images of the group or on synthetic ones that descend from it, or may do so.
 
     ``datasets``: the names of the folders in ``shards`` that do, with the reason, or may do (None). A run tells its home as it was typed: where
@@ -144,7 +131,7 @@ def _weights(run: RunDir, gone: Gone, shards: Path, datasets: dict[str, str | No
     """
     found = []
     lineage = read_json(run.weights / "lineage.json")
-    if lineage and gone.trained(lineage):
+    if lineage and descent.withdrawn_from(lineage, gone):
         found.append(Descendant("weights of the generator", str(run.weights), None, "trained on images of theirs"))
     elif lineage and not _is_known(lineage):
         found.append(Descendant("weights of the generator", str(run.weights), None, None))
@@ -165,7 +152,9 @@ def withdraw(group: str, found: list[Descendant], shards: Path) -> None:
     """Marks all of it, the weights first, so that nothing new is made of them meanwhile. The home of the datasets is marked in any case: what is
     not prepared yet, or being made now, is not among what was found."""
     images = {key for descendant in found if descendant.kind == REAL for key in descendant.keys or ()}
-    mark(shards, group, sorted(images), "images of theirs", kind=_resolve(group, _tables(shards)).kind)
+    gone = _resolve(group, _tables(_manifests(shards)))
+    kind = None if group in gone.unknown else "lesion" if group in gone.things else "patient"
+    mark(shards, group, sorted(images), "images of theirs", kind=kind)
     for descendant in sorted(found, key=lambda d: "weights" not in d.kind):
         if descendant.why:
             mark(Path(descendant.folder), group, descendant.keys, descendant.why)

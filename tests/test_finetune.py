@@ -19,14 +19,15 @@ from skinsynth.data import descent
 from skinsynth.data.codec import from_npy
 from skinsynth.data.shards import Dataset
 from skinsynth.errors import UserError
-from skinsynth.files import read_json
+from skinsynth.files import read_json, write_json
 from skinsynth.knobs import Model
-from skinsynth.models import diffusion, hub
+from skinsynth.models import diffusion, hub, tiny
 from skinsynth.run import RunDir
-from skinsynth.stages.finetune import _descent
+from skinsynth.stages.finetune import _descent, finetune
 from skinsynth.train.engine import micro_batch
 from skinsynth.train.log import read_lines
 from skinsynth.train.optimizer import learning_rate
+from skinsynth.withdraw import withdraw
 from skinsynth.world import World
 
 
@@ -204,3 +205,13 @@ def test_a_vae_that_overflows_in_half_precision_decodes_in_single() -> None:
     vae.register_to_config(force_upcast=True)
     diffusion.decode_latents(vae, torch.zeros(1, vae.config.latent_channels, 8, 8, dtype=torch.float16))
     assert vae.dtype == torch.float32
+
+
+def test_a_base_that_descends_from_somebody_who_withdrew_is_not_trained_on(drawn: Path, tmp_path: Path) -> None:
+    """Hours of training would end in weights that nobody may use."""
+    shutil.copytree(tiny.WEIGHTS, tmp_path / "base")
+    write_json(tmp_path / "base/lineage.json", {"group_ids": ["IP_1"], "trained_on": {"groups": ["IP_1"], "images": ["a"], "patients": ["IP_1"]}})
+    cfg = config.load("configs/demo.yaml", overrides(drawn, tmp_path, **{"model.base": tmp_path / "base"}))
+    withdraw("IP_1", [], Path(cfg.data.shards))
+    with pytest.raises(UserError, match="base is withdrawn: it was trained on IP_1"):
+        finetune(cfg, RunDir(tmp_path / "run"), World())

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -206,3 +208,20 @@ def test_a_decoded_image_has_the_colours_in_their_order() -> None:
     assert abs(red - 200) < 3
     assert abs(green - 90) < 3
     assert blue < 5
+
+
+def test_a_handle_that_went_stale_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a network's file system, where another host put the file back; a sample is no worse for it."""
+    with ShardWriter(tmp_path / "set", 0) as shard:
+        shard.add("a", {"jpg": b"bytes"})
+    write_manifest(tmp_path / "set", 1, kind="real")
+    data, pread, failures = Dataset.open(tmp_path / "set"), os.pread, [errno.ESTALE]
+
+    def stale(*arguments: int) -> bytes:
+        if failures:
+            raise OSError(failures.pop(), "Stale file handle")
+        return pread(*arguments)
+
+    monkeypatch.setattr(os, "pread", stale)
+    assert data.read(0, "jpg") == b"bytes"
+    assert not failures

@@ -57,12 +57,17 @@ def trained_on(lineage: dict[str, Any]) -> Names:
     return union(lineage.get("trained_on") or {}, {"groups": lineage.get("trained_group_ids", lineage.get("group_ids")) or []})
 
 
+def withdrawn_from(lineage: dict[str, Any], gone: withdrawn.Withdrawn) -> list[str]:
+    """The names, sorted, of those withdrawn that something of this lineage is known to have been trained on."""
+    known = trained_on(lineage)
+    people, lesions = {*known["groups"], *known["patients"]} & gone.people, {*known["lesions"]} & gone.lesions(known["patients"])
+    return sorted(people | lesions | {*known["images"]} & gone.keys)
+
+
 def check_withdrawn(lineage: dict[str, Any], home: Path, what: str) -> None:
     """Raises ``UserError`` where ``what`` (weights, synthetic images) descends from a patient, lesion or image that is withdrawn in the home of the
     datasets: it may have been made, or finished, after it was looked for what descends from them."""
-    gone_there, known = withdrawn.at_home(home), trained_on(lineage)
-    gone = sorted({*known["groups"], *known["patients"]} & gone_there.people | {*known["lesions"]} & gone_there.lesions(known["patients"])
-                  | {*known["images"]} & gone_there.keys)
+    gone = withdrawn_from(lineage, withdrawn.at_home(home))
     if gone:
         raise UserError(f"{what} is withdrawn: it was trained on {gone[0]}{' and more' * (len(gone) > 1)}, which {home / withdrawn.NAME} names; "
                         "delete it and make it again without")

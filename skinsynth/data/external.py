@@ -17,7 +17,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -39,7 +38,6 @@ TABLES = ("metadata.csv", "metadata.jsonl")
 NAMES = ("file_name", *isic.COLUMNS["image_name"])  # columns that name an image, the first that is filled counts
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 SHOWN = 5  # entries of a folder that is refused
-AT_ONCE = 4096  # calls handed to the threads at a time: each takes a kilobyte while it waits
 KNOWN = ("sex", "age", "site", "diagnosis")
 LINEAGE = {"base": "elsewhere", "weights_sha256": None, "train": None, "group_ids": None, "trained_group_ids": None}
 
@@ -194,10 +192,7 @@ def _locked_plan(cfg: Config, folder: Path) -> dict[str, Any]:
         if not rows:
             raise UserError(f"data.synthetic: {cfg.data.synthetic} holds no image that can be used" + (f" ({aside[0]['reason']})" if aside else ""))
         rows.sort(key=lambda row: isic.random_key(cfg.seed, "external", row.image_name))  # classes mixed in every shard
-        with ThreadPoolExecutor(cpu.threads()) as pool:
-            hashes = (sha256 for start in range(0, len(rows), AT_ONCE)
-                      for sha256 in pool.map(lambda row: sha256_file(Path(str(row.file))), rows[start:start + AT_ONCE]))
-            rows = [replace(row, sha256=sha256) for row, sha256 in zip(rows, hashes, strict=True)]
+        rows = list(cpu.in_threads(lambda row: replace(row, sha256=sha256_file(Path(str(row.file)))), rows))
         content = hashlib.sha256("".join(f"{row.image_name} {row.sha256}\n" for row in rows).encode()).hexdigest()
         found = {"rows": [vars(row) for row in rows], "aside": aside, "content": content}
     knobs = {k: v for k, v in asdict(cfg.prepare).items() if k not in ("max_bad", "split")}

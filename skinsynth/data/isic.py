@@ -225,15 +225,15 @@ def read_pairs(path: Path, names: Iterable[str]) -> list[tuple[str, str]]:
 
 def find_image(folder: Path, name: str) -> Path:
     """Raises ``BadImage`` where there is none."""
-    for extension in EXTENSIONS:
-        path = folder / f"{name}{extension}"
-        if path.is_file():
-            return path
-    raise BadImage(MISSING)
+    found = image_file(folder, name)
+    if found is None:
+        raise BadImage(MISSING)
+    return found
 
 
-def is_there(folder: Path, name: str) -> bool:
-    return any((folder / f"{name}{extension}").is_file() for extension in EXTENSIONS)
+def image_file(folder: Path, name: str) -> Path | None:
+    paths = (folder / f"{name}{extension}" for extension in EXTENSIONS)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def read_image(path: Path, sha256: str | None = None) -> np.ndarray:

@@ -355,23 +355,20 @@ def _fetch(key: str, name: str, choose: Callable[[list[str]], list[str]]) -> Non
         raise UserError(f"{key}={name}: its repository has no safetensors weights in the expected places; choose a model that has")
 
 
-def base_files(files: list[str]) -> list[str]:
-    """Of a diffusers repository's files those that are read: no checkpoints of other tools, no safety checker."""
+def base_files(files: list[str], half: bool = False) -> list[str]:
+    """Of a diffusers repository's files those that are read: no checkpoints of other tools, no safety checker. ``half``: as in ``_weights``."""
     found = [f for f in files if f == "model_index.json"]
     for part in PIPELINES["StableDiffusionXLPipeline"]:  # which are all that any has
         inside = [f for f in files if f.startswith(f"{part}/") and f.count("/") == 1]
         found += [f for f in inside if f.endswith((".json", ".txt"))]
-        found += _weights(inside) if part in NETWORKS else []
+        found += _weights(inside, half) if part in NETWORKS else []
     return found
 
 
 def read_files(folder: Path) -> list[Path]:
     """The files in the subfolders of a local diffusers folder that are read: a cache that several people use may get others at any time."""
-    found = [folder / name for name in base_files([str(p.relative_to(folder)) for p in folder.glob("*/*") if p.is_file()])]
-    for part in NETWORKS if variant(folder) else ():  # where one network has half precision alone, it is taken of all that have it
-        half = [path for path in (folder / part).glob("*.fp16.*safetensors") if "non_ema" not in path.name]
-        found = [path for path in found if not half or path.parent.name != part or path.suffix != ".safetensors"] + half
-    return sorted(found)
+    names = [str(path.relative_to(folder)) for path in folder.glob("*/*") if path.is_file()]
+    return sorted(folder / name for name in base_files(names, variant(folder) is not None))
 
 
 def config_files(files: list[str]) -> list[str]:
@@ -385,10 +382,10 @@ def classifier_files(files: list[str]) -> list[str]:
     return [f for f in top if f.endswith((".json", ".txt"))] + _weights(top)
 
 
-def _weights(files: list[str]) -> list[str]:
-    """Full precision; half precision where there is nothing else."""
+def _weights(files: list[str], half: bool = False) -> list[str]:
+    """Full precision, or with ``half`` half precision; the other where there is nothing else."""
     weights = [f for f in files if f.endswith(".safetensors") and "non_ema" not in f]
-    return [f for f in weights if ".fp16." not in f] or weights
+    return [f for f in weights if (".fp16." in f) == half] or weights
 
 
 def _size(folder: Path | None) -> str:

@@ -13,7 +13,6 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,6 @@ from skinsynth.run import Progress, RunDir, Task
 SPLITS = ("train", "val", "test")
 KNOWN = ("sex", "age", "site", "diagnosis")
 WITHDRAWN = "withdrawn: see withdrawn.json beside the datasets"
-AT_ONCE = 4096  # calls handed to the threads at a time: each takes a kilobyte while it waits
 
 
 @dataclass
@@ -118,7 +116,7 @@ def _shared_plan(cfg: Config, folders: dict[str, Path]) -> Plan:
 def _tell_new(cfg: Config, plan: Plan) -> None:
     """Who added images after the first preparation expects them to be taken."""
     missing = [a["key"] for a in plan.set_aside if a["reason"] == isic.MISSING]
-    there = [name for name in missing if cfg.data.images and isic.is_there(Path(cfg.data.images), name)]
+    there = [name for name in missing if cfg.data.images and isic.image_file(Path(cfg.data.images), name)]
     if there:
         print(f"{len(there)} images that were missing when {cfg.data.name} was prepared are there now (first: {there[0]}). They are not taken: for "
               f"them, prepare under another data.name, or delete {cfg.data.shards}/{cfg.data.name}-* and launch again")
@@ -210,7 +208,7 @@ def _contradictions(rows: list[Row], hashes: dict[str, str], aside: list[Aside])
 
 
 def _in_threads(work: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
-    """Results in the order of the items; a ``BadImage`` is a result too. """
+    """``cpu.in_threads``, in which a ``BadImage`` is a result too."""
 
     def guarded(item: Any) -> Any:
         try:
@@ -219,12 +217,7 @@ def _in_threads(work: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
             return error
 
     cv2.setNumThreads(1)  # the images run side by side already
-    with ThreadPoolExecutor(cpu.threads()) as pool:
-        try:
-            for start in range(0, len(items), AT_ONCE):
-                yield from pool.map(guarded, items[start : start + AT_ONCE])
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    yield from cpu.in_threads(guarded, items)
 
 
 def _make_units(cfg: Config, run: RunDir, task: Task, plan: Plan, folders: dict[str, Path]) -> None:
@@ -310,10 +303,9 @@ def _facts(cfg: Config, plan: Plan, split: str, names: list[str], notes: list[di
 
 
 def _check_bad(cfg: Config, rows: int, aside: list[dict[str, str]]) -> None:
-    """Stops where more of the rows are unusable than the user allows; that a patient withdrew is no fault of the data, and a
-    row that stands there twice no image that is lost."""
-    listed, aside = aside, [a for a in aside if a["reason"] != WITHDRAWN]
-    aside = [a for a in aside if a["reason"] != isic.AGAIN]
+    """Stops where more of the rows are unusable than the user allows; that a patient withdrew is no fault of the data, and a row that stands there
+    twice no image that is lost."""
+    listed, aside = aside, [a for a in aside if a["reason"] not in (WITHDRAWN, isic.AGAIN)]
     if len(aside) <= cfg.prepare.max_bad * rows:
         return
     path = write_aside(Path(cfg.data.shards) / f"{cfg.data.name}-train", listed)

@@ -128,7 +128,7 @@ class Engine:
                 "zero_optimization": self._zero(cpu),
                 "zero_force_ds_cpu_optimizer": False,  # AdamW is torch's own: nothing is compiled on the node
                 "zero_allow_untested_optimizer": True,  # ours is torch's with one more state
-                # else it waits for the device in every step, to leave out an update that is not finite; here one stops the training, at the save
+                # else ZeRO 1 and 2 wait for the device in every step, to leave out an update that is not finite; here one stops the training
                 "bf16": {"enabled": self.cfg.precision == "bf16", "check_grad_overflow": False},
                 "fp16": {"enabled": self.cfg.precision == "fp16"},
                 "steps_per_print": 10**9,

@@ -277,3 +277,12 @@ def test_a_launch_that_is_refused_changes_nothing_that_queued_jobs_read(slurm: d
         assert words in done.stderr
         assert (tmp_path / "run/config.yaml").read_text() == before
     assert run_skinsynth(slurm, "cancel", str(tmp_path / "run")).returncode == 0
+
+
+def test_where_slurm_refuses_a_launch_jobs_read_what_they_were_submitted_with(drawn: Path, tmp_path: Path) -> None:
+    arguments = ["launch", "configs/demo.yaml", *overrides(drawn, tmp_path)]
+    RunDir(tmp_path / "run").create(config.load(arguments[1], [*arguments[2:], "cluster=slurm", "cluster.partition=old"]))
+    before = (tmp_path / "run/config.yaml").read_bytes()
+    done = run_skinsynth({**os.environ, "PATH": str(tmp_path)}, *arguments, "cluster=slurm", "cluster.partition=new")
+    assert "squeue is not there" in done.stderr
+    assert (tmp_path / "run/config.yaml").read_bytes() == before
