@@ -201,7 +201,9 @@ def peer(s: Setting) -> dict[str, float]:
                                  max_length=pipe.tokenizer.model_max_length, return_tensors="pt").input_ids[0]
             return {"pixel_values": pixels, "input_ids": ids}
 
-    loader = torch.utils.data.DataLoader(Folder(), batch_size=s.batch, shuffle=True, drop_last=True, num_workers=s.workers)
+    data = Folder()  # drawn from without end: a set as small as this one would have its loader's workers begin anew every few steps
+    drawn = torch.utils.data.RandomSampler(data, replacement=True, num_samples=s.steps * s.batch)
+    loader = torch.utils.data.DataLoader(data, batch_size=s.batch, sampler=drawn, num_workers=s.workers)
     lr_scheduler = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=20, num_training_steps=s.steps)
     unet, optimizer, loader, lr_scheduler = accelerator.prepare(unet, optimizer, loader, lr_scheduler)
     times, step = [], 0

@@ -15,6 +15,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import cache
@@ -29,6 +30,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 SCRATCH = ROOT / ".bench"  # ignored by git: data sets and peers that are made or installed once
 REAL = ROOT.parent / "shared" / "isic"
 Measure = Callable[[], float]
+ROUNDS: int | None = None  # of every benchmark, instead of its own number: ``--rounds``
+failed: list[str] = []  # what was broken off, in words
 
 
 @cache
@@ -46,32 +49,53 @@ def gpu() -> str | None:
 
 
 def alternate(sides: dict[str, Measure], rounds: int = 5) -> dict[str, list[float]]:
-    """Each side's values; every round runs all sides, and begins with another one."""
+    """Each side's values; every round runs all sides, and begins with another one. A side that fails is left out from then on, and of what is found:
+    the others may have run for an hour."""
     names = list(sides)
     found: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds):
+    for number in range(ROUNDS or rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            found[name].append(sides[name]())
-            print(f"  round {number + 1}: {name}: {found[name][-1]:,.4g}", flush=True)
+            if name not in found:
+                continue
+            try:
+                found[name].append(sides[name]())
+            except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
+                failed.append(f"{name}: {error}")
+                del found[name]
+                print(f"  round {number + 1}: {failed[-1]}", file=sys.stderr, flush=True)
+            else:
+                print(f"  round {number + 1}: {name}: {found[name][-1]:,.4g}", flush=True)
     return found
 
 
 def together(work: Callable[..., None], calls: list[tuple[Any, ...]]) -> float:
     """Seconds that forked processes take side by side, from the moment that all are ready: each gets a barrier as the last argument, and passes
-    it when it is ready and when it is done."""
+    it when it is ready and when it is done. Raises ``RuntimeError`` where one of them fails."""
     context = multiprocessing.get_context("fork")  # the parent must not have loaded torch
     barrier = context.Barrier(len(calls) + 1)
-    processes = [context.Process(target=work, args=(*call, barrier)) for call in calls]
+    processes = [context.Process(target=_or_break, args=(work, *call, barrier)) for call in calls]
     for process in processes:
         process.start()
-    barrier.wait()
-    since = time.perf_counter()
-    barrier.wait()
-    seconds = time.perf_counter() - since
-    for process in processes:
-        process.join()
-    return seconds
+    try:
+        barrier.wait()
+        since = time.perf_counter()
+        barrier.wait()
+        return time.perf_counter() - since
+    except threading.BrokenBarrierError:
+        raise RuntimeError(f"a process of {work.__module__}.{work.__qualname__} failed") from None
+    finally:
+        for process in processes:
+            process.join()
+
+
+def _or_break(work: Callable[..., None], *arguments: Any) -> None:
+    """Whoever fails lets nobody wait for it."""
+    try:
+        work(*arguments)
+    except BaseException:
+        arguments[-1].abort()
+        raise
 
 
 def in_process(module: str, *arguments: object, env: dict[str, str] | None = None) -> Any:
@@ -96,7 +120,10 @@ def on_two_ranks(log: Path, module: str, *arguments: object) -> None:
 
 def report(name: str, rounds: dict[str, list[float]], ours: str, peer: str, unit: str, measured: str, higher: bool = True, device: str = "cpu",
            **more: Any) -> dict[str, Any]:
-    """Writes and prints a result. ``higher``: more is better, as with samples/s; not so with seconds."""
+    """Writes and prints a result. ``higher``: more is better, as with samples/s; not so with seconds. Raises ``RuntimeError`` where ours or the
+    peer failed."""
+    if lacking := {ours, peer} - rounds.keys():
+        raise RuntimeError(f"{name}: no result, since {' and '.join(sorted(lacking))} failed")
     median = {side: statistics.median(values) for side, values in rounds.items()}
 
     def ratio(side: str) -> float:

@@ -40,6 +40,11 @@ def threads() -> int:
     return int(told) if told.isdigit() and int(told) else len(os.sched_getaffinity(0))
 
 
+def loaders(asked: int | None) -> int:
+    """Threads that read and decode for a rank (``data.workers``)."""
+    return asked or min(8, max(2, threads()))
+
+
 def in_threads(work: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
     """Results in the order of the items; what ``work`` raises is raised in its place, and what has not begun then is left."""
     with ThreadPoolExecutor(threads()) as pool:

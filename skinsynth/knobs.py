@@ -45,7 +45,7 @@ class Data:
     remote: str | None = free(field(default=None))  # where <name>-{train,val,test} lie prepared: a URL, "pipe:COMMAND {name}" or a folder
     cache: str | None = free(field(default=None))  # where the remote's tars are kept: <cache>/<name>-train/...; None: beside the index in ``shards``
     cache_gb: float | None = free(at_least(None, 0.001))  # the remote's tars that are kept at most; None: all
-    workers: int = free(at_least(2, 1, 256))  # loader threads of each rank
+    workers: int | None = free(at_least(None, 1, 256))  # loader threads of each rank; None: as many as it has CPU threads, 2 to 8
     memory_gb: float = free(at_least(1.0, 0))  # decoded images that each rank of classify keeps in memory
     on_error: str = free(one_of("stop", "skip"))  # a sample that cannot be read: stop the training, or take the next one and report it
     streams: int = at_least(16, 1)  # canonical streams: shards that an epoch reads from side by side

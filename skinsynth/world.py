@@ -143,10 +143,12 @@ def join(world: World, variables: dict[str, str]) -> Iterator[None]:
     Not where something was raised: NCCL's leave waits for peers that may sit in a collective, and the reason would be told to nobody. The
     end of the process tells them.
     """
-    os.environ.update(variables)
     if world.size == 1:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # with them accelerate would wrap the model for a gang of one
+            os.environ.pop(name, None)
         yield
         return
+    os.environ.update(variables)
     import torch.distributed as dist
 
     _take_gpu(world)

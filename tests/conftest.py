@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What tests/gpu may use; the others run on CPUs everywhere, or none could compare bytes. xdist's workers find it as their parent left it.
+GPUS = os.environ.setdefault("SKINSYNTH_TESTS_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 Setup = Callable[..., "tuple[Config, RunDir]"]
 ROOT = Path(__file__).resolve().parent.parent
 DEVCLUSTER = ROOT / "slurm" / "devcluster"
@@ -92,6 +95,15 @@ def real() -> Path:
     if not (REAL / "isic2017" / "metadata.csv").is_file():
         pytest.skip(f"no real images at {REAL}: they are not part of the repository (see shards/README.md)")
     return REAL
+
+
+@pytest.fixture(scope="session")
+def gpu() -> dict[str, str]:
+    """The environment of a process that may use the GPU; skips where there is none."""
+    if not shutil.which("nvidia-smi") or GPUS == "" or subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).returncode:
+        pytest.skip("needs a GPU")
+    env = {name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
+    return env if GPUS == "all" else {**env, "CUDA_VISIBLE_DEVICES": GPUS}
 
 
 def free_port() -> int:

@@ -132,3 +132,14 @@ def test_a_wrong_set_up_is_no_lost_peer() -> None:
     assert lost_peer(RuntimeError("[gloo] Connection closed by peer [10.0.0.1]:123"))
     assert lost_peer(RuntimeError("NCCL error: remote process exited or there was a network error"))
     assert not lost_peer(RuntimeError("NCCL error: invalid usage: Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000"))
+
+
+def test_a_rank_alone_is_no_gang_to_the_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where LOCAL_RANK is set and there is a GPU, accelerate begins a process group and wraps the model for it."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    alone, variables = place()
+    with join(alone, variables):
+        assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys()
+        assert not dist.is_initialized()
+        assert place()[0] == alone

@@ -11,6 +11,7 @@ from dataclasses import asdict
 import numpy as np
 from safetensors.torch import save
 
+from skinsynth import cpu
 from skinsynth.data import concepts, views
 from skinsynth.data.cache import open_dataset
 from skinsynth.data.codec import to_npy
@@ -59,7 +60,8 @@ def encode(cfg: Config, run: RunDir, task: Task) -> None:
             samples = _readable(train, samples, shard) if skip else samples
             batches = dict(enumerate(diffusion.padded(samples, cfg.encode.batch)))
             numbered = ((number, [batch]) for number, (batch, _) in batches.items())
-            with Feed(drawn, numbered, cfg.data.workers, turns=pipe.vae.device.type == "cpu") as feed:  # the next batch is decoded beside this one
+            # the next batch is decoded beside this one
+            with Feed(drawn, numbered, cpu.loaders(cfg.data.workers), turns=pipe.vae.device.type == "cpu") as feed:
                 for number, (images,) in feed:
                     batch, count = batches[number]
                     moments = np.stack([diffusion.encode_images(pipe.vae, view) for view in images], 1)

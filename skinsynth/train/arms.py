@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from skinsynth import cpu
 from skinsynth.data import leakage
 from skinsynth.data.augment import augment, blend, partner
 from skinsynth.data.cache import open_dataset
@@ -51,7 +52,7 @@ class Data:
     def __init__(self, cfg: Config, run: RunDir, arm: str, seed: int, side: int | None = None):
         """``side``: pixels that the model sees; None: those of the shards."""
         self.decoded = Decoded(cfg.prepare.size, side or cfg.prepare.size, cfg.data.memory_gb * 1e9)
-        self.cfg, self.seed, self.workers, self.batch_size = cfg, seed, cfg.data.workers, cfg.classify.global_batch
+        self.cfg, self.seed, self.workers, self.batch_size = cfg, seed, cpu.loaders(cfg.data.workers), cfg.classify.global_batch
         smooth = cfg.classify.label_smoothing
         self.labels = ((1 - smooth) * np.eye(CLASSES) + smooth / CLASSES).astype(np.float32)  # of each class
         tolerate = cfg.data.on_error == "skip"  # of what is trained on; what is judged on must be whole

@@ -170,7 +170,7 @@ class Checkpoints:
         mine, odd = {}, None
         for name, value in self._held(engine):
             odd = odd or (None if _finite(value) else "/".join(name.split("/")[:2]))
-            mine[name] = value.to("cpu", copy=True).contiguous()
+            mine[name] = value.to("cpu", copy=True)
         for name in filter(None, self.world.gather(odd)):  # each looked at what it writes
             raise NotFinite(name)
         temp = self.folder / f".step-{step:08d}.tmp"
@@ -217,6 +217,8 @@ class Checkpoints:
                     yield f"{key}/{name}", engine.full(key, name)
 
     def _write(self, file: Path, mine: dict[str, torch.Tensor]) -> None:
+        for name in mine:  # convolutions are channels-last; one after the other, so that none is held twice for long
+            mine[name] = mine[name].contiguous()
         try:
             save_file(mine, file)
             mode_by_umask(file)

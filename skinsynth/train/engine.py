@@ -327,16 +327,18 @@ class Engine:
         return {"step": torch.tensor(float(step), device=like.device if self.adam.param_groups[0].get("fused") else "cpu")}
 
     def _set(self, key: str, name: str, value: torch.Tensor) -> None:
-        import deepspeed.utils as ds
-
         p: Any = self.trained[name]
         if not self.sharded and key == WEIGHT:
             p.data.copy_(value)
-        elif not self.sharded:
+            return
+        if not self.sharded:
             # in the parameter's own memory format: the fused kernels go through both as they lie
             same = value.shape == p.shape
             self.adam.state[p][key] = torch.empty_like(p, dtype=value.dtype).copy_(value) if same else value.to(p.device)
-        elif self.cfg.zero < 3:
+            return
+        import deepspeed.utils as ds
+
+        if self.cfg.zero < 3:
             value = value.to(p.device)
             ds.safe_set_full_fp32_param(p, value) if key == WEIGHT else ds.safe_set_full_optimizer_state(p, value, key)
         else:  # its own share: safe_set_full_... cannot cut a parameter that the ranks do not divide

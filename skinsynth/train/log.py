@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 import torch
 
-from skinsynth.data.shards import BadSample
+from skinsynth.data.loader import LoaderProcess, Reads
 from skinsynth.errors import UserError
 from skinsynth.files import write_json, write_text
 from skinsynth.knobs import Training
@@ -37,20 +37,12 @@ FEW = 10  # losses whose mean is held against the usual one: a single batch may 
 KNOWN = 20  # losses from which on there is a usual one, the median of the last ``USUAL``
 USUAL = 500
 # Dense bf16 peak in FLOP/s, from the vendors' data sheets; of other devices, and of parts of one (MIG), no MFU is told.
-PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+PEAK = {"H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
         "A100": 312e12, "L40S": 362e12, "A40": 150e12, "A6000": 155e12, "V100": 125e12}
 
 
-class Data(Protocol):
-    """What a training reads. ``workers``: threads that load; ``bad``: the samples that could not be read and were skipped."""
-
-    workers: int
-
-    @property
-    def bad(self) -> list[BadSample]: ...
-
-    def batch(self, positions: range) -> Batch:
-        """Positions of the run -> a micro batch, on the CPU. Called from other threads."""
+class Data(Reads, Protocol):
+    """What a training reads."""
 
     def keys(self, positions: range) -> list[str]:
         """The names of those samples."""
@@ -78,6 +70,7 @@ class TrainLog:
 
     def __init__(self, folder: Path, engine: Engine, begin: int, clock: Clock, data: Data, state: dict[str, Any]):
         self.path, self.engine, self.data, self.begin, self.clock, self.state = folder / "metrics.jsonl", engine, data, begin, clock, state
+        self.reader: Data | LoaderProcess = data  # who has met the bad samples
         self.waiting: list[tuple[int, torch.Tensor]] = []
         self.since, self.waited = time.perf_counter(), 0.0
         before = [row["loss"] for row in read_lines(self.path) if row["step"] <= begin] if engine.world.is_main else []
@@ -197,7 +190,7 @@ class TrainLog:
         """How many samples were skipped on all ranks since the start, before a restart too; ``bad-samples.csv`` lists them."""
         path, world = self.path.with_name("bad-samples.csv"), self.engine.world
         found = _listed(path) if world.is_main else {}
-        for rank in world.gather(self.data.bad):
+        for rank in world.gather(self.reader.bad):
             found |= {(bad.key, f"{bad.folder}/{bad.shard}"): bad.reason for bad in rank}
         if found and world.is_main:
             text = io.StringIO()

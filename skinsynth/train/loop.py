@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from skinsynth.data.loader import LoaderProcess
 from skinsynth.data.order import share
 from skinsynth.data.stream import Feed
 from skinsynth.run import Progress, RunDir
@@ -26,6 +27,7 @@ from skinsynth.train.optimizer import ema_decay, learning_rate
 from skinsynth.world import Stopped
 
 Judge = Callable[[int, dict[str, Any]], None]  # of (steps done, state)
+Reader = Feed[range, Batch] | LoaderProcess
 Show = Callable[[int], dict[str, np.ndarray] | None]  # steps done -> pictures for TensorBoard
 
 
@@ -62,8 +64,8 @@ def train(engine: Engine, run: RunDir, node: str, checkpoints: Checkpoints, cloc
     if progress and not left:
         progress.end()
     todo = ((step, share(step, cfg.global_batch, engine.micro, world.rank, world.size)) for step in left)
-    cuda = engine.device.type == "cuda"
-    with closing(checkpoints), Feed(data.batch, todo, data.workers, pin=cuda, turns=not cuda) as feed:
+    with closing(checkpoints), reader(data, todo, engine.device.type == "cuda") as feed:
+        log.reader = feed if isinstance(feed, LoaderProcess) else data
         batches, due = iter(feed), False
         for step in left:
             mine, error = _next(batches)
@@ -96,6 +98,11 @@ def train(engine: Engine, run: RunDir, node: str, checkpoints: Checkpoints, cloc
     return state
 
 
+def reader(data: Data, todo: Iterator[tuple[int, list[range]]], gpu: bool) -> Reader:
+    """On a CPU loading and training take turns; a GPU is fed from another process, since here threads would keep it from its orders."""
+    return LoaderProcess(data, todo, pin=True) if gpu else Feed(data.batch, todo, data.workers, turns=True)
+
+
 def _next(batches: Iterator[tuple[int, list[Batch]]]) -> tuple[list[Batch], BaseException | None]:
     """The micro batches of the next step, or why there are none."""
     try:
@@ -113,7 +120,7 @@ def _save(done: int, log: TrainLog, checkpoints: Checkpoints, engine: Engine, st
         raise log.blame(done - 1, f"is finite at step {done}, but '{error}' is not after that step's update") from None
 
 
-def _leave(node: str, step: int, log: TrainLog, feed: Feed[range, Batch], checkpoints: Checkpoints, engine: Engine, state: dict[str, Any],
+def _leave(node: str, step: int, log: TrainLog, feed: Reader, checkpoints: Checkpoints, engine: Engine, state: dict[str, Any],
            error: BaseException | None) -> NoReturn:
     """All ranks save, unless that was just done, and stop: for a signal that one has heard, a batch that one could not read, or what it could not
     write."""

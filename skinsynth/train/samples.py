@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from skinsynth import cpu
 from skinsynth.data import concepts, descent, views
 from skinsynth.data.cache import open_dataset
 from skinsynth.data.order import sample_rng
@@ -51,7 +52,7 @@ class Samples:
     """
 
     def __init__(self, cfg: Config, run: RunDir, pipe: Any, base_sha256: str):
-        self.cfg, self.seed, self.base_sha256, self.workers = cfg, cfg.seed, base_sha256, cfg.data.workers
+        self.cfg, self.seed, self.base_sha256, self.workers = cfg, cfg.seed, base_sha256, cpu.loaders(cfg.data.workers)
         skip = cfg.data.on_error == "skip"
         self.train = open_dataset(cfg, run, "train", skip)
         self.sources = concepts.sources(cfg, self.train)
