@@ -35,6 +35,8 @@ from skinsynth.knobs import (
 )
 
 STAGES = ("prepare", "encode", "finetune", "generate", "screen", "classify", "report")
+PATHS = ("metadata", "images", "duplicates", "instance_data_dir", "class_data_dir", "synthetic", "shards", "cache")  # of data
+COMMAND_LINE = "command line"
 FINITE, NOT_USED = "expected a finite number", "the configuration cannot be used:\n  "
 NAME = re.compile(r"\w[\w.-]*")
 CLUSTERS = Path(__file__).resolve().parent.parent / "configs" / "cluster"
@@ -49,11 +51,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"configuration {path} does not exist (the shipped ones are in configs/)")
-    items = [_dot(item) for item in overrides or []]
     try:
         raw = OmegaConf.to_container(OmegaConf.load(path))
-        whole = [item for item in items if item.startswith("cluster=")]  # cluster=slurm cluster.account=x: the file first, then the key
-        dots = [OmegaConf.to_container(OmegaConf.from_dotlist(part)) for part in (whole, [item for item in items if item not in whole])]
     except (OmegaConfBaseException, ValueError) as error:
         raise UserError(f"{path}: {_first_line(error)}") from None
     except Exception as error:  # yaml's own errors have no common base that omegaconf exports
@@ -61,7 +60,9 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected 'key: value' pairs at the top, found {type(raw).__name__}")
     base: Any = OmegaConf.structured(Config)
-    for layer, where in ((raw, str(path)), *((part, "command line") for part in dots)):
+    for layer, where, anew in ((raw, str(path), ""), *((part, COMMAND_LINE, key) for key, part in _parts(overrides or []))):
+        if anew and _make_room(base, anew.replace(".class", ".class_").split("."), layer):
+            continue
         if isinstance(layer, dict) and isinstance(layer.get("cluster"), str):  # another cluster, with nothing left of the one before
             base.cluster = OmegaConf.structured(Cluster())
         base = _merge(base, _cluster(_rename(layer, "class", "class_"), where), where)
@@ -70,8 +71,18 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     except OmegaConfBaseException as error:  # ${...} that stands for nothing, or something that must be given
         key = (error.full_key or "").replace("class_", "class")
         raise UserError(f"{path}: {f'{key}: ' if key else ''}{_first_line(error)}") from None
+    _expand(config)
     check(config)
     return config
+
+
+def _expand(config: Config) -> None:
+    """~ in paths: the shell expands none after an equals sign, and a folder of that name would be made."""
+    for section, names in ((config, ("run",)), (config.data, PATHS)):
+        for name in names:
+            value = getattr(section, name)
+            if value and value.startswith("~"):
+                setattr(section, name, str(Path(value).expanduser()))
 
 
 def dump(config: Config) -> str:
@@ -244,6 +255,70 @@ def _check_fields(prefix: str, node: Any) -> Any:
         if span and value is not None and not span[0] <= value <= span[1]:
             yield f"{name} is {value}, expected {span[0]} to {span[1]}" if span[1] < math.inf else f"{name} is {value}, expected {span[0]} or more"
         yield from _check_fields(name, value)
+
+
+def _parts(overrides: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, layer) of each override that says anew what a whole key holds (``classify.arms={...}``, ``classify.arms.hybrid=null``), and ("", layer)
+    of the others between them, together. Clusters come first: cluster=slurm cluster.account=x is the file and then the key.
+
+    Raises:
+        UserError: one that is not of the form key=value.
+    """
+    together: list[str] = []
+    for item in sorted(map(_dot, overrides), key=lambda item: not item.startswith("cluster=")):
+        try:
+            value: Any = OmegaConf.to_container(OmegaConf.from_dotlist([item]))
+        except Exception as error:  # omegaconf's and yaml's own
+            raise UserError(f"{COMMAND_LINE}: '{item}' cannot be read as YAML ({_first_line(error)}): put a text with brackets, colons or commas in "
+                            """quotes, for example 'generate.classes.benign.prompts=["a {diagnosis}"]'""") from None
+        key, layer = item.partition("=")[0].strip(), value
+        for _ in key.split("."):
+            value = next(iter(value.values()))
+        if isinstance(value, dict) or value is None or key == "cluster":
+            yield from _together(together)
+            yield key, layer
+            together = []
+        else:
+            together.append(item)
+    yield from _together(together)
+
+
+def _together(items: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    if items:
+        yield "", OmegaConf.to_container(OmegaConf.from_dotlist(items))  # type: ignore[misc]
+
+
+def _make_room(base: Any, path: list[str], layer: Any) -> bool:
+    """Empties what a mapping says anew: of names that the user chose (arms, concepts, classes, stages, sources, filters) none of the old ones stays,
+    while a section's other keys do. A name that is null is taken out; True where nothing is left to merge then."""
+    parent, value = base, layer
+    for name in path[:-1]:
+        parent, value = parent.get(name, {}), next(iter(value.values()))
+    value = next(iter(value.values()))
+    if not OmegaConf.is_dict(parent):
+        return False
+    if value is None and _names(parent) and parent._metadata.element_type is not Any:
+        if path[-1] not in parent:
+            raise UserError(f"{COMMAND_LINE}: {'.'.join(path)}=null takes out what is not there; there are {', '.join(map(str, parent)) or 'none'}")
+        parent.pop(path[-1])
+        return True
+    _empty(parent, path[-1], value)
+    return False
+
+
+def _empty(parent: Any, name: str, value: Any) -> None:
+    if not isinstance(value, dict) or name not in parent or not OmegaConf.is_dict(parent[name]):
+        return
+    if _names(parent[name]):
+        OmegaConf.update(parent, name, {}, merge=False)
+    else:
+        for inner, its in value.items():
+            _empty(parent[name], inner, its)
+
+
+def _names(node: Any) -> bool:
+    """Whether the keys are the user's own names, and not a section's."""
+    return OmegaConf.get_type(node) is dict
 
 
 def _merge(base: Any, layer: dict[str, Any], where: str) -> Any:

@@ -129,6 +129,8 @@ def locked(path: Path) -> Iterator[None]:
     try:
         lock = open(path, "a")  # noqa: SIM115
     except PermissionError:  # another user's, in a group's folder: to lock it, it need not be written
+        if not path.exists():  # a folder that is not to be written to
+            raise
         lock = open(path)  # noqa: SIM115
     with lock:
         with suppress(OSError):

@@ -41,7 +41,7 @@ class Data:
     instance_data_dir: str | None = None
     class_data_dir: str | None = None
     synthetic: str | None = None  # a folder of synthetic images from elsewhere: instead of fine-tuning and generating (see data.external)
-    shards: str = "shards"
+    shards: str = free(field(default="shards"))  # a place, like ``run``: both may be moved
     remote: str | None = free(field(default=None))  # where <name>-{train,val,test} lie prepared: a URL, "pipe:COMMAND {name}" or a folder
     cache: str | None = free(field(default=None))  # where the remote's tars are kept: <cache>/<name>-train/...; None: beside the index in ``shards``
     cache_gb: float | None = free(at_least(None, 0.001))  # the remote's tars that are kept at most; None: all

@@ -11,12 +11,13 @@ from rich.console import Console
 
 from skinsynth import slurm, stages
 from skinsynth.chain import Node, chain
+from skinsynth.data import given
 from skinsynth.errors import UserError
 from skinsynth.files import write_bytes
 from skinsynth.knobs import Config
 from skinsynth.local import Local, stop_processes
 from skinsynth.models import hub
-from skinsynth.reuse import take_over
+from skinsynth.reuse import check_names, take_over
 from skinsynth.run import RunDir
 
 
@@ -35,12 +36,17 @@ def launch(cfg: Config, console: Console, earlier: RunDir | None = None, until: 
         return
     for _, find in hub.models(cfg).values():
         find()  # a missing model is told now, not by a job that has waited for its turn
+    run.make()
     with run.lock():
         # queued jobs read the configuration when they begin, so it is written only once it is known that this launch may be
         if cfg.cluster.kind != "slurm":
             _not_with_slurm(run, nodes)
         _same_mode(cfg, run)
         before = run.config_path.read_bytes() if run.config_path.exists() else None
+        if earlier:
+            check_names(cfg, run, earlier)
+        if not run.is_done("prepare"):  # told now like a missing model; and the folder would keep a name that was misspelt
+            given.check(cfg)
         run.create(cfg)
         if earlier:
             take_over(cfg, run, earlier, console)
@@ -112,7 +118,10 @@ def cancel(run: RunDir, stage: str | None, console: Console) -> None:
     if owner is not None and stage:
         raise UserError(f"a launch that is under way is stopped as a whole: skinsynth cancel {run.path}")
     if owner is not None:
-        os.kill(owner[1], signal.SIGTERM)
+        try:
+            os.kill(owner[1], signal.SIGTERM)
+        except PermissionError:
+            raise UserError(f"{run.path} is being launched by another user (process {owner[1]}): ask them to stop it") from None
         console.print(f"told the launch (process {owner[1]}) to stop; it saves its state first")
     elif slurm.submitted(run):
         active = slurm.queued(slurm.job_name(run, name) for name in chosen)

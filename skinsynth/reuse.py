@@ -34,11 +34,10 @@ def take_over(cfg: Config, run: RunDir, old: RunDir, console: Console) -> None:
     """Fills the new run's folder and datasets; the caller has its lock. What the new run has begun itself stays.
 
     Raises:
-        UserError: no run there, one that calls its datasets the same, or a file that cannot be copied.
+        UserError: as ``check_names``, or a file that cannot be copied.
     """
+    check_names(cfg, run, old)
     was = old.config()
-    if any(old.dataset(was, kind).resolve() == run.dataset(cfg, kind).resolve() for kind in DATASETS):
-        raise UserError(f"{run.path} and {old.path} would have the same datasets ({old.dataset(was, 'synthetic')}): give the new run another name")
     taken: list[str] = []
     for node, needs in configs.needs(cfg).items():
         if node == "report" or run.is_done(node):
@@ -52,6 +51,13 @@ def take_over(cfg: Config, run: RunDir, old: RunDir, console: Console) -> None:
             console.print(f"not taken over: {node}, since {why}", highlight=False, soft_wrap=True)
     if taken:
         console.print(f"taken over from {old.path}: {', '.join(taken)}", highlight=False, soft_wrap=True)
+
+
+def check_names(cfg: Config, run: RunDir, old: RunDir) -> None:
+    """Raises ``UserError`` where there is no earlier run, or one that calls its datasets the same."""
+    was = old.config()
+    if any(old.dataset(was, kind).resolve() == run.dataset(cfg, kind).resolve() for kind in DATASETS):
+        raise UserError(f"{run.path} and {old.path} would have the same datasets ({old.dataset(was, 'synthetic')}): give the new run another name")
 
 
 def origins(cfg: Config, run: RunDir) -> dict[str, list[str]]:

@@ -97,26 +97,30 @@ class RunDir:
         return configs.load(self.config_path)
 
     def check(self, cfg: Config) -> None:
-        """Makes the folder; refuses one that was made with another configuration.
+        """Refuses a folder that was made with another configuration.
 
         Cluster keys may change between launches: they change where the work is done, not what comes out.
 
         Raises:
-            UserError: the folder holds another configuration (the differing keys are listed), or cannot be written.
+            UserError: the folder holds another configuration; the differing keys are listed.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"the run folder {self.path} cannot be written: {error.strerror}") from None
         if self.config_path.exists():
             found = configs.difference(cfg, self.config())
             if found:
                 raise UserError(f"{self.path} was made with another configuration:\n  " + "\n  ".join(found) +
                                 f"\ntake another folder (run=..., with --reuse {self.path} for what stays the same), or delete this one")
 
+    def make(self) -> None:
+        """Makes the folder itself. Raises ``UserError`` where it cannot be written."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the run folder {self.path} cannot be written: {error.strerror}") from None
+
     def create(self, cfg: Config) -> None:
-        """Writes the resolved configuration, which jobs read when they begin. Raises ``UserError`` as ``check`` does."""
+        """Writes the resolved configuration, which jobs read when they begin. Raises ``UserError`` as ``check`` and ``make`` do."""
         self.check(cfg)
+        self.make()
         try:
             write_text(self.config_path, configs.dump(cfg))
             if not (self.path / "provenance.json").exists():

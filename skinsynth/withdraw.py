@@ -37,8 +37,10 @@ def find(group: str, shards: Path, runs: Path) -> list[Descendant]:
     folder of runs.
 
     Raises:
-        UserError: no such folder, or a dataset in it with a damaged index.
+        UserError: no such folder, a dataset in it with a damaged index, or an id that is an image's.
     """
+    if not group.strip():
+        raise UserError("the id is empty: give that of a patient, a lesion or a group")
     for path in (shards, runs):
         if not path.is_dir():
             raise UserError(f"{path} is not a folder: give the one of the datasets (--shards) and the one of the runs (--runs)")
@@ -79,6 +81,9 @@ def _resolve(group: str, tables: dict[Path, Table]) -> Withdrawn:
     """What an id stands for, with the groups that it is part of (among ``people``) and their images. A group is named after one of its members, and
     not the same in every dataset; an id is a lesion's only where no patient has it."""
     rows = [row for table in tables.values() for row in zip(table["groups"], table["images"], table["patients"], table["lesions"], strict=True)]
+    of_image = sorted({str(name) for name, image, patient, lesion in rows if image == group and group not in (name, patient, lesion)})
+    if of_image:
+        raise UserError(f"{group} is an image, of the group {', '.join(of_image)} (of a patient or lesion, or its copies): give that one's id")
     people, things = ({name for name, _, patient, _ in rows if group in (name, patient)}, {name for name, _, _, lesion in rows if lesion == group})
     groups, lesion, unknown = people or things, bool(things and not people), not (people or things)
     return Withdrawn({str(name) for name in groups} | (set() if lesion else {group}), {group} if lesion or unknown else set(),
@@ -126,8 +131,7 @@ def _is_known(lineage: dict[str, Any]) -> bool:
 def _weights(run: RunDir, gone: Withdrawn, shards: Path, datasets: dict[str, str | None]) -> list[Descendant]:
     """The generator, and classifiers that were trained on real images of the group or on synthetic ones that descend from it, or may do so.
 
-    ``datasets``: the names of the folders in ``shards`` that do, with the reason, or may do (None). A run tells its home as it was typed: where
-    that is relative, to a place that nobody knows now, it is taken for this one.
+    ``datasets``: the names of the folders in ``shards`` that do, with the reason, or may do (None).
     """
     found = []
     lineage = read_json(run.weights / "lineage.json")
@@ -136,8 +140,7 @@ def _weights(run: RunDir, gone: Withdrawn, shards: Path, datasets: dict[str, str
     elif lineage and not _is_known(lineage):
         found.append(Descendant("weights of the generator", str(run.weights), None, None))
     cfg = run.config()
-    home = Path(cfg.data.shards)
-    if home.is_absolute() and home.resolve() != shards.resolve():
+    if not _is_home(run, Path(cfg.data.shards), shards):
         return found
     for arm, wanted in cfg.classify.arms.items():
         folders = {run.dataset(cfg, {"real": "train", "synthetic": "synthetic"}[name]).name for name in wanted.used} & datasets.keys()
@@ -146,6 +149,15 @@ def _weights(run: RunDir, gone: Withdrawn, shards: Path, datasets: dict[str, str
             paths = sorted(run.node(f"classify/{arm}").glob("**/weights"))
             found += [Descendant("weights of a classifier", str(weights), None, why) for weights in paths]
     return found
+
+
+def _is_home(run: RunDir, told: Path, shards: Path) -> bool:
+    """Whether a run's datasets are those. The configuration tells their home as it was typed: where that is relative, to a place that nobody knows
+    now, it is taken for this one. What ``prepare`` noted is told from the run's own folder, and moves along with both."""
+    made = (read_json(run.done_path("prepare")) or {}).get("outputs", [])
+    here = run.path.resolve()
+    return (not told.is_absolute() or told.resolve() == shards.resolve()
+            or any((here / output).resolve().is_relative_to(shards.resolve()) for output in made))
 
 
 def withdraw(group: str, found: list[Descendant], shards: Path) -> None:

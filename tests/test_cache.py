@@ -23,6 +23,7 @@ from skinsynth.data import cache
 from skinsynth.data.cache import Cache, open_dataset
 from skinsynth.data.shards import BadSample, Dataset, ShardWriter, write_manifest
 from skinsynth.data.stream import Source
+from skinsynth.data.verify import verify
 from skinsynth.data.withdrawn import mark
 from skinsynth.errors import UserError
 from skinsynth.files import birth, read_json
@@ -444,3 +445,16 @@ def test_many_that_bring_at_once_leave_no_more_than_the_limit(there: Path, tmp_p
         list(pool.map(lambda n: data.read(next(data.shard_samples(n)), "jpg"), range(len(shards))))
     left = [path.stat().st_size for path in (tmp_path / "shards").rglob("*.tar")]
     assert 0 < sum(left) <= cfg.data.cache_gb * 1e9, "one, or the last, which is small, beside another"
+
+
+def test_verify_knows_that_tars_are_brought_when_they_are_read(there: Path, tmp_path: Path) -> None:
+    run = go(config(tmp_path, remote=str(there)))
+    folder = run.dataset(config(tmp_path), "train")
+    found = verify(folder)
+    assert found.problems == []
+    assert found.images == len(Dataset.open(there / "set-train"))
+    assert "0 of " in found.notes[0]
+    shutil.copy(there / "set-train/00000.tar", folder)
+    assert "1 of " in verify(folder).notes[0]
+    (folder / "00000.tar").write_bytes((folder / "00000.tar").read_bytes()[:-600])
+    assert any("00000.tar has " in problem for problem in verify(folder).problems)

@@ -175,3 +175,39 @@ def test_what_yaml_would_take_for_another_number_is_told(item: str, told: str) -
 def test_words_that_only_look_so_are_taken() -> None:
     cfg = config.load("configs/demo.yaml", ["cluster=slurm", 'cluster.account="0123"', "run=runs/08", 'cluster.extra={begin: "20:30:00"}', "seed=0"])
     assert (cfg.cluster.account, cfg.run, cfg.cluster.extra, cfg.seed) == ("0123", "runs/08", {"begin": "20:30:00"}, 0)
+
+
+def test_a_mapping_on_the_command_line_is_the_whole_of_what_a_user_named() -> None:
+    """Not more of what was there: another experiment would run without a word."""
+    def demo(*items: str) -> Config:
+        return config.load("configs/demo.yaml", list(items))
+
+    assert demo("classify.arms.baseline.sources={synthetic: 1}").classify.arms["baseline"].sources == {"synthetic": 1}
+    assert list(demo("classify.arms={only: {sources: {real: 1}}}").classify.arms) == ["only"]
+    assert demo("classify.arms={}").classify.arms == {}
+    assert list(demo("classify.arms={}", "classify.arms.x.sources.real=1").classify.arms) == ["x"]
+    name = next(iter(demo().finetune.concepts))
+    for item in ("instance.where={diagnosis: melanoma}", "instance={where: {diagnosis: melanoma}}"):
+        assert demo(f"finetune.concepts.{name}.{item}").finetune.concepts[name].instance.where == {"diagnosis": "melanoma"}
+    cls = demo(f"finetune.concepts.{name}.class={{where: {{site: torso}}}}").finetune.concepts[name].class_
+    assert cls is not None
+    assert cls.where == {"site": "torso"}
+    assert list(demo("classify.arms.hybrid=null").classify.arms) == ["baseline"]
+    split = demo("prepare.split={train: 0.5}").prepare.split  # a section keeps its other keys
+    assert (split.train, split.val) == (0.5, demo().prepare.split.val)
+    assert demo("data.metadata=null").data.metadata is None
+    assert demo("classify.arms.hybrid.sources.real=3", "classify.arms.hybrid.sources={real: 1}").classify.arms["hybrid"].sources == {"real": 1}
+    with pytest.raises(UserError, match=r"classify\.arms\.hybri=null takes out what is not there; there are baseline, hybrid"):
+        demo("classify.arms.hybri=null")
+
+
+def test_what_cannot_be_read_on_the_command_line_is_not_blamed_on_the_file() -> None:
+    with pytest.raises(UserError, match=r"command line: 'generate\.classes\.benign\.prompts=\[a \{diag\}\]' cannot be read as YAML") as caught:
+        config.load("configs/demo.yaml", ["generate.classes.benign.prompts=[a {diag}]"])
+    assert "demo.yaml" not in str(caught.value)
+
+
+def test_a_tilde_is_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of-somebody")
+    cfg = config.load("configs/demo.yaml", ["run=~/runs/a", "data.shards=~/shards", "data.name=a~"])
+    assert (cfg.run, cfg.data.shards, cfg.data.name) == ("/home/of-somebody/runs/a", "/home/of-somebody/shards", "a~")

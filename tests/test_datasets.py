@@ -422,3 +422,59 @@ def test_runs_behind_links_are_found_and_other_tools_files_are_none(tmp_path: Pa
     (tmp_path / "runs/isic").symlink_to(run.path)
     (tmp_path / "runs/round").symlink_to(tmp_path / "runs")
     assert [d.folder for d in find("P1", tmp_path / "shards", tmp_path / "runs")] == [str(tmp_path / "runs/isic/finetune/weights")]
+
+
+def of_patients(shards: Path, rows: dict[str, tuple[str, str | None, str | None]]) -> Path:
+    """A dataset of real images: key -> group, patient, lesion."""
+    with ShardWriter(shards / "isic-train", 0) as shard:
+        for key, (group, patient, lesion) in rows.items():
+            facts = {"target": 0, "group": group, "origin": "real"}
+            shard.add(key, {"jpg": b"x", "json": json.dumps(facts).encode()}, target=0, group=group, patient=patient, lesion=lesion)
+    write_manifest(shards / "isic-train", 1, kind="real")
+    return shards / "isic-train"
+
+
+def test_an_images_name_is_no_patient(tmp_path: Path) -> None:
+    """Where the metadata know no patient it is the name that a user has."""
+    of_patients(tmp_path / "shards", {"ISIC_1": ("sha-12", None, None), "ISIC_2": ("sha-12", None, None), "ISIC_3": ("ISIC_3", None, "ISIC_3")})
+    with pytest.raises(UserError, match="ISIC_2 is an image, of the group sha-12 "):
+        find("ISIC_2", tmp_path / "shards", tmp_path)
+    assert [one.keys for one in find("sha-12", tmp_path / "shards", tmp_path)] == [["ISIC_1", "ISIC_2"]]
+    assert [one.keys for one in find("ISIC_3", tmp_path / "shards", tmp_path)] == [["ISIC_3"]], "a lesion is one whatever it is called"
+    with pytest.raises(UserError, match="the id is empty"):
+        find(" ", tmp_path / "shards", tmp_path)
+
+
+def test_a_copied_tree_has_its_own_classifiers(tmp_path: Path) -> None:
+    """Its configuration tells the home that it was copied from; what prepare noted lies beside it."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    of_patients(first / "shards", {"a": ("P1", "P1", None)})
+    run, cfg = RunDir(first / "runs/run"), Config(run=str(first / "runs/run"))
+    cfg.data.shards, cfg.classify.arms = str(first / "shards"), {"baseline": Arm({"real": 1.0})}
+    run.create(cfg)
+    run.finish("prepare", {}, [first / "shards/isic-train/manifest.json"])
+    (run.node("classify/baseline") / "seed-0/weights").mkdir(parents=True)
+    shutil.copytree(first, second)
+    for tree in (first, second):
+        found = find("P1", tree / "shards", tree / "runs")
+        assert [(one.kind, one.folder) for one in found if one.kind == "weights of a classifier"] == [
+            ("weights of a classifier", str(tree / "runs/run/classify/baseline/seed-0/weights"))]
+    assert not [one for one in find("P1", second / "shards", first / "runs") if "classifier" in one.kind], "those of another home"
+
+
+def test_exported_rows_name_the_patient_and_nobody_else(tmp_path: Path) -> None:
+    """A group may be named after a lesion, or after another patient."""
+    folder = of_patients(tmp_path / "shards", {"a": ("IP_1", "IP_1", None), "b": ("IP_1", "IP_2", None), "c": ("IL_7", None, "IL_7")})
+    export(folder, tmp_path / "out", "siim", None)
+    with open(tmp_path / "out/metadata.csv") as f:
+        assert {row["image_name"]: row["patient_id"] for row in csv.DictReader(f)} == {"a": "IP_1", "b": "IP_2", "c": ""}
+
+
+@pytest.mark.parametrize("listed", ["{}", '{"rejected": []}', "[]"])
+def test_a_file_that_lists_no_keys_exports_nothing(tmp_path: Path, listed: str) -> None:
+    (tmp_path / "list.json").write_text(listed)
+    done = skinsynth("export", str(small(tmp_path)), str(tmp_path / "out"), "--only", str(tmp_path / "list.json"))
+    assert done.returncode == 1
+    assert "no list of keys as screen writes it" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -64,8 +64,9 @@ def test_images_in_one_file_are_called_a_file(tmp_path: Path) -> None:
     cfg = config.load("configs/demo.yaml", [f"data.metadata={tmp_path}", f"data.images={tmp_path}/train-image.hdf5", "data.duplicates=null"])
     metadata, images = check.data(cfg)
     assert (metadata.state, metadata.found) == ("fail", f"{tmp_path} is a folder")
-    assert (images.state, images.found) == ("fail", f"{tmp_path}/train-image.hdf5 is a file")
-    assert "folder of JPEGs" in images.todo
+    assert (images.state, images.found) == ("fail", f"{tmp_path}/train-image.hdf5 is not a folder")
+    assert "the folder of image files" in images.todo
+    assert "data.images=" in images.todo
     assert "unpacked" in images.todo
 
 
@@ -245,3 +246,17 @@ print("torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_tables_and_folders_are_read_as_prepare_would(drawn: Path, tmp_path: Path) -> None:
+    table = tmp_path / "metadata.csv"
+    table.write_text("image_name,age\na,40\n")
+    (tmp_path / "empty").mkdir()
+    cfg = config.load("configs/demo.yaml", [f"data.metadata={table}", f"data.images={drawn / 'images'}", "data.duplicates=null",
+                                            f"data.synthetic={tmp_path / 'empty'}"])
+    found = {one.name: one for one in check.data(cfg)}
+    assert {name: one.state for name, one in found.items()} == {"data.metadata": "fail", "data.images": "ok", "data.synthetic": "fail"}
+    assert "has no column 'target'" in found["data.metadata"].found
+    assert "it has: nothing" in found["data.synthetic"].found
+    cfg.data.metadata, cfg.data.synthetic = str(drawn / "metadata.csv"), None
+    assert "120 rows that can be used" in {one.name: one for one in check.data(cfg)}["data.metadata"].found

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import overrides, skinsynth
+from PIL import Image
 from rich.console import Console
 
 from skinsynth import config
@@ -206,3 +207,12 @@ def test_an_image_that_changes_after_the_plan_stops_the_task(drawn: Path, tmp_pa
     image.unlink()
     with pytest.raises(UserError, match=f"{image.name} is gone since prepare looked at the images"):
         external.make_units(cfg, run, Task())
+
+
+def test_images_in_folders_within_a_class_are_told(tmp_path: Path) -> None:
+    for name in ("benign/a.tif", "malignant/b.JPG", "malignant/more/c.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (200, 150, 120)).save(tmp_path / name)
+    rows, aside = external.read(tmp_path)
+    assert {Path(row.file or "").name for row in rows} == {"a.tif", "b.JPG"}
+    assert aside == [{"key": "malignant/more/c.jpg", "reason": "in a folder within its class's folder: put it beside the others"}]

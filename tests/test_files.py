@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,3 +106,20 @@ def test_another_users_lock_is_taken_all_the_same() -> None:
                 pass
         finally:
             os.seteuid(0)
+
+
+def test_a_lock_in_a_folder_that_is_not_to_be_written_to_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that the lock is not there. (A superuser may write everywhere.)"""
+    real = open
+
+    def refused(path: Any, mode: str = "r", *more: Any, **keys: Any) -> Any:
+        if "a" in mode:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, mode, *more, **keys)
+
+    monkeypatch.setattr("builtins.open", refused)
+    with pytest.raises(PermissionError), files.locked(tmp_path / ".lock"):
+        pass
+    (tmp_path / ".lock").touch()
+    with files.locked(tmp_path / ".lock"):
+        pass

@@ -165,7 +165,7 @@ def test_dreambooth_folders(tmp_path: Path) -> None:
     assert not aside
     assert all(Path(r.file or "").is_file() for r in rows)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"class_data_dir.*holds no .jpg"):
+    with pytest.raises(UserError, match=r"class_data_dir.*holds no image"):
         isic.read_dreambooth(tmp_path / "melanoma", tmp_path / "empty")
 
 
@@ -259,7 +259,7 @@ def test_unusable_images_say_why(tmp_path: Path) -> None:
     with pytest.raises(BadImage, match="only 4 x 4 pixels"):
         isic.read_image(jpeg(tmp_path / "tiny.jpg", size=(4, 4)))
     with pytest.raises(BadImage, match="missing"):
-        isic.find_image(tmp_path, "absent")
+        isic.Images(tmp_path).find("absent")
     with pytest.raises(BadImage, match="missing"):
         isic.read_image(tmp_path / "absent.jpg")
 
@@ -347,3 +347,24 @@ def test_isic_2020_is_split_by_patient_within_two_percent_in_seconds() -> None:
     assert deviation(rows, split_of) < 0.02
     assert max(Counter(p for p, _ in {(r.patient_id, split_of[r.image_name]) for r in rows}).values()) == 1
     assert all(split_of[one] == split_of[other] for one, other in pairs)
+
+
+def test_an_image_is_found_whatever_its_ending_and_in_folders_within(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.Jpg", "c.tif", "part_1/d.jpeg", "e.png", "deep/e.jpg", "part_1/f.jpg", "part_2/f.jpg", "part_1/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        if name.endswith("txt"):
+            (tmp_path / name).write_text("no image")
+        else:
+            Image.new("RGB", (40, 30), (200, 150, 120)).save(tmp_path / name)
+    images = isic.Images(tmp_path)
+    assert {name: str(images.find(name).relative_to(tmp_path)) for name in "abcde"} == {
+        "a": "a.jpg", "b": "b.Jpg", "c": "c.tif", "d": "part_1/d.jpeg", "e": "e.png"}
+    assert isic.read_image(images.find("c")).shape == (30, 40, 3)
+    assert isic.mislabelled(images.find("c")) is None
+    with pytest.raises(isic.BadImage, match=r"2 files have its name: part_1/f\.jpg, part_2/f\.jpg"):
+        images.find("f")
+    for name in ("notes", "g"):
+        with pytest.raises(isic.BadImage, match="missing"):
+            images.find(name)
+    rows, _ = isic.read_dreambooth(tmp_path, tmp_path / "part_1")
+    assert {Path(row.file or "").name for row in rows} == {"a.jpg", "b.Jpg", "c.tif", "e.png", "d.jpeg", "f.jpg"}

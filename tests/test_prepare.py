@@ -520,3 +520,14 @@ def test_real_images(tmp_path: Path) -> None:
     assert 66 <= metrics["train"]["images"] <= 74
     data = Dataset.open(Path(cfg.data.shards) / "set-train")
     assert all(data.image(i).std() > 3 for i in range(len(data)))
+
+
+def test_an_id_that_nobody_knew_may_be_an_images_name(drawn: Path, tmp_path: Path) -> None:
+    """It was noted before anything was prepared."""
+    cfg = config(drawn, tmp_path)
+    name = (drawn / "metadata.csv").read_text().splitlines()[1].split(",")[0]
+    Path(cfg.data.shards).mkdir(parents=True)
+    withdraw(name, find(name, Path(cfg.data.shards), tmp_path), Path(cfg.data.shards))
+    prepare(cfg, RunDir(Path(cfg.run)), Task())
+    for split in SPLITS:
+        assert name not in Dataset.open(RunDir(Path(cfg.run)).dataset(cfg, split)).keys

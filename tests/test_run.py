@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import overrides
 from rich.console import Console
 
 from skinsynth import config, files, slurm, status
@@ -398,3 +399,34 @@ def test_a_task_that_tells_nothing_any_more_counts_for_no_speed(tmp_path: Path) 
     assert found["left"] == pytest.approx(80, rel=0.01)
 
 
+def test_a_misspelt_path_is_told_at_once_and_not_kept(drawn: Path, tmp_path: Path) -> None:
+    good = overrides(drawn, tmp_path)
+    for wrong, said in (("data.metadata=nowhere.csv", "data.metadata: nowhere.csv does not exist"), ("data.images=nowhere", "is not a folder"),
+                        ("data.duplicates=nowhere.csv", "data.duplicates: nowhere.csv does not exist"), ("data.synthetic=nowhere", "is not a folder"),
+                        (f"data.instance_data_dir={tmp_path}", "not both")):
+        with pytest.raises(UserError, match=said):
+            launches.launch(config.load("configs/demo.yaml", [*good, "cluster=debug", wrong]), Console(quiet=True), until="prepare")
+        assert not (tmp_path / "run/config.yaml").exists(), wrong
+    launches.launch(config.load("configs/demo.yaml", [*good, "cluster=debug"]), Console(quiet=True), until="prepare")
+    assert RunDir(tmp_path / "run").is_done("prepare")
+
+
+def test_both_the_run_and_its_datasets_may_be_moved(drawn: Path, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    launches.launch(config.load("configs/demo.yaml", [*overrides(drawn, old), "cluster=debug"]), Console(quiet=True), until="prepare")
+    old.rename(new)
+    cfg, run = config.load("configs/demo.yaml", overrides(drawn, new)), RunDir(new / "run")
+    run.check(cfg)
+    assert run.is_done("prepare")
+
+
+def test_another_users_launch_is_not_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir(tmp_path / "run")
+    run.create(config.load("configs/demo.yaml", [f"run={run.path}"]))
+
+    def kill(pid: int, number: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "kill", kill)
+    with run.lock(), pytest.raises(UserError, match="is being launched by another user"):
+        launches.cancel(run, None, Console(quiet=True))

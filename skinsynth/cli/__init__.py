@@ -11,16 +11,19 @@ from skinsynth.cli.app import app
 
 
 def main() -> None:
+    import os
+
     from skinsynth.errors import UserError
 
+    red = None if os.environ.get("NO_COLOR") else "red"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is a Ctrl-C
     try:
         app()
     except UserError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        typer.secho(f"error: {error}", fg=red, err=True)
         raise SystemExit(1) from None
     except OSError as error:
         from skinsynth.stages import explain
 
-        typer.secho(f"error: {explain(error)}", fg="red", err=True)
+        typer.secho(f"error: {explain(error)}", fg=red, err=True)
         raise SystemExit(1) from None

@@ -89,13 +89,13 @@ def export(dataset: DatasetFolder, folder: Annotated[str, typer.Argument(metavar
     if form not in ("siim", "imagefolder"):
         raise UserError(f"--format {form}: expected siim or imagefolder")
     listed = read_json(path_of(only)) if only else None
-    if only and not isinstance(listed, dict):
-        raise UserError(f"--only {only}: no such file, or no list of keys as screen writes it")
+    if only and not (isinstance(listed, dict) and isinstance(listed.get("keys"), list)):
+        raise UserError(f"--only {only}: no such file, or no list of keys as screen writes it (RUN/screen/accepted.json)")
     made_for = (listed or {}).get("manifest_sha256")
     if made_for and made_for != sha256_or_none(path_of(dataset) / "manifest.json"):  # every run's images have the same names
         raise UserError(f"--only {only} says what is accepted of another dataset than {dataset}, or of it before it was made anew: take that run's "
                         "list, or screen again")
-    count = exporting.export(path_of(dataset), path_of(folder), form, set(listed["keys"]) if listed else None)
+    count = exporting.export(path_of(dataset), path_of(folder), form, set(listed["keys"]) if listed is not None else None)
     typer.echo(f"{count:,} images in {folder}")
 
 
@@ -161,5 +161,6 @@ def withdraw(group: Annotated[str, typer.Option("--group", metavar="ID", help="p
     elif dry_run:
         typer.echo("nothing was marked (--dry-run)")
     else:
-        typer.echo(f"marked in {len(marked)} folders; delete what is to be made again without them (a run's finetune, generate, screen, classify, "
-                   "report), then launch again")
+        whole = sorted({one.folder for one in marked if one.kind in ("latents", "synthetic images")})
+        typer.echo(f"marked in {len(marked)} folders; delete what is to be made again without them (a run's encode, finetune, generate, screen, "
+                   f"classify, report{f', and {chr(44).join(whole)}' if whole else ''}), then launch again".replace(",/", ", /"))

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from skinsynth.data import withdrawn
-from skinsynth.data.shards import SHARD, Dataset, Handle, check_part, claim, part_path
+from skinsynth.data.shards import INDEX_ALONE, SHARD, Dataset, Handle, check_part, claim, part_path
 from skinsynth.errors import UserError
 from skinsynth.files import is_spare, locked, owner, sha256_file, sync, write_bytes
 from skinsynth.knobs import Config, Data
@@ -96,6 +96,7 @@ def _adopt_split(cfg: Config, folder: Path) -> dict[str, Any]:
     _check_manifest(remote, folder.name, manifest, cfg.prepare.size)
     with locked(folder / ".index.lock"):
         claim(folder, manifest["request"])
+        (folder / INDEX_ALONE).touch()
         if (folder / "manifest.json").exists():
             if (folder / "manifest.json").read_bytes() != content:
                 raise UserError(f"{folder} is not the dataset that lies at {remote}: choose another data.name, or delete the folder")

@@ -63,18 +63,18 @@ def _write(data: Dataset, temp: Path, form: str, only: set[str] | None, tell: Ca
             if only is not None and key not in only:
                 continue
             (place / f"{key}.jpg").write_bytes(data.read(index, "jpg"))
-            table.writerow({"file_name": f"{key}.jpg", **_row(key, data.json(index))})
+            patient = data.columns["patient"][index] if "patient" in data.columns else None  # the group may be a lesion's, or another patient's
+            table.writerow({"file_name": f"{key}.jpg", **_row(key, data.json(index), patient)})
             count += 1
         tell(number + 1, shards)
     write_text((temp if form == "siim" else place) / "metadata.csv", rows.getvalue())
     return count
 
 
-def _row(key: str, record: dict[str, Any]) -> dict[str, Any]:
+def _row(key: str, record: dict[str, Any], patient: str | None) -> dict[str, Any]:
     known = {**record, **record.get("attributes", {})}
     target = int(record["target"])
-    patient = "" if record["origin"] == "synthetic" else record["group"]
-    return {**{name: record.get(name) for name in EXTRA}, "image_name": key, "patient_id": patient, "sex": known.get("sex"),
+    return {**{name: record.get(name) for name in EXTRA}, "image_name": key, "patient_id": patient or "", "sex": known.get("sex"),
             "age_approx": known.get("age"), "anatom_site_general_challenge": known.get("site"), "diagnosis": known.get("diagnosis"),
             "benign_malignant": "malignant" if target else "benign", "target": target}
 

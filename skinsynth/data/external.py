@@ -7,7 +7,7 @@ The folder, or ``train/`` in it (a Hugging Face imagefolder; other splits are no
                                       own folder is its label
     benign/ and malignant/            images, in upper or lower case, or 0/ and 1/
 
-Images are JPEG, PNG or WebP, under names of any letters: the samples' keys are made of these.
+Images are JPEG, PNG, TIFF, BMP or WebP, under names of any letters: the samples' keys are made of these.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CLASSES = ("benign", "malignant")  # by target
 LABELS = {"benign": 0, "malignant": 1, "0": 0, "1": 1}  # names of folders -> target
 TABLES = ("metadata.csv", "metadata.jsonl")
 NAMES = ("file_name", *isic.COLUMNS["image_name"])  # columns that name an image, the first that is filled counts
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+ENDINGS = tuple(isic.FORMATS)
 SHOWN = 5  # entries of a folder that is refused
 KNOWN = ("sex", "age", "site", "diagnosis")
 LINEAGE = {"base": "elsewhere", "weights_sha256": None, "train": None, "group_ids": None, "trained_group_ids": None}
@@ -66,14 +66,18 @@ def read(folder: Path) -> tuple[list[Row], list[Aside]]:
 
 def _read_labelled(root: Path, folders: list[Path]) -> tuple[list[Row], list[Aside]]:
     """Raises ``UserError`` where a class has no image."""
-    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix.lower() in ENDINGS]
+    entries = [path for folder in folders for path in sorted(folder.iterdir())]
+    files = [path for path in entries if path.suffix.lower() in ENDINGS]
     targets = {path: LABELS[path.parent.name.lower()] for path in files}
     for target, name in enumerate(CLASSES):
         if target not in targets.values():
             raise UserError(f"data.synthetic: the folder {name} in {root} holds no image ({', '.join(ENDINGS)})")
     keys = _keys(root, files)
     rows = [Row(keys[path], target, diagnosis=CLASSES[target], file=str(path)) for path, target in targets.items() if path.is_file()]
-    return rows, [{"key": keys[path], "reason": "not a file (a folder, or a link to nothing)"} for path in files if not path.is_file()]
+    within = [path for folder in entries if folder.is_dir() for path in sorted(folder.rglob("*")) if path.suffix.lower() in ENDINGS]
+    return rows, [*({"key": keys[path], "reason": "not a file (a folder, or a link to nothing)"} for path in files if not path.is_file()),
+                  *({"key": path.relative_to(root).as_posix(), "reason": "in a folder within its class's folder: put it beside the others"}
+                    for path in within)]
 
 
 def _read_table(table: Path) -> tuple[list[Row], list[Aside]]:

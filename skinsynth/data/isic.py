@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -32,7 +35,7 @@ COLUMNS = {  # ours -> theirs; the first that is filled counts
     "target": ("target", "label", "malignant"),
     "malignancy": ("benign_malignant", "diagnosis_1"),
 }
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP", ".webp": "WEBP"}  # by lower-case ending
 MISSING = "image file is missing"
 AGAIN = "duplicated id (the same row again; kept once)"
 UNKNOWN = {"unknown", "unk", "missing", "not available", "-", "?"}
@@ -127,7 +130,7 @@ def _known(record: Mapping[str, str], ours: str) -> str | None:
 
 
 def _stem(name: str | None) -> str:
-    return re.sub(r"\.(jpe?g|png)$", "", name or "", flags=re.IGNORECASE)
+    return re.sub(rf"({'|'.join(map(re.escape, FORMATS))})$", "", name or "", flags=re.IGNORECASE)
 
 
 def _age(value: str | None) -> int | None:
@@ -176,9 +179,9 @@ def read_dreambooth(instance_dir: Path, class_dir: Path) -> tuple[list[Row], lis
         label = {1: "instance", 0: "class"}
     rows, aside = [], []
     for target, folder, key in ((1, instance_dir, "instance_data_dir"), (0, class_dir, "class_data_dir")):
-        found = sorted(p for p in folder.iterdir() if p.suffix in EXTENSIONS) if folder.is_dir() else []
+        found = sorted(p for p in folder.iterdir() if p.suffix.lower() in FORMATS) if folder.is_dir() else []
         if not any(file.is_file() for file in found):
-            what = "holds no .jpg or .png image" if folder.is_dir() else "is not a folder"
+            what = f"holds no image ({', '.join(FORMATS)})" if folder.is_dir() else "is not a folder"
             raise UserError(f"data.{key}: {folder} {what}: give a folder of images")
         for file in found:
             name = re.sub(r"[^A-Za-z0-9_-]", "_", f"{label[target]}_{file.stem}")[:120]
@@ -223,17 +226,41 @@ def read_pairs(path: Path, names: Iterable[str]) -> list[tuple[str, str]]:
     return [(_stem(r[columns[0]]), _stem(r[columns[1]])) for r in records if r[columns[0]] and r[columns[1]]]
 
 
-def find_image(folder: Path, name: str) -> Path:
-    """Raises ``BadImage`` where there is none."""
-    found = image_file(folder, name)
-    if found is None:
-        raise BadImage(MISSING)
-    return found
+class Images:
+    """The image files of a folder by name, whatever their ending, in folders within it too (HAM10000 comes in two). Safe under threads."""
 
+    def __init__(self, folder: Path):
+        self.folder, self._lock = folder, Lock()
 
-def image_file(folder: Path, name: str) -> Path | None:
-    paths = (folder / f"{name}{extension}" for extension in EXTENSIONS)
-    return next((path for path in paths if path.is_file()), None)
+    def files(self, name: str) -> list[Path]:
+        """Those of that name. One that lies in the folder itself as a .jpg is looked for without reading the folder, which may hold a million."""
+        plain = self.folder / f"{name}.jpg"
+        if plain.is_file():
+            return [plain]
+        with self._lock:
+            found = self._all.get(name, [])
+        direct = [path for path in found if path.parent == self.folder]
+        return direct if len(direct) == 1 else found
+
+    def find(self, name: str) -> Path:
+        """Raises ``BadImage`` where there is none, or more than one."""
+        found = self.files(name)
+        if len(found) > 1:
+            raise BadImage(f"{len(found)} files have its name: {', '.join(str(path.relative_to(self.folder)) for path in found[:3])}")
+        if not found:
+            raise BadImage(MISSING)
+        return found[0]
+
+    @cached_property
+    def _all(self) -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = defaultdict(list)
+        for place, folders, files in os.walk(self.folder, followlinks=False):
+            folders.sort()
+            for file in sorted(files):
+                path = Path(place, file)
+                if path.suffix.lower() in FORMATS and path.is_file():
+                    found[path.stem].append(path)
+        return dict(found)
 
 
 def read_image(path: Path, sha256: str | None = None) -> np.ndarray:
@@ -290,8 +317,7 @@ def mislabelled(path: Path) -> str | None:
     """The real format of an image file whose ending names another one. It is used all the same; the user may want to know."""
     with Image.open(path) as image:
         real = image.format
-    told = "PNG" if path.suffix.lower() == ".png" else "JPEG"
-    return None if real in (told, "MPO") else f"{path.name} is a {real} file"
+    return None if real in (FORMATS.get(path.suffix.lower()), "MPO") else f"{path.name} is a {real} file"
 
 
 def groups(rows: list[Row], hashes: Mapping[str, str], pairs: Iterable[tuple[str, str]]) -> dict[str, str]:

@@ -160,6 +160,9 @@ def _header(name: str, size: int) -> bytes:
     return head + b"%06o\0 " % checksum + BLANK[156:]
 
 
+INDEX_ALONE = ".index-alone"  # in a dataset whose tars lie elsewhere, and are brought when they are read
+
+
 def part_path(folder: Path, index: int) -> Path:
     return folder / "parts" / f"{index:05d}.json"
 

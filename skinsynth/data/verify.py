@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from skinsynth.data.plan import key
-from skinsynth.data.shards import check_part, missing_parts, part_path
+from skinsynth.data.shards import INDEX_ALONE, check_part, missing_parts, part_path
 from skinsynth.errors import UserError
 from skinsynth.files import read_json
 
@@ -90,6 +90,8 @@ def _shard(folder: Path, unit: int, manifest: dict[str, Any] | None, plan: dict[
         tar = (folder / part["shard"]).read_bytes()
     except (UserError, KeyError) as error:
         return unit, None, [str(error)]
+    except FileNotFoundError as error:
+        return unit, part, [] if (folder / INDEX_ALONE).exists() else [f"{part['shard']}: {error.strerror}"]
     except OSError as error:
         return unit, None, [f"{part['shard']}: {error.strerror}"]
     problems = list(_content(part, tar))
@@ -143,6 +145,10 @@ def _totals(found: Verified, folder: Path, manifest: dict[str, Any] | None, unit
     for path in sorted(folder.glob("*.tar")):
         if path.name not in listed:
             found.problems.append(f"{path.name} belongs to no part: it was not finished, or put there by hand")
+    if (folder / INDEX_ALONE).exists():
+        here = len(listed & {path.name for path in folder.glob("*.tar")})
+        found.notes.append(f"its index was brought here by data.remote: {here} of {len(listed)} tars lie here and were read; the others are brought "
+                           "when they are needed, or into data.cache")
     temps = list(folder.glob(".*.tmp"))
     if temps:
         found.notes.append(f"{len(temps)} files of tasks that are at work, or died: the next task removes those of dead ones")

@@ -6,7 +6,8 @@
 
 The home of the datasets has one too, with all ids that were withdrawn and their real images as far as there were any: it holds for every dataset in
 it, those yet to be prepared or finished included. There an id also has its ``kind``: ``patient`` (or a group), ``lesion``, or null where it was none
-that anybody knew of: numbers may be a patient's here and a lesion's there. A dataset that lies elsewhere has its home's beside it (``THERE``).
+that anybody knew of: numbers may be a patient's here and a lesion's there, and it may be an image's name. A dataset that lies elsewhere has its
+home's beside it (``THERE``).
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def of_dataset(folder: Path) -> Withdrawn:
 
 def _withdrawn(groups: Marks) -> Withdrawn:
     of = {kind: {group for group, found in groups.items() if found.get("kind") == kind} for kind in ("patient", "lesion", None)}
-    return Withdrawn(of["patient"] | of[None], of["lesion"] | of[None], of[None], {key for found in groups.values() for key in found["keys"] or ()})
+    keys = {key for found in groups.values() for key in found["keys"] or ()}
+    return Withdrawn(of["patient"] | of[None], of["lesion"] | of[None], of[None], keys | of[None])
 
 
 def _groups(path: Path) -> Marks:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from skinsynth import stages
+from skinsynth.data import given
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config
 from skinsynth.models import hub
@@ -51,25 +52,30 @@ def models(cfg: Config, pull: str = "skinsynth pull CONFIG") -> Iterator[Check]:
 
 
 def data(cfg: Config) -> Iterator[Check]:
-    data = cfg.data
+    """Tables and folders are read as ``prepare`` would, images are not."""
+    from skinsynth.data import external, isic
+
+    data, wrong = cfg.data, given.problems(cfg)
     if data.remote:
         yield remote(cfg)
-        return
-    pair = ("metadata", "images") if data.metadata or data.images else ("instance_data_dir", "class_data_dir")
-    for key in (*pair, *(["duplicates"] if data.duplicates else [])):
-        yield _there(f"data.{key}", getattr(data, key), file=key in ("metadata", "duplicates"))
-
-
-def _there(name: str, given: str | None, file: bool) -> Check:
-    """``file``: whether a file is wanted, or a folder."""
-    if not given:
-        return Check(FAIL, name, "is not set", f"give {name}=...")
-    path = Path(given)
-    if path.is_file() if file else path.is_dir():
-        return Check(OK, name, f"{given} is there")
-    if path.is_file():
-        return Check(FAIL, name, f"{given} is a file", "give the folder of JPEGs (what HDF5, zip or TFRecord files hold must be unpacked first)")
-    return Check(FAIL, name, f"{given} is a folder" if path.is_dir() else f"{given} is not there", f"give {name}=...")
+    for key in (*(() if data.remote else given.keys(cfg)), *(["synthetic"] if data.synthetic else [])):
+        name = f"data.{key}"
+        if key in wrong:
+            what, _, todo = wrong[key].removeprefix(f"{name}: ").removeprefix(f"{name} ").partition(": give ")
+            yield Check(FAIL, name, what, f"give {todo} ({name}=...)")
+            continue
+        try:
+            path = Path(getattr(data, key))
+            if key == "metadata":
+                rows, aside = isic.read_metadata(path)
+                yield Check(OK, name, f"{path}: {len(rows):,} rows that can be used" + (f", {len(aside):,} that cannot" if aside else ""))
+            elif key == "synthetic":
+                rows, aside = external.read(path)
+                yield Check(OK, name, f"{path}: {len(rows):,} images" + (f", {len(aside):,} that cannot be used" if aside else ""))
+            else:
+                yield Check(OK, name, f"{path} is there")
+        except UserError as error:
+            yield Check(FAIL, name, str(error).removeprefix(f"{name}: "), f"mend it, or give another {name}=...")
 
 
 def remote(cfg: Config) -> Check:

@@ -58,7 +58,9 @@ def grids(cfg: Config, run: RunDir, bad: dict[str, str]) -> list[tuple[str, str,
         for source, kind in (("real", "train"), ("synthetic", "synthetic")):
             try:
                 data = open_dataset(cfg, run, kind)
-            except UserError:  # said on the page: the grid is not there
+            except UserError as error:
+                if run.done_path("prepare" if kind == "train" else "screen").is_file():  # else the page says that there are none
+                    bad[run.dataset(cfg, kind).name] = str(error)
                 continue
             chosen = (i for i in data.select({"target": target}) if kind == "train" or data.keys[i] in accepted)
             images = readable(data, chosen, GRID, bad)
@@ -74,7 +76,7 @@ def pairs(cfg: Config, run: RunDir, bad: dict[str, str]) -> list[dict[str, Any]]
     listed = read_json(run.node("screen") / "pairs.json") or []
     try:
         synthetic, train = open_dataset(cfg, run, "synthetic"), open_dataset(cfg, run, "train")
-    except UserError:
+    except UserError:  # told by ``grids``
         return []
     number = {key: i for data in (synthetic, train) for i, key in enumerate(data.keys)}
     both = [(pair, [*readable(synthetic, [number[pair["key"]]], 1, bad), *readable(train, [number[pair["train_key"]]], 1, bad)])

@@ -99,6 +99,10 @@ def missing(cfg: Config, run: RunDir) -> list[str]:
             found.append(f"{stage} has not finished: {what}.")
         elif _outdated(run, stage):
             found.append(f"{stage} was done before what it reads was made anew, or withdrawn from: its figures are of then. Launch again.")
+    for stage, kind in (("prepare", "train"), ("screen", "synthetic")):
+        if run.done_path(stage).is_file() and not (run.dataset(cfg, kind) / "manifest.json").is_file():
+            found.append(f"The {kind} images are not to be found, so none is shown: {run.dataset(cfg, kind).name} does not lie in data.shards. "
+                         "Where that is relative, begin in the folder where the run was launched; else launch with data.shards=...")
     for arm in cfg.classify.arms:
         if any(run.node(f"classify/{arm}").glob(f"**/weights/{withdrawn.NAME}")):
             found.append(f"The weights of arm {arm} are withdrawn: they were trained on images of somebody who withdrew since.")

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from skinsynth import cpu
-from skinsynth.data import cache, external, isic, summary, withdrawn
+from skinsynth.data import cache, external, given, isic, summary, withdrawn
 from skinsynth.data.codec import encode_jpeg
 from skinsynth.data.isic import Aside, BadImage, Row
 from skinsynth.data.lesion import square
@@ -75,7 +75,7 @@ def prepare(cfg: Config, run: RunDir, task: Task) -> None:
         if external.finish(cfg, run):
             _report(cfg, run, manifests)
         return
-    _check_paths(cfg)
+    given.check(cfg)
     folders = {split: run.dataset(cfg, split) for split in SPLITS}
     plan = _shared_plan(cfg, folders)
     if task.index == 0:
@@ -83,18 +83,6 @@ def prepare(cfg: Config, run: RunDir, task: Task) -> None:
     _make_units(cfg, run, task, plan, folders)
     if external.finish(cfg, run) and not any(missing_parts(folders[split], plan.shards(split)) for split in SPLITS):
         _finish(cfg, run, plan, folders)
-
-
-def _check_paths(cfg: Config) -> None:
-    data = cfg.data
-    if data.metadata and data.instance_data_dir:
-        raise UserError("data: give either metadata with images, or instance_data_dir with class_data_dir, not both")
-    pair = ("metadata", "images") if data.metadata or data.images else ("instance_data_dir", "class_data_dir")
-    for key in pair:
-        if not getattr(data, key):
-            raise UserError(f"data.{key} is not set: give metadata with images, or instance_data_dir with class_data_dir")
-    if data.images and not Path(data.images).is_dir():
-        raise UserError(f"data.images: {data.images} is not a folder: give the folder of JPEGs")
 
 
 def _shared_plan(cfg: Config, folders: dict[str, Path]) -> Plan:
@@ -116,7 +104,8 @@ def _shared_plan(cfg: Config, folders: dict[str, Path]) -> Plan:
 def _tell_new(cfg: Config, plan: Plan) -> None:
     """Who added images after the first preparation expects them to be taken."""
     missing = [a["key"] for a in plan.set_aside if a["reason"] == isic.MISSING]
-    there = [name for name in missing if cfg.data.images and isic.image_file(Path(cfg.data.images), name)]
+    images = isic.Images(Path(cfg.data.images or ""))
+    there = [name for name in missing if cfg.data.images and images.files(name)]
     if there:
         print(f"{len(there)} images that were missing when {cfg.data.name} was prepared are there now (first: {there[0]}). They are not taken: for "
               f"them, prepare under another data.name, or delete {cfg.data.shards}/{cfg.data.name}-* and launch again")
@@ -129,15 +118,9 @@ def _request(cfg: Config) -> dict[str, Any]:
     """
     data = cfg.data
     knobs = {k: v for k, v in asdict(cfg.prepare).items() if k != "max_bad"}
-    hashes = {f"{key}_sha256": _sha256(key, getattr(data, key)) for key in ("metadata", "duplicates")}
+    hashes = {f"{key}_sha256": sha256_file(Path(path)) if (path := getattr(data, key)) else None for key in ("metadata", "duplicates")}
     paths = {key: getattr(data, key) for key in ("images", "instance_data_dir", "class_data_dir")}
     return {"stage": "prepare", "prepare": knobs, "seed": cfg.seed, **hashes, **paths}
-
-
-def _sha256(key: str, path: str | None) -> str | None:
-    if path and not Path(path).is_file():
-        raise UserError(f"data.{key}: {path} does not exist or is not a file: give the path of the CSV")
-    return sha256_file(Path(path)) if path else None
 
 
 def make_plan(cfg: Config, request: dict[str, Any]) -> Plan:
@@ -179,8 +162,10 @@ def _duplicates(pairs: list[tuple[str, str]], hashes: dict[str, str]) -> dict[st
 def _hash_images(rows: list[Row], images: str | None, aside: list[Aside]) -> tuple[list[Row], dict[str, str]]:
     """The rows whose image is there, with its path, and the sha256 of each; the others are added to ``aside``."""
 
+    folder = isic.Images(Path(images or ""))
+
     def look(row: Row) -> tuple[str, str]:
-        path = Path(row.file) if row.file else isic.find_image(Path(images or ""), row.image_name)
+        path = Path(row.file) if row.file else folder.find(row.image_name)
         if path.stat().st_size == 0:
             raise BadImage("empty file")
         return str(path), sha256_file(path)
