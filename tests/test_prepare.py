@@ -402,7 +402,7 @@ def test_a_missing_column_is_named(broken: Path, tmp_path: Path) -> None:
 
 def test_a_folder_of_another_request_is_refused(done: tuple[Config, dict[str, str]], drawn: Path) -> None:
     cfg = config(drawn, Path(done[0].run).parent, quality=90)
-    with pytest.raises(UserError, match=r"(?s)set-train was made from another request.*'quality': 95.*'quality': 90"):
+    with pytest.raises(UserError, match=r"(?s)set-train was made from another request:\n  prepare\.quality: 95 -> 90\n"):
         go(cfg)
     assert digest(done[0]) == done[1]
 

@@ -405,3 +405,22 @@ def test_reporting_needs_no_torch() -> None:
     code = "import sys, skinsynth.stages.report; print('torch' in sys.modules, 'diffusers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_where_its_images_are_not_to_be_found_it_is_said_and_not_done(tmp_path: Path) -> None:
+    """As when it is asked for in another folder than the launch was, and data.shards is relative."""
+    cfg, run = make(tmp_path)
+    stage.report(cfg, run, Task())
+    assert run.is_done("report")
+    home, cfg.data.shards = cfg.data.shards, "elsewhere"
+    stage.report(cfg, run, Task())
+    assert not run.is_done("report")
+    words = " ".join(page(run).words.split())
+    for name, kind in (("isic-train", "train"), (f"{run.name}-synthetic", "synthetic")):
+        assert f"The {kind} images are not to be found, so none is shown: {name} does not lie in data.shards" in words
+    cfg.data.shards = home
+    (Path(home) / "isic-train/00000.tar").unlink()
+    stage.report(cfg, run, Task())
+    words = " ".join(page(run).words.split())
+    assert "isic-train (" in words
+    assert "00000.tar is missing" in words

@@ -191,9 +191,18 @@ def claim(folder: Path, request: dict[str, Any]) -> None:
             raise UserError(f"{folder} holds a dataset of unknown origin (no request.json): choose another data.name or run")
         write_json(folder / "request.json", request)
     elif found != request:
-        differing = (k for k in sorted(found.keys() | request.keys()) if found.get(k) != request.get(k))
-        lines = [f"{k}: {_short(found.get(k))} -> {_short(request.get(k))}" for k in differing]
+        old, new = dict(_leaves(found)), dict(_leaves(request))
+        lines = [f"{k}: {_short(old.get(k))} -> {_short(new.get(k))}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
         raise UserError(f"{folder} was made from another request:\n  " + "\n  ".join(lines) + "\ntake another data.name or run, or delete the folder")
+
+
+def _leaves(request: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, value), sections opened: of ``prepare`` only what differs is to be read."""
+    for name, value in request.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _short(value: Any) -> str:
