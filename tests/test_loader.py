@@ -154,6 +154,12 @@ def test_of_a_rank_that_is_killed_it_does_not_stay() -> None:
     until("its end", lambda: not alive(pid), 20)
 
 
+def test_a_process_that_ends_without_closing_it_does_not_hang() -> None:
+    script = ORPHAN.replace("print(", "assert reader is not None and ").replace(", flush=True)", "").replace("\ntime.sleep(100)\n", "\n")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_training_reads_the_same_from_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With gradient accumulation, a stop, and a sample that is skipped."""
     sys.path.insert(0, str(Path(__file__).parent / "train"))

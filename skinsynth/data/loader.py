@@ -22,6 +22,7 @@ import signal
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, Protocol
@@ -71,6 +72,7 @@ class LoaderProcess:
             warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: a fork beside threads; the child uses nothing of theirs
             self._process.start()
         its.close()
+        weakref.finalize(self, self._process.kill)  # at exit multiprocessing would wait for it, after a signal that it does not hear
         self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._receiver = threading.Thread(target=self._receive, name="loader", daemon=True)
         self._receiver.start()
