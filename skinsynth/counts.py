@@ -1,4 +1,5 @@
-"""How many images of each kind a run will have, before it has them: from the configuration and the metadata. No torch here."""
+"""How many images of each kind a run will have, before it has them: from the configuration and the metadata, or the manifests of what lies
+prepared elsewhere. No torch here."""
 
 from __future__ import annotations
 
@@ -6,12 +7,16 @@ from collections import Counter
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from skinsynth.errors import UserError
 from skinsynth.files import read_json
 from skinsynth.knobs import Config, Images
 from skinsynth.run import RunDir
+
+SPLITS = ("train", "val", "test")
+DISGUISES, PLANTED = 5, 200  # screen searches for so many kinds of disguised copies, of up to so many training images each (see quality.parts)
 
 
 @dataclass
@@ -29,30 +34,57 @@ class Counts:
     def real(self) -> int | None:
         return None if self.train is None or self.held_out is None else self.train + self.held_out
 
+    @property
+    def planted(self) -> int | None:
+        """Disguised copies of training images, which ``screen`` makes to measure how many it finds."""
+        return None if self.train is None else DISGUISES * min(PLANTED, self.train)
+
 
 def count(cfg: Config) -> Counts:
-    """The splits hold whole groups, so that the true numbers differ a little."""
-    found = Counts(synthetic=plan(cfg)["images"])
+    """The splits hold whole groups, so that the true numbers differ a little from what the metadata promise."""
+    found, brought = Counts(synthetic=plan(cfg)["images"]), _brought(cfg)
     try:
-        rows = _rows(cfg)
+        rows, trained = (_index(cfg), 1.0) if brought else (_rows(cfg), _shares(cfg)["train"])
     except UserError as error:
         found.why = str(error)
         return found
-    share = _shares(cfg)
-    sizes = {name: round(len(rows) * part) for name, part in share.items()}
+    if brought:
+        sizes, shards = {name: m["count"] for name, m in brought.items()}, {name: len(m["shards"]) for name, m in brought.items()}
+    else:
+        sizes = {name: round(len(rows) * part) for name, part in _shares(cfg).items()}
+        shards = {name: ceil(size / cfg.prepare.shard_size) for name, size in sizes.items()}
     found.train, found.held_out = sizes["train"], sizes["val"] + sizes["test"]
-    shards = {name: ceil(size / cfg.prepare.shard_size) for name, size in sizes.items()}
     found.shards = {"train": shards["train"], "held_out": shards["val"] + shards["test"]}
     if cfg.finetune.cache_latents:
-        found.latents = min(found.train, sum(_taken(rows, images, share["train"]) for images in _chosen(cfg)))
+        found.latents = min(found.train, sum(_taken(rows, images, trained) for images in _chosen(cfg)))
     return found
+
+
+def _brought(cfg: Config) -> dict[str, dict[str, Any]] | None:
+    """Of ``data.remote`` the manifests of the splits, by name, once ``prepare`` has brought them; None before that, and where images are
+    prepared here."""
+    found = {name: read_json(_split(cfg, name) / "manifest.json") for name in SPLITS} if cfg.data.remote else {}
+    return found if found and None not in found.values() else None
+
+
+def _split(cfg: Config, name: str) -> Path:
+    return RunDir(Path(cfg.run)).dataset(cfg, name)
+
+
+def _index(cfg: Config) -> list[Any]:
+    """The training images of a dataset that lies elsewhere, with its columns; no tar need be here. Raises ``UserError`` where the index cannot be
+    used."""
+    from skinsynth.data.shards import Dataset
+
+    columns = Dataset.open(_split(cfg, "train"), tolerate=True).columns
+    return [SimpleNamespace(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
 
 
 def plan(cfg: Config) -> dict[str, Any]:
     """What is to be generated. ``images`` of each class follow the training split where ``generate.amount`` says so: the prepared one, or
     before that about its share of the metadata (``approximate``). 0 where that cannot be known, with ``why``."""
     g, why = cfg.generate, ""
-    manifest = read_json(RunDir(Path(cfg.run)).dataset(cfg, "train") / "manifest.json")
+    manifest = read_json(_split(cfg, "train") / "manifest.json")
     try:
         found = _classes(cfg, manifest)
     except UserError as error:
@@ -84,13 +116,16 @@ def _classes(cfg: Config, manifest: dict[str, Any] | None) -> dict[str, int]:
 
 def _shares(cfg: Config) -> dict[str, float]:
     split = cfg.prepare.split
-    return {name: getattr(split, name) / (split.train + split.val + split.test) for name in ("train", "val", "test")}
+    return {name: getattr(split, name) / (split.train + split.val + split.test) for name in SPLITS}
 
 
 def _rows(cfg: Config) -> list[Any]:
     from skinsynth.data import isic
 
     data = cfg.data
+    if data.remote and not (data.metadata and Path(data.metadata).is_file()):
+        raise UserError(f"how many lie at data.remote is known once prepare has brought their manifests into {data.shards}, as "
+                        "'launch --until prepare' does")
     if data.metadata:
         return isic.read_metadata(Path(data.metadata))[0]
     if data.instance_data_dir and data.class_data_dir:

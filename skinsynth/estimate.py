@@ -13,10 +13,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from skinsynth import stages
 from skinsynth.chain import Node, chain
-from skinsynth.counts import Counts, count, plan
+from skinsynth.counts import DISGUISES, Counts, count, plan
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config, Training
 from skinsynth.models import hub
@@ -30,6 +31,7 @@ JPEG_256, JPEG_GROWTH = 16_800, 1.34  # bytes of an ISIC 2017 image of 256 px at
 OVERHEAD = 1800  # bytes a sample: tar headers, padding, its json
 INDEX = 300  # bytes a sample: part, manifest; and those of the plan, 500 more, in prepare
 REPORT = 3_000_000  # bytes; it holds the pictures
+TITLE = "what it will take (about; a whole run, from its beginning)"
 
 
 @dataclass
@@ -125,6 +127,8 @@ def written(cfg: Config, stage: Stage, images: Counts, model: Sizes) -> int | No
     each = {"prepare": jpeg_bytes(side) + INDEX + 500, "generate": jpeg_bytes(side) + INDEX,
             "encode": 8 * cfg.encode.crops * (1 + cfg.encode.flip) * model.channels * (side // model.down) ** 2 + 1024 + INDEX,
             "screen": 4 * model.features + 3 * 32**2 + INDEX}
+    if name == "screen" and amount is not None:
+        amount -= images.planted or 0  # of which it keeps three numbers each
     return None if amount is None else round(amount * each[name])
 
 
@@ -175,7 +179,8 @@ def _amounts(cfg: Config, found: Stage, images: Counts) -> None:
     real = sum(images.shards.values()) if images.real is not None else None
     found.amount, found.shards = {
         "prepare": (images.real, real), "encode": (images.latents, images.shards.get("train")), "generate": (images.synthetic, made),
-        "screen": (None if images.real is None else images.real + images.synthetic, None if real is None else real + made),
+        "screen": (None if images.real is None else images.real + (images.planted or 0) + images.synthetic,
+                   None if real is None else real + DISGUISES + made),  # the copies of one disguise are a unit, as a shard is
         "report": (None, 0)}[name]
 
 
@@ -232,17 +237,41 @@ def total(found: list[Stage], what: str) -> int | None:
     return None if None in values else sum(values)
 
 
-def table(found: list[Stage]) -> Table:
-    view = Table(title="what it will take (about; a whole run, from its beginning)", title_justify="left")
-    for name in ("stage", "does", "shards", "tasks", "ranks", "writes", "GPU or core hours", "longest task", "limit", "speed"):
-        view.add_column(name, justify="left" if name == "stage" else "right", no_wrap=name in ("stage", "does"))
-    sources = _sources_of(found)
-    for s in found:
-        does = "" if s.node == "report" else f"{_known(s.amount)} {s.unit}" if s.amount is not None else "unknown"
-        hours = "unknown" if s.hours is None else f"{_number(s.hours)} {'GPU h' if s.device == 'gpu' else 'core h'}"
-        view.add_row(s.node, does, "" if s.unit == "steps" or s.shards == 0 else _known(s.shards), str(s.tasks), str(s.ranks), size(s.bytes), hours,
-                     _time(s.seconds), _time(s.limit), f"{_number(s.rate)}/s \\[{sources[s.source]}]" if s.rate else "unknown")
+def tables(found: list[Stage], width: int) -> list[Table]:
+    """One table, or as many below each other as it takes for none to be wider: all tell the stages' names, and each column is whole."""
+    columns = _columns(found)
+    room = {name: max(len(line) for text in [name, *cells] for line in text.splitlines() or [""]) + 3 for name, cells in columns.items()}
+    groups: list[list[str]] = [["stage"]]
+    for name in list(columns)[1:]:
+        if 1 + sum(room[column] for column in [*groups[-1], name]) > width and len(groups[-1]) > 1:
+            groups.append(["stage"])
+        groups[-1].append(name)
+    return [_table({name: columns[name] for name in group}, TITLE if number == 0 else None) for number, group in enumerate(groups)]
+
+
+def _table(columns: dict[str, list[str]], title: str | None) -> Table:
+    view = Table(title=title, title_justify="left")
+    for name in columns:
+        view.add_column(name, justify="left" if name == "stage" else "right")
+    for cells in zip(*columns.values(), strict=True):
+        view.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in cells))
     return view
+
+
+def _columns(found: list[Stage]) -> dict[str, list[str]]:
+    """Heading -> a cell for each stage; what is asked for most comes first."""
+    sources = _sources_of(found)
+    return {
+        "stage": [s.node for s in found],
+        "does": ["" if s.node == "report" else "unknown" if s.amount is None else f"{_known(s.amount)} {s.unit}" for s in found],
+        "longest\ntask": [_time(s.seconds) for s in found],
+        "limit": [_time(s.limit) for s in found],
+        "GPU or\ncore hours": ["unknown" if s.hours is None else f"{_number(s.hours)} {'GPU h' if s.device == 'gpu' else 'core h'}" for s in found],
+        "writes": [size(s.bytes) for s in found],
+        "shards": ["" if s.unit == "steps" or s.shards == 0 else _known(s.shards) for s in found],
+        "tasks": [str(s.tasks) for s in found],
+        "ranks": [str(s.ranks) for s in found],
+        "speed": [f"{_number(s.rate)}/s [{sources[s.source]}]" if s.rate else "unknown" for s in found]}
 
 
 def _plan_lines(p: dict[str, Any]) -> list[str]:
@@ -268,7 +297,8 @@ def _sources_of(found: list[Stage]) -> dict[str, int]:
 def show(console: Console, cfg: Config, found: list[Stage]) -> None:
     """The table, where its speeds come from, what will not fit, and the plan of generation."""
     widen(console)
-    console.print(table(found))
+    for part in tables(found, console.width):
+        console.print(part)
     for line in _plan_lines(plan(cfg)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for source, number in _sources_of(found).items():

@@ -307,18 +307,30 @@ class Task:
 
 
 class Progress:
-    """What one task tells the watcher: ``<node>/progress/<task>.json``, written at most twice a second."""
+    """What one task tells the watcher: ``<node>/progress/<task>.json``, written at most twice a second.
+
+    ``first``: how much was done, and when, at the end of the first batch. Who wants to know the speed counts from there: until then networks are
+    loaded and kernels chosen, which is no part of what more work would take.
+    """
 
     def __init__(self, run: RunDir, node: str, task: int, total: int, unit: str, done: int = 0, of: int = 0):
         """``total``: of this task; ``of``: of all tasks together, where it is known, since some may not have begun yet."""
         self.path = run.progress_path(node, task)
         now = time.time()
-        self.state: dict[str, Any] = {"done": done, "total": total, "of": of, "spared": 0, "unit": unit, "begun_at": done, "start": now, "now": now}
+        self.state: dict[str, Any] = {"done": done, "total": total, "of": of, "spared": 0, "unit": unit, "begun_at": done, "start": now, "now": now,
+                                      "first": None}
         self.written = 0.0
         self._write()
 
+    def ready(self) -> None:
+        """The work itself begins now: what was loaded for it is no part of its speed."""
+        now = time.time()
+        self.state |= {"start": now, "now": now}
+
     def set(self, done: int) -> None:
         self.state |= {"done": done, "now": time.time()}
+        if self.state["first"] is None and done > self.state["begun_at"]:
+            self.state["first"] = {"done": done, "now": self.state["now"]}
         if time.time() - self.written > 0.5 or done >= self.state["total"]:
             self._write()
 
@@ -328,6 +340,8 @@ class Progress:
     def go_on(self, done: int) -> None:
         """So much more was there already: it counts as got further where the work is restarted, and not in its speed."""
         self.state["begun_at"] += done
+        if self.state["first"]:
+            self.state["first"]["done"] += done
         self.advance(done)
 
     def end(self) -> None:

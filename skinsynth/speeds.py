@@ -32,7 +32,7 @@ STATED = {  # stage -> images per second of one GPU at 512 px, and who says so
     # published for SD 1.5 at 512 px, 50 steps, with SDPA attention and nothing compiled (0.94 compiled and channels-last)
     "generate": (0.63, f"published for {A100}, 50 steps, SDPA"),
 }
-STATED_SIZE, STATED_STEPS = 512, 50
+STATED_SIZE, STATED_STEPS, STATED_PASSES = 512, 50, 2
 
 
 def gpus(cfg: Config, stage: str) -> int:
@@ -50,13 +50,17 @@ def rate(cfg: Config, node: str, earlier: RunDir | None) -> Rate | None:
 
 
 def stated(cfg: Config, stage: str) -> Rate:
-    """The published figure, scaled by pixels and steps; whatever else differs is named."""
-    (per_second, source), size, steps = STATED[stage], cfg.prepare.size, cfg.generate.steps
+    """The published figure, scaled by pixels, steps and passes; whatever else differs is named."""
+    (per_second, source), size = STATED[stage], cfg.prepare.size
     scale = (STATED_SIZE / size) ** 2
     guesses = [f"scaled to {size} px"] if size != STATED_SIZE else []
     if stage == "generate":
-        scale *= STATED_STEPS / steps
-        guesses += [f"scaled to {steps} steps"] if steps != STATED_STEPS else []
+        g, steps = cfg.generate, steps_run(cfg)
+        scale *= STATED_STEPS / steps * STATED_PASSES / passes(cfg)
+        of = f" (of {g.steps}, strength {g.strength:g})" if steps != g.steps else ""
+        guesses += [f"scaled to {steps} steps{of}"] if steps != STATED_STEPS else []
+        guesses += ["scaled to one pass of the UNet a step, since guidance is 1"] if passes(cfg) != STATED_PASSES else []
+        guesses += [f"what {g.method} starts from must be encoded too"] if g.method != "text-to-image" else []
     if stage == "encode" and cfg.encode.flip:
         scale /= 2
         guesses += ["halved for the mirror images"]
@@ -68,8 +72,19 @@ def stated(cfg: Config, stage: str) -> Rate:
     return Rate(per_second * scale, f"{source}; here a guess: {', '.join(guesses)}" if guesses else source)
 
 
+def steps_run(cfg: Config) -> int:
+    """The steps that an image of ``generate`` goes through: of what starts from an image, the last ones alone, as many as diffusers takes."""
+    g = cfg.generate
+    return g.steps if g.method == "text-to-image" else max(1, min(g.steps, int(g.steps * g.strength)))
+
+
+def passes(cfg: Config) -> int:
+    """How often the UNet is asked in each of them: with guidance also without the prompt."""
+    return 2 if cfg.generate.guidance > 1 else 1
+
+
 def measured(cfg: Config, node: str, earlier: RunDir) -> Rate | None:
-    """The speed of a node in an earlier run, scaled to this one by pixels and steps."""
+    """The speed of a node in an earlier run, scaled to this one by pixels, steps and passes."""
     stage, old = node.split("/")[0], earlier.config()
     if bool(gpus(old, stage)) != bool(gpus(cfg, stage)) or _model(old, stage) != _model(cfg, stage):
         return None
@@ -82,7 +97,8 @@ def measured(cfg: Config, node: str, earlier: RunDir) -> Rate | None:
     place = f"GPUs a node: {size}" if size else f"no GPU, CPU threads each: {old.cluster.threads_of(stage)}"
     source = f"measured in {earlier.path} ({'ranks' if stages.is_gang(old, stage) else 'tasks'}: {count}, {place})"
     scale, changes = _scale(old, cfg, stage)
-    return Rate(statistics.mean(speeds) * scale, f"{source}; here a guess: {', '.join(changes)}" if changes else source)
+    changes += ["its start, which is slower, is counted in"] if any(cold for _, cold in speeds) else []
+    return Rate(statistics.mean(speed for speed, _ in speeds) * scale, f"{source}; here a guess: {', '.join(changes)}" if changes else source)
 
 
 def _model(cfg: Config, stage: str) -> tuple[Any, ...]:
@@ -90,7 +106,9 @@ def _model(cfg: Config, stage: str) -> tuple[Any, ...]:
     c = cfg.classify
     if stage == "classify":
         return (c.model, c.hidden_size, c.layers, c.heads, c.patch) if c.model == "small" else (c.model,)
-    return () if stage in ("prepare", "report") else (cfg.model.base,)
+    if stage == "prepare":
+        return (bool(cfg.data.remote),)  # of what lies prepared elsewhere it makes nothing
+    return () if stage == "report" else (cfg.model.base,)
 
 
 def rank_count(cfg: Config, stage: str) -> int:
@@ -99,25 +117,35 @@ def rank_count(cfg: Config, stage: str) -> int:
     return wanted.nodes * wanted.tasks_per_node if stages.is_gang(cfg, stage) else 1
 
 
-def _speed(run: RunDir, cfg: Config, node: str) -> float | None:
-    """Images a second of one task or rank: from the progress files, or where those only saw the end from ``metrics.jsonl``."""
+def _speed(run: RunDir, cfg: Config, node: str) -> tuple[float, bool] | None:
+    """Images a second of one task or rank, and whether its start is counted in: from the progress files, or where those only saw the end from
+    ``metrics.jsonl``.
+
+    Of a small run loading and the first batch may be most of the time, and would be scaled as if each image took its share of them. So it counts
+    from the end of the first batch on; all of it counts where no task made a second one, or an earlier version did not note when that was.
+    """
     parts = [part for path in (run.node(node) / "progress").glob("*.json") if (part := read_hint(path))]
-    done, spent = sum(p["done"] - p["begun_at"] for p in parts), sum(p["now"] - p["start"] for p in parts)
     stage = node.split("/")[0]
     training = {"finetune": cfg.finetune, "classify": cfg.classify}.get(stage)
-    if done > 0 and spent > 0:
-        return done / spent * (training.global_batch / rank_count(cfg, stage) if training else 1)
+    warm = [(p["done"] - p["first"]["done"], p["now"] - p["first"]["now"]) for p in parts if p.get("first")]
+    whole = [(p["done"] - p["begun_at"], p["now"] - p["start"]) for p in parts]
+    for spans in (warm, whole):
+        done, spent = (sum(column) for column in zip((0, 0.0), *(span for span in spans if span[0] > 0), strict=True))
+        if done > 0 and spent > 0:
+            return done / spent * (training.global_batch / rank_count(cfg, stage) if training else 1), spans is whole
     paths = sorted(run.node(node).glob("**/metrics.jsonl")) if training else []  # of each seed
     rows = [row for path in paths for row in path.read_text().splitlines()]
-    return statistics.median(json.loads(row)["samples_per_second"] for row in rows if row.endswith("}")) / rank_count(cfg, stage) if rows else None
+    told = [json.loads(row)["samples_per_second"] for row in rows if row.endswith("}")]
+    return (statistics.median(told) / rank_count(cfg, stage), False) if told else None
 
 
 def _scale(old: Config, new: Config, stage: str) -> tuple[float, list[str]]:
     """By how much the new work is faster, and what makes that a guess. By threads and ranks nothing is scaled: it is only said."""
     by_pixels = stage in ("encode", "finetune", "generate", "screen") or (stage == "classify" and new.classify.model == "small")
-    found = [("px", old.prepare.size, new.prepare.size, 2 if by_pixels else 0)]
+    found: list[tuple[str, Any, Any, int]] = [("px", old.prepare.size, new.prepare.size, 2 if by_pixels else 0)]
     if stage == "generate":
-        found.append(("steps", old.generate.steps, new.generate.steps, 1))
+        found += [("steps", steps_run(old), steps_run(new), 1), ("passes of the UNet a step", passes(old), passes(new), 1),
+                  ("as its method", old.generate.method, new.generate.method, 0), ("images a batch", old.generate.batch, new.generate.batch, 0)]
     if stage == "encode":
         found.append(("pictures an image", 1 + old.encode.flip, 1 + new.encode.flip, 1))
     if not gpus(new, stage):
@@ -126,4 +154,4 @@ def _scale(old: Config, new: Config, stage: str) -> tuple[float, list[str]]:
         found.append(("ranks", rank_count(old, stage), rank_count(new, stage), 0))
     changed = [item for item in found if item[1] != item[2]]
     words = [f"{'scaled from' if power else 'it had'} {was} {what}, here {now}" for what, was, now, power in changed]
-    return prod((was / now) ** power for _, was, now, power in changed), words
+    return prod((was / now) ** power for _, was, now, power in changed if power), words

@@ -28,6 +28,7 @@ from skinsynth.run import RunDir
 
 ASK_SLURM = 20  # seconds between two questions of one who watches: each is work for the controller that all share
 FRESH = 120  # seconds since a task told of its progress, within which it is taken for alive where its process cannot be seen
+BAR, NOTE = 16, 8  # characters of a bar, and of the notes so many that they are worth a column: for these other columns make room, or there is none
 SILENT = 900  # seconds; a task that told nothing for so long is no longer at work
 STYLES = {"done": "green", "running": "bold cyan", "failed": "bold red", "waiting": "dim", "pending": "yellow", "stopped": "yellow"}
 
@@ -222,10 +223,29 @@ def as_json(run: RunDir, found: list[Row], complaint: str | None) -> dict[str, A
 
 
 def table(run: RunDir, found: list[Row], took: dict[str, float], width: int) -> Table:
-    """``took``: seconds per node, where they are known. Columns without a word are left out; a narrow terminal gets no bars, and under 100
-    characters no nodes; only the notes are cut short."""
+    """``took``: seconds per node, where they are known. Columns without a word are left out; a narrow terminal gets no bars, and of the columns
+    those that it has room for; only the notes are cut short, and where not even the least fit, the stages' names."""
+    columns, view = _columns(found, took, width), Table(title=f"run {run.path}", title_justify="left")
+    over = max(0, _room(columns) - width)
+    for name, cells in columns.items():
+        least = max(map(len, [name, *cells])) - over * (name == "stage")
+        view.add_column(name, justify="left" if name in ("stage", "state", "nodes", "note") else "right", no_wrap=name != "note",
+                        min_width=None if name == "note" else least, max_width=max(1, least) if name == "stage" else None)
+    bars = width >= 120 and _room(columns) + BAR + 3 <= width and any(row.total for row in found)
+    if bars:
+        view.add_column("")
+    for number, row in enumerate(found):
+        texts = [Text(cells[number], STYLES.get(row.state, "") if name == "state" else "", no_wrap=True, overflow="ellipsis")
+                 for name, cells in columns.items()]
+        bar = ProgressBar(total=max(1, row.total), completed=row.done if row.total else 1, width=BAR) if row.total else ""
+        view.add_row(*texts, *([bar] if bars else []))
+    return view
+
+
+def _columns(found: list[Row], took: dict[str, float], width: int) -> dict[str, list[str]]:
+    """Heading -> a cell for each stage; without nodes under 100 characters, and without what there is no room for, which is first what the
+    others tell as well."""
     with_slurm = any(row.tasks for row in found)
-    view = Table(title=f"run {run.path}", title_justify="left")
     columns: dict[str, list[str]] = {
         "stage": [row.node for row in found], "state": [row.state for row in found], "done": [row.amount for row in found],
         "per second": [per_second(row.rate) if row.rate else "" for row in found],
@@ -238,18 +258,16 @@ def table(run: RunDir, found: list[Row], took: dict[str, float], width: int) -> 
     columns = {name: cells for name, cells in columns.items() if name in ("stage", "state", "done") or any(cells)}
     if width < 100:
         columns.pop("nodes", None)
-    for name, cells in columns.items():
-        least = None if name == "note" else max(map(len, [name, *cells]))
-        view.add_column(name, justify="left" if name in ("stage", "state", "nodes", "note") else "right", no_wrap=name != "note", min_width=least)
-    bars = width >= 120 and any(row.total for row in found)
-    if bars:
-        view.add_column("")
-    for number, row in enumerate(found):
-        texts = [Text(cells[number], STYLES.get(row.state, "") if name == "state" else "", no_wrap=True, overflow="ellipsis")
-                 for name, cells in columns.items()]
-        bar = ProgressBar(total=max(1, row.total), completed=row.done if row.total else 1, width=16) if row.total else ""
-        view.add_row(*texts, *([bar] if bars else []))
-    return view
+    for name in ("nodes", "per second", "took", "again", "note"):
+        if _room(columns) > width:
+            columns.pop(name, None)
+    return columns
+
+
+def _room(columns: dict[str, list[str]]) -> int:
+    """Characters of a line of the table, its borders included; a note may be cut to ``NOTE`` of them."""
+    widths = {name: max(map(len, [name, *cells])) for name, cells in columns.items()}
+    return 1 + sum(3 + (min(NOTE, width) if name == "note" else width) for name, width in widths.items())
 
 
 def _note(row: Row) -> str:
@@ -263,7 +281,7 @@ def show(console: Console, run: RunDir, found: list[Row], complaint: str | None)
     """The table, and under it why something failed, and where the log is. In a file or a pipe it is as wide as it needs to be."""
     widen(console)
     console.print(table(run, found, {}, console.width))
-    _explain(console, found, complaint)
+    _explain(console, found, complaint, noted="note" in _columns(found, {}, console.width))
 
 
 def widen(console: Console) -> None:
@@ -272,10 +290,12 @@ def widen(console: Console) -> None:
         console.width = max(console.width, 160)
 
 
-def _explain(console: Console, found: list[Row], complaint: str | None) -> None:
+def _explain(console: Console, found: list[Row], complaint: str | None, noted: bool = True) -> None:
+    """``noted``: the table has a column of notes."""
     for row in found:
-        if row.state in ("failed", "stopped") and row.detail:
-            console.print(f"{row.node}: {row.detail}", highlight=False, soft_wrap=True, markup=False)
+        note = row.detail if noted else _note(row)
+        if note and (row.state in ("failed", "stopped") or not noted):
+            console.print(f"{row.node}: {note}", highlight=False, soft_wrap=True, markup=False)
         if row.pictures:
             console.print(f"{row.node} pictures: {row.pictures}", highlight=False, soft_wrap=True, markup=False)
         if row.log and row.state in ("running", "failed"):

@@ -19,6 +19,7 @@ from skinsynth.quality.compare import (
     differences,
     estimates,
     holm,
+    main,
     patients,
     size,
     spread,
@@ -270,6 +271,40 @@ def test_the_verdict_finds_large_effects_among_many_arms() -> None:
     assert told["headline"].startswith("In this run, arm0, arm1, arm2, arm3, arm4, arm5, arm6, arm7, arm8 and arm9 told malignant from benign better")
     assert "between real and same." in told["headline"]
     assert "p corrected for 11 comparisons with real (Holm)" in " ".join(told["may_not"])
+    assert "with all 11 comparisons in mind" in told["may"][0]
+
+
+def test_the_correction_that_is_told_is_the_one_that_was_made() -> None:
+    """An arm that a run took over from another is compared with itself: it has no p, and none is multiplied for it."""
+    found = simulate(9, {"a/real": 1.0, "a/half": 1.05, "b/real": 1.0, "b/half": 1.1}, people=80)
+    found.scores["b/real"] = found.scores["a/real"].copy()
+    result = compare(found)
+    rows = {row["arms"][0]: row for row in main(result["differences"], "a/real")}
+    assert {name: row["same"] for name, row in rows.items()} == {"a/half": False, "b/real": True, "b/half": False}
+    least = min((rows["a/half"], rows["b/half"]), key=lambda row: row["p"])
+    assert least["p_holm"] == pytest.approx(2 * least["p"], rel=0.01)
+    told = verdict(result, "these runs")
+    assert len(told["may"]) == 3
+    assert "with all 2 comparisons in mind" in " ".join(told["may"])
+    assert "p corrected for 2 comparisons with a/real (Holm)" in " ".join(told["may_not"])
+    assert "3 comparisons" not in " ".join([*told["may"], *told["may_not"]])
+
+
+def test_the_same_trained_network_is_called_the_same() -> None:
+    found = simulate(9, {"a/real": 1.0, "a/half": 1.05, "b/real": 1.0}, people=80, seeds=1)
+    found.scores["b/real"] = found.scores["a/real"].copy()
+    told = verdict(compare(found), "these runs")
+    assert told["headline"].startswith("One training each of a/real and a/half was compared. There is no clear difference between the trained ")
+    assert told["headline"].endswith("b/real and a/real have the very same predictions of every image: they are the same trained networks, and there "
+                                     "is nothing to compare.")
+    assert "cannot be told" not in told["headline"]
+    assert told["may"][1].endswith(" (b/real and a/real, which are the same trained networks).")
+    assert "shown that b/real" not in " ".join(told["may_not"])
+    assert "shown that a/half and a/real are equal" in " ".join(told["may_not"])
+    alone = verdict(compare(Predictions(found.keys, found.groups, found.target, {n: found.scores[n] for n in ("a/real", "b/real")},
+                                        {n: [0] for n in ("a/real", "b/real")})))
+    assert alone["headline"].startswith("b/real and a/real have the very same predictions")
+    assert "AUROC alone was tested" not in " ".join(alone["may_not"])
 
 
 def test_only_comparisons_with_the_first_arm_are_corrected_for() -> None:
@@ -347,10 +382,10 @@ def test_what_a_single_training_of_one_arm_leaves_open_is_said_of_that_one() -> 
                            "In this run, the trained third told")
 
 
-def test_arms_that_answer_alike_are_neither_different_nor_shown_to_be_equal() -> None:
+def test_arms_that_rank_alike_are_neither_different_nor_shown_to_be_equal() -> None:
     found = simulate(4, {"a": 1.0, "b": 1.0})
-    found.scores["b"] = np.tile(found.scores["a"][:1], (3, 1))
-    found.scores["a"] = found.scores["b"].copy()
+    found.scores["a"] = np.tile(found.scores["a"][:1], (3, 1))
+    found.scores["b"] = found.scores["a"] / 2
     told = verdict(compare(found))
     assert told["headline"] == "How b and a differ cannot be told: there is no interval."
     assert "a difference of +0.000, interval unknown." in told["may"][0]

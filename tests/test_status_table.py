@@ -20,8 +20,10 @@ FAILED = [Row("prepare", "failed", "the images are not there", tasks={"FAILED": 
           Row("encode", "stopped", "cancelled, since prepare did not finish", tasks={"CANCELLED": 1})]
 
 
-def shown(rows: list[Row], terminal: bool, width: int, monkeypatch: pytest.MonkeyPatch) -> str:
+def shown(rows: list[Row], terminal: bool, width: int, monkeypatch: pytest.MonkeyPatch, columns: str | None = None) -> str:
     monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
     console = Console(file=io.StringIO(), force_terminal=terminal, width=width, color_system=None)
     status.show(console, RunDir(Path("runs/x")), rows, None)
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
@@ -38,6 +40,35 @@ def test_no_column_is_squeezed_to_nothing(width: int, monkeypatch: pytest.Monkey
     for heading in ("stage", "state", "done", "per second", "left", "note"):
         assert f" {heading} " in text
     assert " again " not in text, "nothing was run again"
+
+
+LOCAL = [Row("encode", "done", done=1290, total=1290, unit="images"),
+         Row("generate", "running", done=12, total=400, unit="images", rate=0.41, left=2600), Row("classify/baseline", "running", "launched on node7",
+                                                                                                done=1, total=800, unit="steps", rate=123, left=60)]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("rows", [QUEUED, LOCAL, [replace(row, restarts=3) for row in QUEUED]])
+@pytest.mark.parametrize("width", [45, 60, 70, 80, 100, 121])
+def test_what_there_is_no_room_for_is_left_out_whole(rows: list[Row], width: int, terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long it has to go stays, and so does the border; what no column of notes tells stands below."""
+    text = shown(rows, terminal, width, monkeypatch, columns=str(width))
+    table = text.split("┘")[0] + "┘"
+    assert max(map(len, table.splitlines())) <= width
+    assert {line[-1] for line in table.splitlines()[1:] if line} <= set("┓┃┩│┘"), "cut off at the right"
+    heading = [name.strip() for name in table.splitlines()[2].strip("┃").split("┃")]
+    assert {"state", "done", "left"} <= set(heading)
+    assert ("classify/baseline" in table) == (width >= 60)
+    assert "43:20" in table
+    assert "12/400 " in table
+    note = "Slurm: Priority" if rows is not LOCAL else "launched on node7"
+    assert (note in text.split("┘")[1]) == ("note" not in heading)
+
+
+def test_long_names_of_nodes_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown([replace(QUEUED[1], nodes="node[1-2,5,8-13],gpu-a100-[1-40]"), QUEUED[2]], True, 100, monkeypatch)
+    assert "node[" not in text
+    assert {line[-1] for line in text.splitlines()[1:] if line} <= set("┓┃┩│┘")
 
 
 def test_what_takes_seconds_each_is_not_called_none(monkeypatch: pytest.MonkeyPatch) -> None:

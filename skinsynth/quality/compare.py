@@ -147,13 +147,17 @@ def difference(first: Estimate, second: Estimate) -> dict[str, Any]:
 
 
 def differences(found: Predictions, of: dict[str, dict[str, Estimate]]) -> list[dict[str, Any]]:
-    """Every later arm minus every earlier one, all metrics; with AUROC also DeLong's test."""
+    """Every later arm minus every earlier one, all metrics; with AUROC also DeLong's test, and whether both are the ``same`` trained networks: they
+    have the very same predictions of all images, as where a run took them over from another. Of these nothing is tested."""
     rows, group = [], np.unique(found.groups, return_inverse=True)[1]
     for first, second in combinations(of, 2):
+        same = np.array_equal(found.scores[first], found.scores[second])
         for name in METRICS:
             row = {"arms": [second, first], "metric": name, **difference(of[first][name], of[second][name]), "paired": True}
+            row |= {"ci": None, "p": None} if same else {}
             if name == "auroc":
                 row["delong"] = _rounded(delong(found.target, group, found.scores[first], found.scores[second]))
+                row["same"] = same
             rows.append(row)
     return rows
 
@@ -171,9 +175,14 @@ def correct(rows: list[dict[str, Any]], first: str | None) -> list[dict[str, Any
     return rows
 
 
+def tested(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that have a p, for as many as which ``holm`` corrects: where nothing differs, nothing was tested."""
+    return [row for row in rows if row["p"] is not None]
+
+
 def holm(rows: list[dict[str, Any]]) -> None:
     """Adds ``p_holm`` to each: the chance of any such difference among them all if there were none."""
-    known, least = sorted((r for r in rows if r["p"] is not None), key=lambda r: r["p"]), 0.0
+    known, least = sorted(tested(rows), key=lambda r: r["p"]), 0.0
     for row in rows:
         row["p_holm"] = None
     for rank, row in enumerate(known):

@@ -33,8 +33,9 @@ def verdict(found: dict[str, Any], where: str = "this run") -> dict[str, Any]:
         return {"headline": "There is nothing to compare yet.", "may": [],
                 "may_not": ["It takes two trained arms and the same test images, of both classes, to say whether synthetic images help; "
                             "they are not here.", *apart]}
-    return {"headline": _headline(main, where), "may": [_figures(row, found["arms"], len(main)) for row in main],
-            "may_not": [*apart, *_of_seeds(found["arms"]), *_of_zero(main), *_of_images(found), *_of_many(main), *_of_subgroups(found),
+    comparisons, others = len(compare.tested(main)), [row for row in main if not row.get("same")]
+    return {"headline": _headline(main, where), "may": [_figures(row, found["arms"], comparisons) for row in main],
+            "may_not": [*apart, *_of_seeds(found["arms"]), *_of_zero(others), *_of_images(found), *_of_many(main, comparisons), *_of_subgroups(found),
                         "The numbers hold for these data and settings. Images of another clinic, camera or skin type were not looked at, and nothing "
                         "here is fit for a patient."]}
 
@@ -45,7 +46,8 @@ def _of_others(arms: list[str], first: str | None) -> list[str]:
 
 
 def _headline(rows: list[dict[str, Any]], where: str) -> str:
-    """What the arms of several trainings show; those of single ones last, as what they are."""
+    """What the arms of several trainings show; those of single ones after them, as what they are; last those that are the first arm itself."""
+    same, rows = [row for row in rows if row.get("same")], [row for row in rows if not row.get("same")]
     single, several = [row for row in rows if min(row["seeds"]) == 1], [row for row in rows if min(row["seeds"]) > 1]
     found = _sentences(several, where, "{}")
     if single:
@@ -54,6 +56,9 @@ def _headline(rows: list[dict[str, Any]], where: str) -> str:
                   *_sentences(single, where, "the trained {}"),
                   "That holds for these trained networks and says nothing of the method, since another training may turn out otherwise: train each "
                   "arm with several seeds (classify.seeds)."]
+    if same:
+        found.append(f"{_listed([row['arms'][0] for row in same])} and {same[0]['arms'][1]} have the very same predictions of every image: they "
+                     "are the same trained networks, and there is nothing to compare.")
     return " ".join(found)
 
 
@@ -75,6 +80,8 @@ def _listed(names: list[str], word: str = "and") -> str:
 
 def _figures(row: dict[str, Any], arms: dict[str, Any], comparisons: int) -> str:
     (other, first), delong = row["arms"], row.get("delong")
+    if row.get("same"):
+        return f"AUROC {arms[first]['auroc']['value']:.3f} ({other} and {first}, which are the same trained networks)."
     interval = f"95 % interval {row['ci'][0]:+.3f} to {row['ci'][1]:+.3f}, {p_text(row['p'])}" if row["ci"] else "interval unknown"
     text = (f"AUROC {arms[other]['auroc']['value']:.3f} ({other}) against {arms[first]['auroc']['value']:.3f} ({first}): a difference of "
             f"{row['value']:+.3f}, {interval}")
@@ -114,8 +121,10 @@ def _of_images(found: dict[str, Any]) -> list[str]:
     return [f"Of {test['images']} test images {test['positive']} are malignant: with so few, sensitivities and the ends of the intervals are coarse."]
 
 
-def _of_many(rows: list[dict[str, Any]]) -> list[str]:
-    all_of_them = f", p corrected for {len(rows)} comparisons with {rows[0]['arms'][1]} (Holm)" if len(rows) > 1 else ""
+def _of_many(rows: list[dict[str, Any]], comparisons: int) -> list[str]:
+    if all(row.get("same") for row in rows):
+        return []
+    all_of_them = f", p corrected for {comparisons} comparisons with {rows[0]['arms'][1]} (Holm)" if comparisons > 1 else ""
     return [f"AUROC alone was tested{all_of_them}. Among so many other figures some leave 0 out by chance: they describe, and prove nothing."]
 
 

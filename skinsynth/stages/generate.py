@@ -113,7 +113,9 @@ class Maker:
     def unit(self, unit: int) -> None:
         """One shard, from nothing or from where it was broken off; given up where another task has made it meanwhile."""
         self.weights.check()
-        self.painter = self.painter or Painter(self.cfg, self.weights, World().device, self.train)
+        if not self.painter:
+            self.painter = Painter(self.cfg, self.weights, World().device, self.train)
+            self.progress.ready()
         done = self.progress.state["done"]
         with ResumableWriter(self.folder, unit) as shard, ThreadPoolExecutor(1) as pool:
             state = shard.state or {"attempt": 0, "batches": 0, "todo": list(self.plan.numbers(unit)), "faulty": []}
