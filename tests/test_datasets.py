@@ -478,3 +478,14 @@ def test_a_file_that_lists_no_keys_exports_nothing(tmp_path: Path, listed: str) 
     assert "no list of keys as screen writes it" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_exported_rows_say_which_real_image_a_synthetic_one_was_drawn_over(tmp_path: Path) -> None:
+    folder = tmp_path / "shards/run-synthetic"
+    with ShardWriter(folder, 0) as shard:
+        for key, more in (("syn-00000000", {"source": "ISIC_7"}), ("syn-00000001", {})):
+            shard.add(key, {"jpg": b"x", "json": json.dumps({"target": 0, "origin": "synthetic", **more}).encode()}, target=0)
+    write_manifest(folder, 1, kind="synthetic", lineage={"group_ids": []})
+    export(folder, tmp_path / "out", "imagefolder", None)
+    with open(tmp_path / "out/train/metadata.csv") as f:
+        assert [row["source"] for row in csv.DictReader(f)] == ["ISIC_7", ""]

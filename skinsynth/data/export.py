@@ -16,7 +16,7 @@ from skinsynth.errors import UserError
 from skinsynth.files import read_json, write_text
 
 SIIM = ("image_name", "patient_id", "sex", "age_approx", "anatom_site_general_challenge", "diagnosis", "benign_malignant", "target")
-EXTRA = ("origin", "prompt", "seed", "weights_sha256")  # columns of synthetic images beyond those
+EXTRA = ("origin", "prompt", "seed", "weights_sha256", "source")  # columns of synthetic images beyond those; source: the real one drawn over
 
 
 def export(folder: Path, target: Path, form: str, only: set[str] | None, tell: Callable[[int, int], None] = lambda done, of: None) -> int:
