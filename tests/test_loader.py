@@ -154,6 +154,23 @@ def test_of_a_rank_that_is_killed_it_does_not_stay() -> None:
     until("its end", lambda: not alive(pid), 20)
 
 
+WITH_THREADS = """
+import sys
+sys.path.insert(0, "tests")
+import cv2, numpy as np
+from test_loader import LoaderProcess, Pictures, TODO
+cv2.setNumThreads(4)
+cv2.GaussianBlur(np.zeros((4000, 4000, 3), np.uint8), (31, 31), 5)
+with LoaderProcess(Pictures(), TODO) as reader:
+    assert len(list(reader)) == 9
+"""
+
+
+def test_where_opencv_has_had_threads_it_does_not_wait_for_them() -> None:
+    done = subprocess.run([sys.executable, "-c", WITH_THREADS], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_process_that_ends_without_closing_it_does_not_hang() -> None:
     script = ORPHAN.replace("print(", "assert reader is not None and ").replace(", flush=True)", "").replace("\ntime.sleep(100)\n", "\n")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)

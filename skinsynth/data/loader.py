@@ -62,6 +62,9 @@ class LoaderProcess:
     """
 
     def __init__(self, data: Reads, todo: Iterable[tuple[int, list[range]]], ahead: int = 2, pin: bool = False):
+        import cv2
+
+        cv2.setNumThreads(1)  # before the fork: in the process, OpenCV would wait for the end of threads that did not come along
         self.waited, self.bad = 0.0, list[BadSample]()
         self._pin, self._closed = pin, False
         context = multiprocessing.get_context("fork")
