@@ -75,10 +75,10 @@ class LoaderProcess:
             warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: a fork beside threads; the child uses nothing of theirs
             self._process.start()
         its.close()
-        weakref.finalize(self, self._process.kill)  # at exit multiprocessing would wait for it, after a signal that it does not hear
         self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._receiver = threading.Thread(target=self._receive, name="loader", daemon=True)
         self._receiver.start()
+        weakref.finalize(self, _end, self._process, self._receiver)  # where nobody closes it
 
     def _receive(self) -> None:
         shared: Any = None
@@ -140,6 +140,12 @@ class LoaderProcess:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _end(process: Any, receiver: threading.Thread) -> None:
+    """At exit: multiprocessing would wait for the process after a signal that it does not hear, and a thread that is cut off within torch aborts."""
+    process.kill()
+    receiver.join()
 
 
 # ---- in the process ----
