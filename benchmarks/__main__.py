@@ -1,6 +1,6 @@
 """``python -m benchmarks [--rounds N] [NAME ...]``: all of them without a name; results go to ``benchmarks/results/<name>-<device>.json``.
 
-``--rounds 1`` is for where time is short, on a GPU that is lent: each side runs once. What fails is told at the end, and the others run all the same.
+``--rounds 1`` is for where time is short: each side runs once. What fails is told at the end, and the others run all the same.
 A benchmark that has a setting for a GPU (``GPU``) runs there where there is one; the others run on the CPU everywhere.
 """
 

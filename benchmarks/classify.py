@@ -50,17 +50,17 @@ def setting() -> Setting:
     return GPU if gpu() else CPU
 
 
-def configuration(folder: Path, steps: int = 1, **more: object) -> Any:
+def configuration(folder: Path, steps: int = 1, s: Setting | None = None, more: dict[str, object] | None = None) -> Any:
     from skinsynth import config
 
-    s = setting()
+    s = s or setting()
     values = {"run": folder / "run", "data.shards": folder / "shards", "data.name": "bench", "data.metadata": folder / "drawn/metadata.csv",
               "data.images": folder / "drawn/images", "data.duplicates": folder / "drawn/duplicates.csv", "prepare.size": SIDE,
               "prepare.split": "{train: 0.9, val: 0.05, test: 0.05}", "classify.steps": steps, "classify.checkpoint_every": 10**6,
               "classify.warmup_steps": 0, "classify.log_every": 20, "model.attention": "sdpa", "classify.image_size": s.side,
               "classify.global_batch": s.batch,
               "classify.lr": s.lr, "classify.precision": s.precision, "data.workers": s.workers,
-              **{f"classify.{key}": value for key, value in s.vit.items()}, **{key.replace("_", ".", 1): value for key, value in more.items()}}
+              **{f"classify.{key}": value for key, value in s.vit.items()}, **(more or {})}
     return config.load("configs/demo.yaml", [f"{key}={value}" for key, value in values.items()])
 
 
@@ -86,8 +86,8 @@ def prepare() -> Path:
     return folder
 
 
-def ours(folder: Path, epochs: int, **more: object) -> dict[str, float]:
-    """The stage's own loop, with all cores; ``more``: keys of the configuration, ``data_memory_gb`` for ``data.memory_gb``."""
+def ours(folder: Path, epochs: int, more: dict[str, object] | None = None) -> dict[str, float]:
+    """The stage's own loop, with all cores; ``more``: keys of the configuration."""
     from skinsynth import cpu
 
     cpu.before_torch(len(os.sched_getaffinity(0)))
@@ -104,7 +104,7 @@ def ours(folder: Path, epochs: int, **more: object) -> dict[str, float]:
 
     batch = setting().batch
     steps = epochs * len(Dataset.open(folder / "shards/bench-train")) // batch
-    cfg, run = configuration(folder, steps, **more), RunDir(folder / "run")
+    cfg, run = configuration(folder, steps, more=more), RunDir(folder / "run")
     shutil.rmtree(run.node("epochs"), ignore_errors=True)
     data, model = Data(cfg, run, "baseline", 0, setting().side), vit.build(cfg.classify, SIDE, 0)
     checkpoints, engine = Checkpoints(run.node("epochs") / "checkpoints", World(), {}), Engine(cfg.classify, World(), model, "classify")
@@ -152,7 +152,7 @@ def peer(folder: Path, epochs: int) -> dict[str, float]:
     return {"images_per_second": steps * s.batch / (time.perf_counter() - begun)}
 
 
-SIDES: dict[str, Callable[[Path, int], dict[str, float]]] = {"ours": ours, "decoding": partial(ours, data_memory_gb=0), "peer": peer}
+SIDES: dict[str, Callable[[Path, int], dict[str, float]]] = {"ours": ours, "decoding": partial(ours, more={"data.memory_gb": 0}), "peer": peer}
 
 
 def main() -> None:

@@ -13,10 +13,9 @@ import sys
 import time
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from benchmarks.classify import GPU, IMAGES
+from benchmarks import classify
 from benchmarks.harness import SCRATCH, alternate, in_process, report
 
 BATCH, STEPS, BEGIN, WORKERS = 48, 100, 40, 1
@@ -25,13 +24,11 @@ APART, THREADS, ALONE = "a process of its own", "threads of the same process", "
 
 def data() -> Any:
     """Those of the classifier's benchmark, at ViT-B/16's size."""
-    from benchmarks import classify
     from skinsynth.run import RunDir
     from skinsynth.train.arms import Data
 
-    folder = SCRATCH / f"epochs-{IMAGES}"
-    classify.setting = lambda: GPU
-    found = Data(classify.configuration(folder), RunDir(folder / "run"), "baseline", 0, GPU.side)
+    folder = SCRATCH / f"epochs-{classify.IMAGES}"
+    found = Data(classify.configuration(folder, s=classify.GPU), RunDir(folder / "run"), "baseline", 0, classify.GPU.side)
     found.workers = WORKERS
     return found
 
@@ -70,17 +67,11 @@ def measure(side: str) -> float:
 
 
 def main() -> None:
-    in_process("benchmarks.launching", "prepare")
+    classify.prepare()
     rounds = alternate({side: partial(lambda side: float(in_process("benchmarks.launching", side)), side) for side in (APART, THREADS, ALONE)}, 7)
     report("launching", rounds, APART, THREADS, "ms/step", "steps (forward, backward, AdamW) of a ViT with ViT-B/16's blocks, 24 channels and one "
-           f"image of 32 px, one thread, beside loading {BATCH} images of {GPU.side} px a step from memory by another", higher=False)
-
-
-def prepare() -> str:
-    from benchmarks import classify
-
-    return str(classify.prepare() if not (SCRATCH / f"epochs-{IMAGES}/shards/bench-train/manifest.json").exists() else Path())
+           f"image of 32 px, one thread, beside loading {BATCH} images of {classify.GPU.side} px a step from memory by another", higher=False)
 
 
 if __name__ == "__main__":
-    print(json.dumps(prepare() if sys.argv[1] == "prepare" else measure(sys.argv[1])))
+    print(json.dumps(measure(sys.argv[1])))

@@ -61,7 +61,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"{path}: expected 'key: value' pairs at the top, found {type(raw).__name__}")
     base: Any = OmegaConf.structured(Config)
     for layer, where, anew in ((raw, str(path), ""), *((part, COMMAND_LINE, key) for key, part in _parts(overrides or []))):
-        if anew and _make_room(base, anew.replace(".class", ".class_").split("."), layer):
+        if anew and _make_room(base, anew.split("."), layer):
             continue
         if isinstance(layer, dict) and isinstance(layer.get("cluster"), str):  # another cluster, with nothing left of the one before
             base.cluster = OmegaConf.structured(Cluster())
@@ -291,7 +291,7 @@ def _together(items: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 def _make_room(base: Any, path: list[str], layer: Any) -> bool:
     """Empties what a mapping says anew: of names that the user chose (arms, concepts, classes, stages, sources, filters) none of the old ones stays,
     while a section's other keys do. A name that is null is taken out; True where nothing is left to merge then."""
-    parent, value = base, layer
+    parent, value, path = base, _rename(layer, "class", "class_"), ["class_" if name == "class" else name for name in path]
     for name in path[:-1]:
         parent, value = parent.get(name, {}), next(iter(value.values()))
     value = next(iter(value.values()))
@@ -309,7 +309,9 @@ def _make_room(base: Any, path: list[str], layer: Any) -> bool:
 def _empty(parent: Any, name: str, value: Any) -> None:
     if not isinstance(value, dict) or name not in parent or not OmegaConf.is_dict(parent[name]):
         return
-    if _names(parent[name]):
+    if _names(parent):
+        parent.pop(name)
+    elif _names(parent[name]):
         OmegaConf.update(parent, name, {}, merge=False)
     else:
         for inner, its in value.items():

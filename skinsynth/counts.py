@@ -13,10 +13,7 @@ from typing import Any
 from skinsynth.errors import UserError
 from skinsynth.files import read_json
 from skinsynth.knobs import Config, Images
-from skinsynth.run import RunDir
-
-SPLITS = ("train", "val", "test")
-DISGUISES, PLANTED = 5, 200  # screen searches for so many kinds of disguised copies, of up to so many training images each (see quality.parts)
+from skinsynth.run import SPLITS, RunDir
 
 
 @dataclass
@@ -37,7 +34,9 @@ class Counts:
     @property
     def planted(self) -> int | None:
         """Disguised copies of training images, which ``screen`` makes to measure how many it finds."""
-        return None if self.train is None else DISGUISES * min(PLANTED, self.train)
+        from skinsynth.quality.copies import PLANTED, PLANTS
+
+        return None if self.train is None else len(PLANTS) * min(PLANTED, self.train)
 
 
 def count(cfg: Config) -> Counts:

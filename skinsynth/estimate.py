@@ -17,7 +17,7 @@ from rich.text import Text
 
 from skinsynth import stages
 from skinsynth.chain import Node, chain
-from skinsynth.counts import DISGUISES, Counts, count, plan
+from skinsynth.counts import Counts, count, plan
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config, Training
 from skinsynth.models import hub
@@ -176,11 +176,13 @@ def _amounts(cfg: Config, found: Stage, images: Counts) -> None:
     if name in stages.GANGS:
         found.unit, found.amount = "steps", cfg.finetune.steps if name == "finetune" else cfg.classify.steps
         return
+    from skinsynth.quality.copies import PLANTS
+
     real = sum(images.shards.values()) if images.real is not None else None
     found.amount, found.shards = {
         "prepare": (images.real, real), "encode": (images.latents, images.shards.get("train")), "generate": (images.synthetic, made),
         "screen": (None if images.real is None else images.real + (images.planted or 0) + images.synthetic,
-                   None if real is None else real + DISGUISES + made),  # the copies of one disguise are a unit, as a shard is
+                   None if real is None else real + len(PLANTS) + made),  # the copies of one disguise are a unit, as a shard is
         "report": (None, 0)}[name]
 
 

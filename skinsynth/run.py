@@ -34,6 +34,7 @@ from skinsynth.errors import UserError
 from skinsynth.files import birth, is_spare, owner, read_hint, read_json, sha256_file, sha256_of, sha256_or_none, write_json, write_text
 from skinsynth.knobs import Config
 
+SPLITS = ("train", "val", "test")
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "deepspeed", "submitit", "webdataset", "xformers", "numpy", "opencv-python-headless")
 
 

@@ -189,9 +189,14 @@ def test_a_mapping_on_the_command_line_is_the_whole_of_what_a_user_named() -> No
     name = next(iter(demo().finetune.concepts))
     for item in ("instance.where={diagnosis: melanoma}", "instance={where: {diagnosis: melanoma}}"):
         assert demo(f"finetune.concepts.{name}.{item}").finetune.concepts[name].instance.where == {"diagnosis": "melanoma"}
-    cls = demo(f"finetune.concepts.{name}.class={{where: {{site: torso}}}}").finetune.concepts[name].class_
-    assert cls is not None
-    assert cls.where == {"site": "torso"}
+    for item in ("class={where: {site: torso}}", "class.where={site: torso}"):
+        cls = demo(f"finetune.concepts.{name}.{item}").finetune.concepts[name].class_
+        assert cls is not None
+        assert cls.where == {"site": "torso"}
+    only = demo("generate.classes={only: {target: 0, count: 3, prompts: [a]}}").generate.classes
+    assert list(only) == ["only"]
+    phases = "classify.arms.hybrid={phases: [{sources: {real: 1}, share: 1}]}"  # an arm has either, so none of its sources may stay
+    assert demo(phases).classify.arms["hybrid"].sources == {}
     assert list(demo("classify.arms.hybrid=null").classify.arms) == ["baseline"]
     split = demo("prepare.split={train: 0.5}").prepare.split  # a section keeps its other keys
     assert (split.train, split.val) == (0.5, demo().prepare.split.val)

@@ -161,6 +161,6 @@ def withdraw(group: Annotated[str, typer.Option("--group", metavar="ID", help="p
     elif dry_run:
         typer.echo("nothing was marked (--dry-run)")
     else:
-        whole = sorted({one.folder for one in marked if one.kind in ("latents", "synthetic images")})
+        made = ", ".join(sorted({one.folder for one in marked if one.kind in ("latents", "synthetic images")}))
         typer.echo(f"marked in {len(marked)} folders; delete what is to be made again without them (a run's encode, finetune, generate, screen, "
-                   f"classify, report{f', and {chr(44).join(whole)}' if whole else ''}), then launch again".replace(",/", ", /"))
+                   f"classify, report{f'; and {made}' if made else ''}), then launch again")

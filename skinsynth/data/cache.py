@@ -33,9 +33,8 @@ from skinsynth.data.shards import INDEX_ALONE, SHARD, Dataset, Handle, check_par
 from skinsynth.errors import UserError
 from skinsynth.files import is_spare, locked, owner, sha256_file, sync, write_bytes
 from skinsynth.knobs import Config, Data
-from skinsynth.run import RunDir
+from skinsynth.run import SPLITS, RunDir
 
-SPLITS = ("train", "val", "test")
 TRIES, PAUSE, TIMEOUT = 3, 1.0, 60  # of an http request; seconds after the first failure, twice as long after the second; seconds of silence
 
 SILENT = 600  # seconds without a byte, after which a command is stopped: a tape may be slow to begin

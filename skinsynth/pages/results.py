@@ -11,9 +11,7 @@ from skinsynth.pages import figures, origin
 from skinsynth.quality import predictions
 from skinsynth.quality.compare import compare
 from skinsynth.quality.verdict import verdict
-from skinsynth.run import RunDir
-
-SPLITS = ("train", "val", "test")
+from skinsynth.run import SPLITS, RunDir
 
 
 def summary(cfg: Config, run: RunDir) -> dict[str, Any]:

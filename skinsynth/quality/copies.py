@@ -192,6 +192,8 @@ def _jpeg(image: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarra
 
 
 DISGUISES = {"flip": _turn, "crop": _crop, "colour": _tint, "jpeg": _jpeg}  # in the order in which "all" puts them on
+PLANTS = (*DISGUISES, "all")  # a unit of screen each: disguised copies of training images, to measure how many are found
+PLANTED = 200  # of each
 
 
 def coarse(thumbnails: np.ndarray) -> np.ndarray:

@@ -31,13 +31,12 @@ from skinsynth.errors import UserError
 from skinsynth.files import read_json, sha256_file, write_bytes, write_json
 from skinsynth.knobs import Config
 from skinsynth.quality import copies, defects, near, spectrum
+from skinsynth.quality.copies import PLANTED, PLANTS
 from skinsynth.quality.features import Extractor
 from skinsynth.run import Progress
 
 REAL = ("train", "val", "test")
 KINDS = (*REAL, "planted", "synthetic")  # so numbered that a synthetic set made anew leaves the parts of the real ones valid
-PLANTS = (*copies.DISGUISES, "all")  # a unit each: disguised copies of training images, to measure how many are found
-PLANTED = 200  # of each
 SEARCHED = {"matches": ("train",), "held_out": ("val", "test")}  # array of a part -> the kinds among which its images were searched for
 
 

@@ -30,9 +30,8 @@ from skinsynth.data.shards import ShardWriter, claim, missing_parts, part_path, 
 from skinsynth.errors import UserError
 from skinsynth.files import locked, read_json, sha256_file, write_text
 from skinsynth.knobs import Config
-from skinsynth.run import Progress, RunDir, Task
+from skinsynth.run import SPLITS, Progress, RunDir, Task
 
-SPLITS = ("train", "val", "test")
 KNOWN = ("sex", "age", "site", "diagnosis")
 WITHDRAWN = "withdrawn: see withdrawn.json beside the datasets"
 

@@ -32,8 +32,9 @@ from skinsynth.errors import UserError
 from skinsynth.files import read_json, sha256_file, write_bytes, write_json
 from skinsynth.knobs import Config
 from skinsynth.quality import copies, defects, features, gate, sheet, spectrum
+from skinsynth.quality.copies import PLANTED, PLANTS
 from skinsynth.quality.evidence import Evidence
-from skinsynth.quality.parts import PLANTED, PLANTS, REAL, Parts, Unit, matches, screened
+from skinsynth.quality.parts import REAL, Parts, Unit, matches, screened
 from skinsynth.run import Progress, RunDir, Task
 
 NODE = "screen"
