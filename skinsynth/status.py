@@ -318,6 +318,8 @@ def watch(run: RunDir, console: Console) -> None:
             if not complaint and not launching and not any(row.state in ("running", "pending") for row in found):
                 break
             time.sleep(2)
+    if not console.is_terminal:
+        console.line()  # Live ends its last table with a line's end on a terminal alone
     _explain(console, found, complaint)
 
 

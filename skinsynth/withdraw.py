@@ -16,6 +16,7 @@ from skinsynth.data.shards import parts_of, table_of
 from skinsynth.data.withdrawn import Withdrawn, mark
 from skinsynth.errors import UserError
 from skinsynth.files import read_json
+from skinsynth.pages import cards
 from skinsynth.run import RunDir
 
 REAL = "real images"
@@ -170,3 +171,4 @@ def withdraw(group: str, found: list[Descendant], shards: Path) -> None:
     for descendant in sorted(found, key=lambda d: "weights" not in d.kind):
         if descendant.why:
             mark(Path(descendant.folder), group, descendant.keys, descendant.why)
+            cards.renew(Path(descendant.folder))

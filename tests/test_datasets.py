@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from skinsynth.errors import UserError
 from skinsynth.files import read_json, write_json
 from skinsynth.knobs import Arm, Config
 from skinsynth.models.diffusion import read_lineage
+from skinsynth.pages.cards import renew
 from skinsynth.run import RunDir
 from skinsynth.withdraw import find, withdraw
 
@@ -276,6 +278,11 @@ def test_all_that_descends_from_a_patient_is_named_and_marked(copied: Path) -> N
     for call in (lambda: Dataset.open(copied / "shards/run-synthetic"), lambda: read_lineage(run.weights)):
         with pytest.raises(UserError, match=f"is withdrawn: group {group}, .*trained on"):
             call()
+    for card, start in ((copied / "shards/run-synthetic/DATASHEET.md", ""), (run.weights / "MODEL_CARD.md", r"---\n[^>]*\n---\n\n")):
+        told = re.match(start + r"(> \*\*Somebody withdrew \(20.*\n)\n# ", card.read_text())
+        assert told, "behind the front matter that hubs read, before everything else"
+        assert "All of this must not be used any more: " in told[1]
+        assert group not in told[1]
     named = {d.folder for d in find(group, copied / "shards", copied) if d.kind == "weights of a classifier"}
     config_path = run.path / "config.yaml"  # as most runs have it: relative to where it was launched, which nobody knows
     config_path.write_text(config_path.read_text().replace(f"shards: {copied}/shards", "shards: shards"))
@@ -370,6 +377,13 @@ def test_of_images_drawn_over_a_patients_only_those_are_withdrawn(tmp_path: Path
     assert [data.read(i, "jpg") for i in range(2)] == [b"\0", b"\2"]
     assert list(data.shard_samples(0)) == [0, 1]
     assert not (unknown / "withdrawn.json").exists()
+    said = (r"> \*\*Somebody withdrew \(.{10}\)\.\*\* 2 of these samples must not be used any more: drawn over images of theirs "
+            r"\(withdrawn.json tells which\)\.\n\n")
+    for card, start in (("DATASHEET.md", ""), ("MODEL_CARD.md", "---\nlicense: other\n---\n\n")):
+        (folder / card).write_text(f"{start}# It\n\nrest\n")
+        for _ in range(2):  # said again it is said once
+            renew(folder)
+            assert re.fullmatch(rf"{start}{said}# It\n\nrest\n", (folder / card).read_text())
     missing = skinsynth("withdraw", "--group", "P1", "--shards", str(tmp_path / "no"), "--runs", str(tmp_path / "runs"))
     assert "is not a folder" in missing.stderr
 

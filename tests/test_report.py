@@ -19,6 +19,7 @@ from conftest import ROOT
 
 from skinsynth.data.codec import encode_jpeg
 from skinsynth.data.shards import ShardWriter, write_manifest
+from skinsynth.data.withdrawn import mark
 from skinsynth.errors import UserError
 from skinsynth.files import read_json, write_json
 from skinsynth.knobs import Arm, Config, GeneratedClass
@@ -340,6 +341,15 @@ def test_the_cards_are_filled_and_name_no_place(made: tuple[Config, RunDir]) -> 
         assert needed in card, needed
     assert str(run.path.parent) not in sheet + card
     assert "None" not in sheet + card
+
+
+def test_the_datasheet_of_a_set_from_which_somebody_withdrew_says_so(tmp_path: Path) -> None:
+    cfg, run = make(tmp_path)
+    mark(run.dataset(cfg, "synthetic"), "P1", ["syn-00000003"], "drawn over images of theirs")
+    stage.report(cfg, run, Task())
+    said = (run.dataset(cfg, "synthetic") / "DATASHEET.md").read_text()
+    assert said.startswith("> **Somebody withdrew (20")
+    assert "** 1 of these samples must not be used any more: drawn over images of theirs" in said
 
 
 def test_the_card_does_not_change_the_weights_hash(tmp_path: Path) -> None:

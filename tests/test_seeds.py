@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, overrides, skinsynth
+from conftest import overrides, skinsynth
 
-from skinsynth import config, knobs, slurm, status
+from skinsynth import config, knobs, slurm, stages, status
 from skinsynth.chain import chain as nodes
 from skinsynth.estimate import estimate
 from skinsynth.files import read_json
@@ -62,11 +62,22 @@ def test_a_seed_that_failed_is_trained_alone_by_the_next_launch(chain: Path, dra
     assert "stopped" not in second.stdout
     report = read_json(run.node("report") / "report.json")
     assert len(report["arms"]["baseline"]["auroc"]["seeds"]) == 2
-    by_hand = subprocess.run([sys.executable, "-m", "jobs.classify", str(run.path), "--arm", "baseline", "--seed", "5"], cwd=ROOT, text=True,
-                             capture_output=True, timeout=60, check=False)
-    assert by_hand.returncode == 2
-    assert "--seed 5: classify.seeds of" in by_hand.stderr
-    assert "has 3, 7" in by_hand.stderr
+
+
+@pytest.mark.parametrize(("asked", "said"), [("--arm baseline --seed 5", "--seed 5: classify.seeds of .* has 3, 7"),
+                                             ("--arm nope", "--arm nope: classify.arms of .* has baseline")])
+def test_a_seed_or_arm_that_is_not_there_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, said: str,
+                                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = config.load("configs/demo.yaml", [f"run={tmp_path / 'run'}", "classify.seeds=[3, 7]", "classify.arms={baseline: {sources: {real: 1}}}"])
+    run = RunDir(tmp_path / "run")
+    run.create(cfg)
+    before = sorted(run.path.rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["jobs.classify", str(run.path), *asked.split()])
+    with pytest.raises(SystemExit) as ended:
+        stages.main("classify")
+    assert ended.value.code == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert sorted(run.path.rglob("*")) == before
 
 
 def sbatch(cfg: knobs.Config, tasks: list[int]) -> str:

@@ -97,13 +97,15 @@ def test_what_failed_leaves_room_for_why(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_watching_goes_on_while_a_launch_is_between_two_stages(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.create(config.load("configs/demo.yaml"))
-    watching = threading.Thread(target=status.watch, args=(run, Console(file=io.StringIO())), daemon=True)
+    printed = io.StringIO()
+    watching = threading.Thread(target=status.watch, args=(run, Console(file=printed)), daemon=True)
     with run.lock():
         watching.start()
         watching.join(1)
         assert watching.is_alive(), "nothing runs just now, but more will"
     watching.join(10)
     assert not watching.is_alive()
+    assert printed.getvalue().endswith("\n"), "in a pipe what follows would stand beside the table"
 
 
 @pytest.mark.parametrize("node", ["prepare", "encode", "generate", "screen"])

@@ -22,6 +22,7 @@ from skinsynth.errors import UserError
 from skinsynth.files import locked, read_json, write_json
 
 NAME, THERE = "withdrawn.json", "withdrawn-there.json"
+NOTICE = "> **Somebody withdrew"
 Marks = dict[str, dict[str, Any]]  # id -> keys, why, when, and in a home kind
 
 
@@ -55,6 +56,17 @@ def withdrawn_keys(folder: Path) -> set[str]:
         if found["keys"] is None:
             raise UserError(f"{folder} is withdrawn: group {group}, {found['why']} ({found['when']}); delete it and make it again without that group")
     return {key for found in groups.values() for key in found["keys"]} | of_dataset(folder).keys
+
+
+def notice(folder: Path) -> str:
+    """For a person who opens the folder, one paragraph of Markdown; nothing where nobody withdrew. It names no id: cards are handed on."""
+    marks = _groups(folder / NAME).values()
+    if not marks:
+        return ""
+    whole = [found["keys"] is None for found in marks]
+    what = "All of this" if any(whole) else f"{len({key for found in marks for key in found['keys']}):,} of these samples"
+    why = "; ".join(sorted({found["why"] for found in marks if (found["keys"] is None) == any(whole)}))
+    return f"{NOTICE} ({max(found['when'] for found in marks)}).** {what} must not be used any more: {why} ({NAME} tells which).\n\n"
 
 
 @dataclass(frozen=True)

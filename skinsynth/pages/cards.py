@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from skinsynth.data import withdrawn
 from skinsynth.files import read_json, write_text
 from skinsynth.knobs import Config
 from skinsynth.pages import origin, screening
@@ -21,6 +23,7 @@ LICENCES = {  # of the base models that are named in the shipped configurations,
     "stabilityai/stable-diffusion-xl-base-1.0": "CreativeML Open RAIL++-M",
     "models/Derm-T2IM.safetensors": "MIT",
 }
+CARDS = ("DATASHEET.md", "MODEL_CARD.md")
 DATA_LICENCE = "not recorded by the run: see where they were downloaded (each image of the ISIC archive names its own)"
 
 
@@ -30,14 +33,31 @@ def write(cfg: Config, run: RunDir, summary: dict[str, Any]) -> list[Path]:
     The card lies at the top of the weights' folder, which is outside of what the weights' hash covers.
     """
     found, written = facts(cfg, run, summary), []
-    for folder, sign, file, template in ((run.dataset(cfg, "synthetic"), "manifest.json", "DATASHEET.md", "datasheet.md.j2"),
-                                         (run.weights, "lineage.json", "MODEL_CARD.md", "model_card.md.j2")):
+    for folder, sign, file, template in ((run.dataset(cfg, "synthetic"), "manifest.json", CARDS[0], "datasheet.md.j2"),
+                                         (run.weights, "lineage.json", CARDS[1], "model_card.md.j2")):
         if (folder / sign).is_file():
-            text = _environment().get_template(template).render(found)
+            text = _noticed(folder, _environment().get_template(template).render(found))
             if not (folder / file).is_file() or (folder / file).read_text() != text:  # several runs may tell of one set, each report anew
                 write_text(folder / file, text)
             written.append(folder / file)
     return written
+
+
+def renew(folder: Path) -> None:
+    """A card that was written before somebody withdrew says so from now on."""
+    for path in (folder / file for file in CARDS):
+        if path.is_file():
+            before = path.read_text()
+            text = _noticed(folder, before)
+            if text != before:
+                write_text(path, text)
+
+
+def _noticed(folder: Path, text: str) -> str:
+    """With what is to be said now of who withdrew. It stands behind the front matter, which hubs read at a file's very start only."""
+    parts = re.fullmatch(rf"(---\n.*?\n---\n\n)?({re.escape(withdrawn.NOTICE)}[^\n]*\n\n)?(.*)", text, re.DOTALL)
+    assert parts
+    return (parts[1] or "") + withdrawn.notice(folder) + parts[3]
 
 
 def _environment() -> jinja2.Environment:

@@ -129,17 +129,21 @@ def main(stage: str) -> None:
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         parser.error(f"--task {args.task}: expected INDEX/COUNT, for example 0/4")
     task = Task(int(index), int(count))
-    if getattr(args, "seed", None) is not None:
-        task = _task_of(parser, args.run, args.seed)
+    if stage == "classify":
+        task = _arms_task(parser, args, task)
     sys.exit(run_node(f"{stage}/{args.arm}" if stage == "classify" else stage, args.run, task))
 
 
-def _task_of(parser: argparse.ArgumentParser, path: str, seed: int) -> Task:
-    """The task that trains a seed."""
+def _arms_task(parser: argparse.ArgumentParser, args: argparse.Namespace, task: Task) -> Task:
+    """``task``, or that which trains the seed that is asked for. A misspelt arm is told here, before it gets a folder."""
     try:
-        seeds = RunDir(Path(path)).config().arm_seeds
+        cfg = RunDir(Path(args.run)).config()
     except UserError as error:
         parser.exit(FAILED, f"{error}\n")
-    if seed not in seeds:
-        parser.error(f"--seed {seed}: classify.seeds of {path} has {', '.join(map(str, seeds))}")
-    return Task(seeds.index(seed), len(seeds))
+    if args.arm not in cfg.classify.arms:
+        parser.error(f"--arm {args.arm}: classify.arms of {args.run} has {', '.join(cfg.classify.arms)}")
+    if args.seed is None:
+        return task
+    if args.seed not in cfg.arm_seeds:
+        parser.error(f"--seed {args.seed}: classify.seeds of {args.run} has {', '.join(map(str, cfg.arm_seeds))}")
+    return Task(cfg.arm_seeds.index(args.seed), len(cfg.arm_seeds))
