@@ -60,3 +60,17 @@ def test_the_command_line_imports_nothing_heavy() -> None:
     code = "import sys, skinsynth.cli; print(sorted(set(sys.modules) & {'torch', 'numpy', 'omegaconf', 'submitit', 'cv2', 'diffusers'}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_ctrl_c_while_the_command_imports_is_quiet() -> None:
+    code = """
+import importlib.metadata, sys
+class Interrupted:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+importlib.metadata.distribution("skinsynth").entry_points["skinsynth"].load()()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
