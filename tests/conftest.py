@@ -224,3 +224,10 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         yield dict(line.split("=", 1) for line in lines if "=" in line)
     finally:
         devcluster("down", "--wipe", env=env)
+
+
+def jpeg(path: Path, mode: str = "RGB", size: tuple[int, int] = (40, 30), **options: object) -> Path:
+    from PIL import Image
+
+    Image.new(mode, size, 90 if mode == "L" else None).save(path, **options)  # type: ignore[arg-type]
+    return path

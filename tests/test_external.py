@@ -17,8 +17,9 @@ from rich.console import Console
 
 from skinsynth import config
 from skinsynth.chain import chain as nodes
-from skinsynth.data import external, isic
+from skinsynth.data import external
 from skinsynth.data.export import export
+from skinsynth.data.images import read_image
 from skinsynth.data.shards import KEY, Dataset
 from skinsynth.data.verify import verify
 from skinsynth.errors import UserError
@@ -91,7 +92,7 @@ def test_folders_as_the_hub_has_them_are_read(form: str, tmp_path: Path) -> None
     assert sorted(row.image_name for row in rows) == keys
     assert {0, 1} == {row.target for row in rows}
     assert {str(Path(str(row.file)).relative_to(tmp_path)) for row in rows} == set(files)
-    assert all(isic.read_image(Path(str(row.file))).shape == (32, 32, 3) for row in rows)
+    assert all(read_image(Path(str(row.file))).shape == (32, 32, 3) for row in rows)
 
 
 def test_names_that_give_the_same_key_stay_two_images(tmp_path: Path) -> None:

@@ -1,38 +1,21 @@
-"""Metadata, images, groups, splits and captions."""
+"""Tables and folders of images as they come."""
 
-import io
-import random
-import time
-import zlib
-from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from conftest import jpeg
 
 from skinsynth.data import isic
-from skinsynth.data.isic import BadImage, Row
+from skinsynth.data.captions import phrases
+from skinsynth.data.isic import Row
 from skinsynth.errors import UserError
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "isic"
-SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}
 HEADER = "image_name,patient_id,lesion_id,sex,age_approx,anatom_site_general_challenge,diagnosis,benign_malignant,target"
 
 
 def csv(tmp_path: Path, *lines: str, header: str = HEADER) -> Path:
     path = tmp_path / "metadata.csv"
     path.write_text("\n".join((header, *lines)) + "\n")
-    return path
-
-
-def row(name: str, target: int = 0, patient: str | None = None, lesion: str | None = None) -> Row:
-    return Row(name, target, patient, lesion)
-
-
-def jpeg(path: Path, mode: str = "RGB", size: tuple[int, int] = (40, 30), **options: object) -> Path:
-    Image.new(mode, size, 90 if mode == "L" else None).save(path, **options)  # type: ignore[arg-type]
     return path
 
 
@@ -58,7 +41,7 @@ def test_tolerates_bom_crlf_and_the_columns_of_isic_cli(tmp_path: Path) -> None:
 def test_the_sites_of_the_archive_since_2026(tmp_path: Path, site: str, words: str) -> None:
     (found,), _ = isic.read_metadata(csv(tmp_path, f"ISIC_1,{site},Anything finer,Benign", header="isic_id,anatom_site_1,anatom_site_2,diagnosis_1"))
     assert found.site == site.lower()
-    assert isic.phrases(found)["site"] == words
+    assert phrases(found)["site"] == words
 
 
 @pytest.mark.parametrize(("header", "missing"), [("image_name,sex", "'target'"), ("name,target", "'image_name'")])
@@ -215,156 +198,3 @@ def test_tables_with_semicolons_or_tabs_are_read(tmp_path: Path, mark: str, lead
 def test_a_patient_of_whom_nobody_knows_is_none(tmp_path: Path) -> None:
     rows, _ = isic.read_metadata(csv(tmp_path, *(f"i{n},{word},-,,,,,,0" for n, word in enumerate(["unknown", "UNKNOWN", "-", "?", "IP_1"]))))
     assert [(row.patient_id, row.lesion_id) for row in rows] == [(None, None)] * 4 + [("IP_1", None)]
-
-
-def test_images_of_any_kind_become_rgb(tmp_path: Path) -> None:
-    for i, mode in enumerate(("L", "CMYK", "RGB")):
-        assert isic.read_image(jpeg(tmp_path / f"{i}.jpg", mode)).shape == (30, 40, 3)
-    for mode in ("RGBA", "P", "LA", "1"):
-        image = isic.read_image(jpeg(tmp_path / f"{mode}.png", mode))
-        assert image.shape == (30, 40, 3)
-        assert image.dtype == np.uint8
-
-
-def test_exif_orientation_is_applied(tmp_path: Path) -> None:
-    image = Image.new("RGB", (40, 20), (200, 0, 0))
-    image.paste((0, 0, 200), (0, 0, 20, 20))  # blue on the left
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise: left becomes top
-    image.save(tmp_path / "turned.jpg", exif=exif)
-    upright = isic.read_image(tmp_path / "turned.jpg")
-    assert upright.shape == (40, 20, 3)
-    assert upright[2, 10, 2] > 150
-    assert upright[-3, 10, 0] > 150
-
-
-def bomb() -> bytes:
-    """A PNG header that claims 40,000 x 40,000 pixels."""
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
-    side = (40_000).to_bytes(4, "big")
-    header = chunk(b"IHDR", side + side + b"\x08\x02\x00\x00\x00")
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
-
-
-def test_unusable_images_say_why(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(buffer, "JPEG")
-    for name, data, reason in (("empty", b"", "empty file"), ("cut", buffer.getvalue()[:-600], "truncated"), ("text", b"<html>", "not an image"),
-                               ("bomb", bomb(), "decompression bomb")):
-        (tmp_path / f"{name}.jpg").write_bytes(data)
-        with pytest.raises(BadImage, match=reason):
-            isic.read_image(tmp_path / f"{name}.jpg")
-    with pytest.raises(BadImage, match="only 4 x 4 pixels"):
-        isic.read_image(jpeg(tmp_path / "tiny.jpg", size=(4, 4)))
-    with pytest.raises(BadImage, match="missing"):
-        isic.Images(tmp_path).find("absent")
-    with pytest.raises(BadImage, match="missing"):
-        isic.read_image(tmp_path / "absent.jpg")
-
-
-def test_a_png_named_jpg_is_read_and_noted(tmp_path: Path) -> None:
-    path = jpeg(tmp_path / "a.jpg", format="PNG")
-    assert isic.read_image(path).shape == (30, 40, 3)
-    assert isic.mislabelled(path) == "a.jpg is a PNG file"
-    assert isic.mislabelled(jpeg(tmp_path / "b.jpg")) is None
-    assert isic.mislabelled(jpeg(tmp_path / "c.png")) is None
-
-
-def test_groups_join_patients_lesions_copies_and_pairs() -> None:
-    rows = [row("a", patient="P2"), row("b", patient="P1", lesion="L1"), row("c", lesion="L1"), row("d"), row("e"),
-            row("f", lesion="L9"), row("g"), row("h", lesion="P1")]
-    found = isic.groups(rows, {"a": "1" * 64, "d": "1" * 64, "e": "2" * 64, "g": "3" * 64}, [("a", "elsewhere"), ("elsewhere", "b"), ("g", "e")])
-    assert found == {"a": "P1", "b": "P1", "c": "P1", "d": "P1", "e": "sha-" + "2" * 16, "g": "sha-" + "2" * 16, "f": "L9", "h": "lesion-P1"}
-    assert isic.groups(rows[::-1], {}, []) == isic.groups(rows, {}, [])
-
-
-def cohort(patients: int, seed: int) -> list[Row]:
-    """Patients with 1 to 40 images, one image in ten malignant."""
-    rng = random.Random(seed)
-    return [row(f"I{p}_{i}", int(rng.random() < 0.1), f"P{p}") for p in range(patients) for i in range(rng.choice((1, 1, 2, 3, 10, 40)))]
-
-
-def deviation(rows: list[Row], split_of: dict[str, str]) -> float:
-    """The largest difference between a class's share in a split and the one asked for."""
-    total = Counter(r.target for r in rows)
-    found = Counter((split_of[r.image_name], r.target) for r in rows)
-    return max(abs(found[s, t] / total[t] - share) for s, share in SHARES.items() for t in total)
-
-
-def test_splits_keep_groups_whole_and_shares_right_and_follow_the_seed_alone() -> None:
-    rows = cohort(150, 0)
-    targets, of = {r.image_name: r.target for r in rows}, isic.groups(rows, {}, [])
-    split_of = isic.split_groups(of, targets, SHARES, 3)
-    assert all(len({split_of[n] for n in of if of[n] == g}) == 1 for g in set(of.values()))
-    assert deviation(rows, split_of) < 0.02
-    mixed = random.Random(1).sample(rows, len(rows))
-    again = isic.split_groups(isic.groups(mixed, {}, []), {r.image_name: r.target for r in mixed}, SHARES, 3)
-    assert again == split_of
-    assert isic.split_groups(of, targets, SHARES, 4) != split_of
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_every_split_gets_every_class_even_with_three_groups_of_it(seed: int) -> None:
-    rows = [row(f"b{i}", 0, f"P{i % 5}") for i in range(40)] + [row(f"m{i}", 1, f"M{i % 3}") for i in range(20)]
-    split_of = isic.split_groups(isic.groups(rows, {}, []), {r.image_name: r.target for r in rows}, SHARES, seed)
-    assert {(split_of[r.image_name], r.target) for r in rows} == {(s, t) for s in SHARES for t in (0, 1)}
-
-
-def test_an_empty_class_is_an_error_that_counts_the_groups() -> None:
-    rows = [row(f"b{i}") for i in range(9)] + [row("m1", 1, "P1"), row("m2", 1, "P1"), row("m3", 1, "P2")]
-    with pytest.raises(UserError, match=r"class 1 \(malignant\) has 2 groups .* 3 splits"):
-        isic.split_groups(isic.groups(rows, {}, []), {r.image_name: r.target for r in rows}, SHARES, 0)
-
-
-def test_captions_say_what_is_known() -> None:
-    assert isic.caption(Row("a", 1, sex="female", age=60, site="upper extremity", diagnosis="melanoma")) == (
-        "a dermoscopy image of a melanoma on the upper extremity of a woman in her 60s")
-    assert isic.caption(Row("a", 0, sex="male", age=15, site="head/neck", diagnosis="unknown")) == (
-        "a dermoscopy image of a benign skin lesion on the head or neck of a boy in his teens")
-    assert isic.caption(Row("a", 0, age=85, diagnosis="actinic keratosis")) == "a dermoscopy image of an actinic keratosis of a person in their 80s"
-    assert isic.caption(Row("a", 0, sex="female", age=5)) == "a dermoscopy image of a benign skin lesion of a girl under 10"
-    assert isic.caption(Row("a", 0, sex="male")) == "a dermoscopy image of a benign skin lesion of a man"
-    assert isic.caption(Row("a", 1)) == "a dermoscopy image of a malignant skin lesion"
-
-
-@pytest.mark.skipif(not (SHARED / "isic2020_groundtruth.csv").exists(), reason=f"{SHARED} with the ISIC 2020 ground truth is not here")
-def test_isic_2020_has_some_hundred_captions() -> None:
-    rows, _ = isic.read_metadata(SHARED / "isic2020_groundtruth.csv")
-    assert len({isic.caption(row) for row in rows}) == 361
-    assert len({isic.caption(replace(rows[0], age=year)) for year in range(100)}) == 11  # where ages are known to the year
-
-
-@pytest.mark.skipif(not (SHARED / "isic2020_groundtruth.csv").exists(), reason=f"{SHARED} with the ISIC 2020 ground truth is not here")
-def test_isic_2020_is_split_by_patient_within_two_percent_in_seconds() -> None:
-    start = time.process_time()
-    rows, aside = isic.read_metadata(SHARED / "isic2020_groundtruth.csv")
-    pairs = isic.read_pairs(SHARED / "isic2020_duplicates.csv", (r.image_name for r in rows))
-    split_of = isic.split_groups(isic.groups(rows, {}, pairs), {r.image_name: r.target for r in rows}, SHARES, 0)
-    assert time.process_time() - start < 5
-    assert (len(rows), len(aside), len(pairs)) == (33_126, 0, 425)
-    assert deviation(rows, split_of) < 0.02
-    assert max(Counter(p for p, _ in {(r.patient_id, split_of[r.image_name]) for r in rows}).values()) == 1
-    assert all(split_of[one] == split_of[other] for one, other in pairs)
-
-
-def test_an_image_is_found_whatever_its_ending_and_in_folders_within(tmp_path: Path) -> None:
-    for name in ("a.jpg", "b.Jpg", "c.tif", "part_1/d.jpeg", "e.png", "deep/e.jpg", "part_1/f.jpg", "part_2/f.jpg", "part_1/notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        if name.endswith("txt"):
-            (tmp_path / name).write_text("no image")
-        else:
-            Image.new("RGB", (40, 30), (200, 150, 120)).save(tmp_path / name)
-    images = isic.Images(tmp_path)
-    assert {name: str(images.find(name).relative_to(tmp_path)) for name in "abcde"} == {
-        "a": "a.jpg", "b": "b.Jpg", "c": "c.tif", "d": "part_1/d.jpeg", "e": "e.png"}
-    assert isic.read_image(images.find("c")).shape == (30, 40, 3)
-    assert isic.mislabelled(images.find("c")) is None
-    with pytest.raises(isic.BadImage, match=r"2 files have its name: part_1/f\.jpg, part_2/f\.jpg"):
-        images.find("f")
-    for name in ("notes", "g"):
-        with pytest.raises(isic.BadImage, match="missing"):
-            images.find(name)
-    rows, _ = isic.read_dreambooth(tmp_path, tmp_path / "part_1")
-    assert {Path(row.file or "").name for row in rows} == {"a.jpg", "b.Jpg", "c.tif", "e.png", "d.jpeg", "f.jpg"}

@@ -6,7 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from skinsynth.data import isic, lesion
+from skinsynth.data import lesion
+from skinsynth.data.images import read_image
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "isic"
 SKIN, MOLE = (222, 176, 152), (105, 62, 45)
@@ -121,7 +122,7 @@ def test_real_lesions_come_to_the_middle() -> None:
     assert len(files) >= 25
 
     def contrast(crop: str) -> np.ndarray:
-        made = [lesion.square(isic.read_image(f), 64, crop, True).astype(float).mean(axis=2) for f in files]
+        made = [lesion.square(read_image(f), 64, crop, True).astype(float).mean(axis=2) for f in files]
         return np.array([np.r_[m[:6].ravel(), m[-6:].ravel()].mean() - m[24:40, 24:40].mean() for m in made])
 
     cropped = contrast("lesion")

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from skinsynth import world
-from skinsynth.data import codec, isic, shards
+from skinsynth.data import codec, images, shards
+from skinsynth.data.images import read_image
 from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
 from skinsynth.world import STOP_SIGNALS, Stopped, World, join, leave, lost_peer, on_stop, place
 
@@ -54,22 +55,22 @@ def test_a_stop_while_an_image_is_decoded_is_not_the_images_fault(number: signal
     """Every error of a decoder means a bad image, which would be set aside for good."""
     image = next((drawn / "images").glob("*.jpg"))
     with ShardWriter(tmp_path / "set", 0) as shard:
-        shard.add("a", {"jpg": codec.encode_jpeg(isic.read_image(image), 90)}, group="g", target=0)
+        shard.add("a", {"jpg": codec.encode_jpeg(read_image(image), 90)}, group="g", target=0)
     write_manifest(tmp_path / "set", 1, kind="real")
     data = Dataset.open(tmp_path / "set")
 
     def stopped(*_: Any, **__: Any) -> Any:
         signal.raise_signal(number)
 
-    monkeypatch.setattr(isic.ImageOps, "exif_transpose", stopped)
+    monkeypatch.setattr(images.ImageOps, "exif_transpose", stopped)
     monkeypatch.setattr(shards, "decode", stopped)
     with on_stop(leave):
         with pytest.raises(Stopped, match="goes on from the last finished unit"):
-            isic.read_image(image)
+            read_image(image)
         with pytest.raises(Stopped, match="goes on from the last finished unit"):
             data.image(0)
     monkeypatch.undo()
-    assert data.image(0).shape == isic.read_image(image).shape
+    assert data.image(0).shape == read_image(image).shape
 
 
 def test_a_stop_while_a_library_is_imported_is_not_the_librarys_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

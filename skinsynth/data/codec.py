@@ -8,7 +8,7 @@ import numpy as np
 
 
 def decode(data: bytes, out: np.ndarray | None = None, reduce: int = 1) -> np.ndarray:
-    """JPEG bytes -> uint8 (height, width, 3), RGB. For our own shards; foreign files go through ``isic.read_image``.
+    """JPEG bytes -> uint8 (height, width, 3), RGB. For our own shards; foreign files go through ``images.read_image``.
 
     ``reduce``: 1, 2, 4 or 8, by which both sides are divided while decoding (libjpeg's scaled inverse DCT: nearly the mean over the
     pixels), at about half the cost of decoding and resizing.

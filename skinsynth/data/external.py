@@ -24,9 +24,11 @@ from typing import Any
 from skinsynth import cpu
 from skinsynth.data import isic, tables
 from skinsynth.data.codec import encode_jpeg
-from skinsynth.data.isic import Aside, BadImage, Row
+from skinsynth.data.images import FORMATS, BadImage, read_image
+from skinsynth.data.isic import Aside, Row
 from skinsynth.data.lesion import square
 from skinsynth.data.shards import ShardWriter, claim, missing_parts, write_manifest
+from skinsynth.data.split import random_key
 from skinsynth.errors import UserError
 from skinsynth.files import locked, read_json, sha256_file, write_text
 from skinsynth.knobs import Config
@@ -36,7 +38,7 @@ CLASSES = ("benign", "malignant")  # by target
 LABELS = {"benign": 0, "malignant": 1, "0": 0, "1": 1}  # names of folders -> target
 TABLES = ("metadata.csv", "metadata.jsonl")
 NAMES = ("file_name", *isic.COLUMNS["image_name"])  # columns that name an image, the first that is filled counts
-ENDINGS = tuple(isic.FORMATS)
+ENDINGS = tuple(FORMATS)
 SHOWN = 5  # entries of a folder that is refused
 KNOWN = ("sex", "age", "site", "diagnosis")
 LINEAGE = {"base": "elsewhere", "weights_sha256": None, "train": None, "group_ids": None, "trained_group_ids": None}
@@ -195,7 +197,7 @@ def _locked_plan(cfg: Config, folder: Path) -> dict[str, Any]:
         rows, aside = read(Path(cfg.data.synthetic or ""))
         if not rows:
             raise UserError(f"data.synthetic: {cfg.data.synthetic} holds no image that can be used" + (f" ({aside[0]['reason']})" if aside else ""))
-        rows.sort(key=lambda row: isic.random_key(cfg.seed, "external", row.image_name))  # classes mixed in every shard
+        rows.sort(key=lambda row: random_key(cfg.seed, "external", row.image_name))  # classes mixed in every shard
         rows = list(cpu.in_threads(lambda row: replace(row, sha256=sha256_file(Path(str(row.file)))), rows))
         content = hashlib.sha256("".join(f"{row.image_name} {row.sha256}\n" for row in rows).encode()).hexdigest()
         found = {"rows": [vars(row) for row in rows], "aside": aside, "content": content}
@@ -208,7 +210,7 @@ def _locked_plan(cfg: Config, folder: Path) -> dict[str, Any]:
 
 def _add(cfg: Config, shard: ShardWriter, row: Row) -> None:
     try:
-        image = square(isic.read_image(Path(str(row.file)), row.sha256), cfg.prepare.size, cfg.prepare.crop, cfg.prepare.hair_removal)
+        image = square(read_image(Path(str(row.file)), row.sha256), cfg.prepare.size, cfg.prepare.crop, cfg.prepare.hair_removal)
     except BadImage as error:
         shard.skip(row.image_name, str(error))
         return

@@ -1,4 +1,4 @@
-"""ISIC metadata and images as they come: rows, groups of images that must stay together, splits, captions.
+"""Tables and folders of images as they come, as rows.
 
 The metadata is a CSV in the columns of SIIM-ISIC 2020 (Rotemberg et al. 2021) or of ``isic-cli``, or a table of HAM10000 or of the
 challenges as published (``tables.py``). What cannot be used is not guessed: it is set aside, with the reason.
@@ -6,21 +6,14 @@ challenges as published (``tables.py``). What cannot be used is not guessed: it 
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from threading import Lock
-
-import numpy as np
-from PIL import Image, ImageOps
 
 from skinsynth.data import tables
+from skinsynth.data.images import FORMATS
 from skinsynth.data.shards import KEY
 from skinsynth.errors import UserError
 
@@ -35,15 +28,8 @@ COLUMNS = {  # ours -> theirs; the first that is filled counts
     "target": ("target", "label", "malignant"),
     "malignancy": ("benign_malignant", "diagnosis_1"),
 }
-FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP", ".webp": "WEBP"}  # by lower-case ending
-MISSING = "image file is missing"
 AGAIN = "duplicated id (the same row again; kept once)"
 UNKNOWN = {"unknown", "unk", "missing", "not available", "-", "?"}
-MIN_SIDE = 16  # pixels
-SITES = {"head/neck": "on the head or neck", "head and neck": "on the head or neck", "palms/soles": "on the palm or sole",
-         "oral/genital": "in the oral or genital area", "anogenital region": "in the anogenital region", "genital": "in the genital area",
-         "acral": "on acral skin"}  # others: "on the ..."
-
 Aside = dict[str, str]  # {"key": image name, "reason": why it is left out}, as in the manifests
 
 
@@ -62,10 +48,6 @@ class Row:
     diagnosis: str | None = None
     file: str | None = None
     sha256: str | None = None
-
-
-class BadImage(Exception):
-    """A file that is set aside; the message is the reason."""
 
 
 def read_metadata(path: Path) -> tuple[list[Row], list[Aside]]:
@@ -224,225 +206,3 @@ def read_pairs(path: Path, names: Iterable[str]) -> list[tuple[str, str]]:
     if records and len(columns) < 2:
         raise UserError(f"data.duplicates: {path} needs two columns of image names; it has: {', '.join(records[0])}")
     return [(_stem(r[columns[0]]), _stem(r[columns[1]])) for r in records if r[columns[0]] and r[columns[1]]]
-
-
-class Images:
-    """The image files of a folder by name, whatever their ending, in folders within it too (HAM10000 comes in two). Safe under threads."""
-
-    def __init__(self, folder: Path):
-        self.folder, self._lock = folder, Lock()
-
-    def files(self, name: str) -> list[Path]:
-        """Those of that name. One that lies in the folder itself as a .jpg is looked for without reading the folder, which may hold a million."""
-        plain = self.folder / f"{name}.jpg"
-        if plain.is_file():
-            return [plain]
-        with self._lock:
-            found = self._all.get(name, [])
-        direct = [path for path in found if path.parent == self.folder]
-        return direct if len(direct) == 1 else found
-
-    def find(self, name: str) -> Path:
-        """Raises ``BadImage`` where there is none, or more than one."""
-        found = self.files(name)
-        if len(found) > 1:
-            raise BadImage(f"{len(found)} files have its name: {', '.join(str(path.relative_to(self.folder)) for path in found[:3])}")
-        if not found:
-            raise BadImage(MISSING)
-        return found[0]
-
-    @cached_property
-    def _all(self) -> dict[str, list[Path]]:
-        found: dict[str, list[Path]] = defaultdict(list)
-        for place, folders, files in os.walk(self.folder, followlinks=False):
-            folders.sort()
-            for file in sorted(files):
-                path = Path(place, file)
-                if path.suffix.lower() in FORMATS and path.is_file():
-                    found[path.stem].append(path)
-        return dict(found)
-
-
-def read_image(path: Path, sha256: str | None = None) -> np.ndarray:
-    """uint8 (height, width, 3), RGB, upright. CMYK, grey, palette and alpha are converted (alpha is dropped).
-
-    ``sha256``: of the bytes that the file had when the plan was made.
-
-    Raises:
-        BadImage: missing, empty, truncated, not an image, too small, or too large to be one.
-        OSError: the file system failed; this says nothing about the image.
-        UserError: it is not the file that was planned with.
-    """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        if sha256:  # a file system that this node has not, perhaps: it must not be taken for images that are missing
-            raise _other(path, "is gone") from None
-        raise BadImage(MISSING) from None
-    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
-        raise _other(path, "has changed")
-    if not data:
-        raise BadImage("empty file")
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            _check_form(image)
-            ImageOps.exif_transpose(image, in_place=True)
-            upright = image.convert("RGBA") if image.mode == "P" else image
-            return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
-    except BadImage:
-        raise
-    except Image.DecompressionBombError:  # Pillow's limit: 179 million pixels; the largest ISIC images have about 30
-        raise BadImage("more pixels than any dermoscopy image (a decompression bomb?)") from None
-    except Image.UnidentifiedImageError:
-        raise BadImage("not an image") from None
-    except Exception as error:  # decoders raise what they like for damaged data: OSError, SyntaxError, struct.error ...
-        text = str(error)
-        cut = "truncated" in text or "unexpected end" in text
-        raise BadImage("truncated image" if cut else f"damaged image ({text or type(error).__name__})") from None
-
-
-def _other(path: Path, what: str) -> UserError:
-    return UserError(f"{path} {what} since prepare looked at the images and split them: put it back as it was (is its file system there on this "
-                     "node?) and start the same command again, which goes on; or delete the dataset's folders to prepare the images as they are now")
-
-
-def _check_form(image: Image.Image) -> None:
-    if min(image.size) < MIN_SIDE:
-        raise BadImage(f"only {image.width} x {image.height} pixels")
-    if image.mode[0] in "IF":
-        raise BadImage(f"pixel format {image.mode} (expected 8 bits a channel)")
-
-
-def mislabelled(path: Path) -> str | None:
-    """The real format of an image file whose ending names another one. It is used all the same; the user may want to know."""
-    with Image.open(path) as image:
-        real = image.format
-    return None if real in (FORMATS.get(path.suffix.lower()), "MPO") else f"{path.name} is a {real} file"
-
-
-def groups(rows: list[Row], hashes: Mapping[str, str], pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Image name -> id of the group that must not be torn apart: same patient, lesion, file content or published pair.
-
-    The id is the smallest patient id of the group, else its smallest lesion id, else ``sha-`` and the smallest hash.
-    Found by union-find over images, patients, lesions and hashes.
-    """
-    parent: dict[str, str] = {}
-
-    def find(node: str) -> str:
-        root = node
-        while parent.setdefault(root, root) != root:
-            root = parent[root]
-        while parent[node] != root:
-            parent[node], node = root, parent[node]
-        return root
-
-    for row in rows:
-        for kind, value in (("patient", row.patient_id), ("lesion", row.lesion_id), ("sha", hashes.get(row.image_name))):
-            if value:
-                parent[find(f"{kind} {value}")] = find(f"image {row.image_name}")
-    for one, other in pairs:
-        parent[find(f"image {one}")] = find(f"image {other}")
-    members: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        members[find(f"image {row.image_name}")].append(row)
-    patients = {row.patient_id for row in rows}
-    return {row.image_name: name for found in members.values() for name in [_group_id(found, hashes, patients)] for row in found}
-
-
-def _group_id(found: list[Row], hashes: Mapping[str, str], patients: set[str | None]) -> str:
-    if named := [row.patient_id for row in found if row.patient_id]:
-        return min(named)
-    if lesions := [row.lesion_id for row in found if row.lesion_id]:
-        return min(lesions) if min(lesions) not in patients else f"lesion-{min(lesions)}"  # "1" may be a patient and a lesion
-    return min(f"sha-{hashes[row.image_name][:16]}" if row.image_name in hashes else row.image_name for row in found)
-
-
-def random_key(seed: int, *words: str) -> str:
-    """A random sort key, the same on every machine and for every order of the rows."""
-    return hashlib.sha256("\0".join((str(seed), *words)).encode()).hexdigest()
-
-
-def split_groups(group_of: Mapping[str, str], targets: Mapping[str, int], shares: Mapping[str, float], seed: int) -> dict[str, str]:
-    """Image name -> split; whole groups, every class in its share, whatever the order of the rows.
-
-    Groups with the rare class come first, larger before smaller, random within a power of two. Each goes where it
-    lowers the chi-square distance between the images of each class that a split has and those it should have.
-
-    Raises:
-        UserError: a class has too few groups for every split to hold it.
-    """
-    counts: dict[str, np.ndarray] = {}  # group -> images of class 0 and of class 1
-    for name, group in group_of.items():
-        counts.setdefault(group, np.zeros(2, int))[targets[name]] += 1
-    _check_classes(counts, list(shares))
-    total = np.sum(list(counts.values()), axis=0)
-    rare = int(np.argmin(total))
-    order = sorted(counts, key=lambda g: (-int(counts[g][rare]).bit_length(), -int(counts[g].sum()).bit_length(), random_key(seed, "split", g)))
-    want = np.outer(np.array(list(shares.values())) / sum(shares.values()), total)  # (splits, classes)
-    have = np.zeros_like(want)
-    place: dict[str, int] = {}
-    for group in order:
-        v = counts[group]
-        place[group] = int(np.argmin((v * (2 * (have - want) + v) / (want * total)).sum(axis=1)))
-        have[place[group]] += v
-    _fill(place, order, counts, len(shares))
-    names = list(shares)
-    return {name: names[place[group]] for name, group in group_of.items()}
-
-
-def _check_classes(counts: Mapping[str, np.ndarray], splits: list[str]) -> None:
-    for label in (0, 1):
-        found = sum(int(c[label] > 0) for c in counts.values())
-        if found < len(splits):
-            raise UserError(f"class {label} ({'malignant' if label else 'benign'}) has {found} groups of images (patients, lesions or copies), "
-                            f"but the {len(splits)} splits ({', '.join(splits)}) need one each: add images, or correct the ids that join them")
-
-
-def _fill(place: dict[str, int], order: list[str], counts: Mapping[str, np.ndarray], splits: int) -> None:
-    """Gives a split that lacks a class the smallest group with it, from a split that keeps every class it has."""
-    for _ in range(2 * splits + 1):
-        held = np.zeros((splits, 2), int)  # groups with each class
-        for group, at in place.items():
-            held[at] += counts[group] > 0
-        if held.all():
-            return
-        to, label = np.argwhere(held == 0)[0]
-        spare = [g for g in reversed(order) if counts[g][label] and (held[place[g]][counts[g] > 0] > 1).all()]
-        if not spare:
-            break
-        place[spare[0]] = int(to)
-    raise UserError("the groups (patients, lesions, copies) are too few or too large for every split to hold every class: "
-                    "add images, or correct the ids that join the groups")
-
-
-def caption(row: Row) -> str:
-    """One sentence of what is known, for text-conditioned training. Ages by the decade: a dataset then has some hundred captions, and
-    each text need be encoded only once."""
-    known = phrases(row)
-    named = known["diagnosis"] or f"{'malignant' if row.target else 'benign'} skin lesion"
-    return " ".join(word for word in (f"a dermoscopy image of {_article(named)}", known["site"], known["person"]) if word)
-
-
-def phrases(row: Row) -> dict[str, str]:
-    """The words for ``diagnosis``, ``site`` and ``person``, each empty where it is unknown."""
-    diagnosis = row.diagnosis.replace("_", " ") if row.diagnosis and row.diagnosis != "unknown" else ""
-    site = SITES.get(row.site, f"on the {row.site}") if row.site else ""
-    return {"diagnosis": diagnosis, "site": site, "person": _person(row.age, row.sex)}
-
-
-def _person(age: int | None, sex: str | None) -> str:
-    if age is None and sex not in ("male", "female"):
-        return ""
-    young = age is not None and age < 18
-    person = {"male": "boy" if young else "man", "female": "girl" if young else "woman"}.get(sex or "", "child" if young else "person")
-    return f"of a {person}" + ("" if age is None else f" {_decade(age, sex)}")
-
-
-def _decade(age: int, sex: str | None) -> str:
-    """``in her 40s`` for 40 to 49 years."""
-    whose = {"male": "his", "female": "her"}.get(sex or "", "their")
-    return "under 10" if age < 10 else f"in {whose} teens" if age < 20 else f"in {whose} {age // 10 * 10}s"
-
-
-def _article(noun: str) -> str:
-    return f"an {noun}" if re.match(r"[aeiouAEIOU]", noun) else f"a {noun}"

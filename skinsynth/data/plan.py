@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from skinsynth.data import isic
+from skinsynth.data.captions import phrases
+from skinsynth.data.isic import Row
 from skinsynth.data.order import permutation, sample_rng
 from skinsynth.data.shards import Dataset
 from skinsynth.errors import UserError
@@ -156,8 +157,8 @@ def _filled(prompt: str, train: Dataset | None, source: int | None) -> str:
     if source is None or train is None or not fields(prompt):
         return prompt
     columns = train.columns
-    row = isic.Row("", columns["target"][source], None, None, *(columns[name][source] for name in ("sex", "age", "site", "diagnosis")))
-    return prompt.format(**isic.phrases(row), caption=columns["caption"][source])
+    row = Row("", columns["target"][source], None, None, *(columns[name][source] for name in ("sex", "age", "site", "diagnosis")))
+    return prompt.format(**phrases(row), caption=columns["caption"][source])
 
 
 def key(number: int) -> str:

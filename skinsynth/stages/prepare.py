@@ -23,10 +23,13 @@ from rich.table import Table
 
 from skinsynth import cpu
 from skinsynth.data import cache, external, given, isic, summary, withdrawn
+from skinsynth.data.captions import caption
 from skinsynth.data.codec import encode_jpeg
-from skinsynth.data.isic import Aside, BadImage, Row
+from skinsynth.data.images import MISSING, BadImage, Images, mislabelled, read_image
+from skinsynth.data.isic import Aside, Row
 from skinsynth.data.lesion import square
 from skinsynth.data.shards import ShardWriter, claim, missing_parts, part_path, write_manifest
+from skinsynth.data.split import groups, random_key, split_groups
 from skinsynth.errors import UserError
 from skinsynth.files import locked, read_json, sha256_file, write_text
 from skinsynth.knobs import Config
@@ -102,8 +105,8 @@ def _shared_plan(cfg: Config, folders: dict[str, Path]) -> Plan:
 
 def _tell_new(cfg: Config, plan: Plan) -> None:
     """Who added images after the first preparation expects them to be taken."""
-    missing = [a["key"] for a in plan.set_aside if a["reason"] == isic.MISSING]
-    images = isic.Images(Path(cfg.data.images or ""))
+    missing = [a["key"] for a in plan.set_aside if a["reason"] == MISSING]
+    images = Images(Path(cfg.data.images or ""))
     there = [name for name in missing if cfg.data.images and images.files(name)]
     if there:
         print(f"{len(there)} images that were missing when {cfg.data.name} was prepared are there now (first: {there[0]}). They are not taken: for "
@@ -135,9 +138,9 @@ def make_plan(cfg: Config, request: dict[str, Any]) -> Plan:
     rows = _contradictions(rows, hashes, aside)
     _check_bad(cfg, count, [{"split": "", **a} for a in aside])
     pairs = isic.read_pairs(Path(data.duplicates), hashes) if data.duplicates else []
-    group_of = isic.groups(rows, hashes, pairs)
-    split_of = isic.split_groups(group_of, {r.image_name: r.target for r in rows}, asdict(cfg.prepare.split), cfg.seed)
-    order = sorted(group_of, key=lambda name: isic.random_key(cfg.seed, "order", name))
+    group_of = groups(rows, hashes, pairs)
+    split_of = split_groups(group_of, {r.image_name: r.target for r in rows}, asdict(cfg.prepare.split), cfg.seed)
+    order = sorted(group_of, key=lambda name: random_key(cfg.seed, "order", name))
     content = hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
     return Plan({**request, "content": content}, count, aside, {r.image_name: {**vars(r), "group": group_of[r.image_name]} for r in rows},
                 {split: [name for name in order if split_of[name] == split] for split in SPLITS}, _duplicates(pairs, hashes))
@@ -161,7 +164,7 @@ def _duplicates(pairs: list[tuple[str, str]], hashes: dict[str, str]) -> dict[st
 def _hash_images(rows: list[Row], images: str | None, aside: list[Aside]) -> tuple[list[Row], dict[str, str]]:
     """The rows whose image is there, with its path, and the sha256 of each; the others are added to ``aside``."""
 
-    folder = isic.Images(Path(images or ""))
+    folder = Images(Path(images or ""))
 
     def look(row: Row) -> tuple[str, str]:
         path = Path(row.file) if row.file else folder.find(row.image_name)
@@ -219,8 +222,8 @@ def _make_units(cfg: Config, run: RunDir, task: Task, plan: Plan, folders: dict[
 def _make_unit(cfg: Config, plan: Plan, split: str, shard: int, folder: Path, progress: Progress) -> None:
     def work(name: str) -> tuple[bytes, str | None]:
         path = Path(plan.samples[name]["file"])
-        image = square(isic.read_image(path, plan.samples[name].get("sha256")), cfg.prepare.size, cfg.prepare.crop, cfg.prepare.hair_removal)
-        return encode_jpeg(image, cfg.prepare.quality), isic.mislabelled(path)
+        image = square(read_image(path, plan.samples[name].get("sha256")), cfg.prepare.size, cfg.prepare.crop, cfg.prepare.hair_removal)
+        return encode_jpeg(image, cfg.prepare.quality), mislabelled(path)
 
     names, notes = plan.names(split, shard), []
     with ShardWriter(folder, shard) as writer:
@@ -242,7 +245,7 @@ def _sample(plan: Plan, name: str, split: str) -> dict[str, Any]:
     fields = dict(plan.samples[name])
     group = fields.pop("group")
     return {"isic_id": name, "group": group, "split": split, "target": fields["target"], **{k: fields[k] for k in KNOWN},
-            "caption": isic.caption(Row(**fields)), "origin": "real"}
+            "caption": caption(Row(**fields)), "origin": "real"}
 
 
 def _finish(cfg: Config, run: RunDir, plan: Plan, folders: dict[str, Path]) -> None:
