@@ -66,8 +66,8 @@ def configuration(folder: Path, steps: int = 1, s: Setting | None = None, more: 
 
 def prepare() -> Path:
     """Drawn images, prepared at 256 px; the JPEGs of the training split also as an image folder (benign, malignant). Kept."""
+    from skinsynth.data.dataset import Dataset
     from skinsynth.data.phantom import write_dataset
-    from skinsynth.data.shards import Dataset
     from skinsynth.run import RunDir, Task
     from skinsynth.stages.prepare import prepare as prepare_stage
 
@@ -91,7 +91,7 @@ def ours(folder: Path, epochs: int, more: dict[str, object] | None = None) -> di
     from skinsynth import cpu
 
     cpu.before_torch(len(os.sched_getaffinity(0)))
-    from skinsynth.data.shards import Dataset
+    from skinsynth.data.dataset import Dataset
     from skinsynth.models import vit
     from skinsynth.run import RunDir
     from skinsynth.train.arms import Data

@@ -36,8 +36,8 @@ def ours(folder: Path, begin: int = 0) -> Iterator[Any]:
     """With all that a training has: checksums checked, the order that can begin anywhere, bad samples told."""
     import torch
 
+    from skinsynth.data.dataset import Dataset
     from skinsynth.data.order import Mixture, share
-    from skinsynth.data.shards import Dataset
     from skinsynth.data.stream import Feed, Source
 
     source = Source(Dataset.open(folder), range(len(Dataset.open(folder))))
@@ -137,7 +137,7 @@ def first_batch(folder: Path, share_done: float) -> dict[str, float]:
     import cv2  # noqa: F401
     import torch  # noqa: F401
 
-    from skinsynth.data import order, shards, stream  # noqa: F401
+    from skinsynth.data import dataset, order, stream  # noqa: F401
 
     count = json.loads((folder / "manifest.json").read_text())["count"]
     since = time.perf_counter()

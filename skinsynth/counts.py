@@ -73,7 +73,7 @@ def _split(cfg: Config, name: str) -> Path:
 def _index(cfg: Config) -> list[Any]:
     """The training images of a dataset that lies elsewhere, with its columns; no tar need be here. Raises ``UserError`` where the index cannot be
     used."""
-    from skinsynth.data.shards import Dataset
+    from skinsynth.data.dataset import Dataset
 
     columns = Dataset.open(_split(cfg, "train"), tolerate=True).columns
     return [SimpleNamespace(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from skinsynth.data import descent
-from skinsynth.data.shards import parts_of, table_of
+from skinsynth.data.dataset import parts_of, table_of
 from skinsynth.data.withdrawn import Withdrawn, mark
 from skinsynth.errors import UserError
 from skinsynth.files import read_json

@@ -21,7 +21,8 @@ import pytest
 
 from skinsynth.data import cache
 from skinsynth.data.cache import Cache, open_dataset
-from skinsynth.data.shards import BadSample, Dataset, ShardWriter, write_manifest
+from skinsynth.data.dataset import BadSample, Dataset
+from skinsynth.data.shards import ShardWriter, write_manifest
 from skinsynth.data.stream import Source
 from skinsynth.data.verify import verify
 from skinsynth.data.withdrawn import mark

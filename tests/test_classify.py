@@ -17,9 +17,10 @@ from conftest import Setup, plant, take_as_screened
 from skinsynth import config, knobs, stages
 from skinsynth.data.augment import augment, blend, partner
 from skinsynth.data.codec import encode_jpeg
+from skinsynth.data.dataset import Dataset
 from skinsynth.data.decoded import Decoded
 from skinsynth.data.order import sample_rng
-from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
+from skinsynth.data.shards import ShardWriter, write_manifest
 from skinsynth.errors import UserError
 from skinsynth.files import read_json, write_json
 from skinsynth.knobs import Arm, Phase

@@ -17,8 +17,9 @@ from conftest import skinsynth
 
 from skinsynth.data import descent
 from skinsynth.data.codec import encode_jpeg
+from skinsynth.data.dataset import BadSample, Dataset
 from skinsynth.data.export import export, show
-from skinsynth.data.shards import BadSample, Dataset, ShardWriter, claim, part_path, write_manifest
+from skinsynth.data.shards import ShardWriter, claim, part_path, write_manifest
 from skinsynth.data.verify import verify
 from skinsynth.errors import UserError
 from skinsynth.files import read_json, write_json

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from skinsynth.data import codec
+from skinsynth.data.dataset import BadSample, Dataset
 from skinsynth.data.decoded import Decoded, fit
-from skinsynth.data.shards import BadSample, Dataset, ShardWriter, write_manifest
+from skinsynth.data.shards import ShardWriter, write_manifest
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import numpy as np
 
 from skinsynth.data import codec, concepts, shards
 from skinsynth.data.concepts import Source
-from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
+from skinsynth.data.dataset import Dataset
+from skinsynth.data.shards import ShardWriter, write_manifest
 from skinsynth.files import read_json
 from skinsynth.knobs import Concept, Config, Images
 from skinsynth.stages.encode import _readable

@@ -18,9 +18,10 @@ from rich.console import Console
 from skinsynth import config
 from skinsynth.chain import chain as nodes
 from skinsynth.data import external
+from skinsynth.data.dataset import Dataset
 from skinsynth.data.export import export
 from skinsynth.data.images import read_image
-from skinsynth.data.shards import KEY, Dataset
+from skinsynth.data.shards import KEY
 from skinsynth.data.verify import verify
 from skinsynth.errors import UserError
 from skinsynth.files import read_json

@@ -17,7 +17,7 @@ from conftest import ROOT, free_port, overrides, until
 from skinsynth import config, knobs
 from skinsynth.data import descent
 from skinsynth.data.codec import from_npy
-from skinsynth.data.shards import Dataset
+from skinsynth.data.dataset import Dataset
 from skinsynth.errors import UserError
 from skinsynth.files import read_json, write_json
 from skinsynth.knobs import Model

@@ -15,9 +15,9 @@ from conftest import ROOT, free_port, overrides, until
 from skinsynth import config, knobs
 from skinsynth.chain import chain as nodes
 from skinsynth.data.codec import decode, encode_jpeg
+from skinsynth.data.dataset import Dataset
 from skinsynth.data.export import show
 from skinsynth.data.plan import Plan, Planned
-from skinsynth.data.shards import Dataset
 from skinsynth.data.verify import verify
 from skinsynth.data.withdrawn import mark
 from skinsynth.errors import UserError

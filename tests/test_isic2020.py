@@ -16,8 +16,8 @@ import pytest
 from conftest import REAL, ROOT
 
 from skinsynth import config
+from skinsynth.data.dataset import Dataset
 from skinsynth.data.phantom import draw, sample_lesion
-from skinsynth.data.shards import Dataset
 from skinsynth.files import read_json, sha256_folder
 from skinsynth.run import RunDir
 

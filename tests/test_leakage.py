@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from conftest import Setup, plant, take_as_screened
 
-from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
+from skinsynth.data.dataset import Dataset
+from skinsynth.data.shards import ShardWriter, write_manifest
 from skinsynth.errors import UserError
 from skinsynth.files import read_json
 from skinsynth.stages.classify import classify

@@ -15,8 +15,8 @@ import pytest
 import torch
 from conftest import ROOT, until
 
+from skinsynth.data.dataset import BadSample
 from skinsynth.data.loader import LoaderProcess, _sendable
-from skinsynth.data.shards import BadSample
 from skinsynth.data.stream import Feed
 from skinsynth.errors import UserError
 from skinsynth.train import loop

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from skinsynth.data.codec import decode, encode_jpeg
-from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
+from skinsynth.data.dataset import Dataset
+from skinsynth.data.shards import ShardWriter, write_manifest
 from skinsynth.data.withdrawn import mark
 from skinsynth.knobs import Config
 from skinsynth.quality import copies, near

@@ -13,7 +13,7 @@ from conftest import free_port
 from test_report import Page, check_page, dataset, make
 
 from skinsynth.data import cache, external
-from skinsynth.data.shards import Dataset
+from skinsynth.data.dataset import Dataset
 from skinsynth.data.withdrawn import mark
 from skinsynth.errors import UserError
 from skinsynth.files import read_json, write_json

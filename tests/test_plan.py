@@ -9,8 +9,9 @@ import pytest
 from conftest import overrides
 
 from skinsynth import config, knobs
+from skinsynth.data.dataset import Dataset
 from skinsynth.data.plan import Plan, amounts, examples, share_out
-from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
+from skinsynth.data.shards import ShardWriter, write_manifest
 from skinsynth.errors import UserError
 
 

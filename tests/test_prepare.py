@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from skinsynth.data.dataset import Dataset
 from skinsynth.data.phantom import write_dataset
-from skinsynth.data.shards import Dataset, ShardWriter
+from skinsynth.data.shards import ShardWriter
 from skinsynth.data.withdrawn import mark, withdrawn_keys
 from skinsynth.errors import UserError
 from skinsynth.files import read_json

@@ -18,7 +18,8 @@ import torch
 from conftest import ROOT
 
 from skinsynth.data.codec import encode_jpeg
-from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
+from skinsynth.data.dataset import Dataset
+from skinsynth.data.shards import ShardWriter, write_manifest
 from skinsynth.data.withdrawn import mark
 from skinsynth.errors import UserError
 from skinsynth.files import read_json, sha256_file

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from skinsynth.data import codec, shards
+from skinsynth.data import codec, dataset, shards
+from skinsynth.data.dataset import Dataset
 from skinsynth.data.places import Places
-from skinsynth.data.shards import Dataset, ShardWriter, claim, missing_parts, write_manifest
+from skinsynth.data.shards import ShardWriter, claim, missing_parts, write_manifest
 from skinsynth.errors import UserError
 
 
@@ -182,7 +183,7 @@ def test_the_bytes_are_those_that_tarfile_writes(tmp_path: Path) -> None:
 def test_more_shards_than_handles_are_read_under_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    monkeypatch.setattr(shards, "HANDLES", 3)
+    monkeypatch.setattr(dataset, "HANDLES", 3)
     fill(tmp_path, 9)
     write_manifest(tmp_path, 9)
     data = Dataset.open(tmp_path)

@@ -18,7 +18,7 @@ from conftest import ROOT, free_port, overrides
 from safetensors.torch import load_file, save_file
 
 from skinsynth import config, knobs
-from skinsynth.data.shards import Dataset
+from skinsynth.data.dataset import Dataset
 from skinsynth.errors import UserError
 from skinsynth.knobs import Model
 from skinsynth.models import diffusion, hub

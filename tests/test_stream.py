@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from skinsynth.data import codec, shards
+from skinsynth.data.dataset import BadSample, Dataset
 from skinsynth.data.order import Mixture, share
-from skinsynth.data.shards import BadSample, Dataset, ShardWriter, write_manifest
+from skinsynth.data.shards import ShardWriter, write_manifest
 from skinsynth.data.stream import TURN, Feed, Source
 from skinsynth.errors import UserError
 

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 from skinsynth import world
-from skinsynth.data import codec, images, shards
+from skinsynth.data import codec, dataset, images
+from skinsynth.data.dataset import Dataset
 from skinsynth.data.images import read_image
-from skinsynth.data.shards import Dataset, ShardWriter, write_manifest
+from skinsynth.data.shards import ShardWriter, write_manifest
 from skinsynth.world import STOP_SIGNALS, Stopped, World, join, leave, lost_peer, on_stop, place
 
 
@@ -63,7 +64,7 @@ def test_a_stop_while_an_image_is_decoded_is_not_the_images_fault(number: signal
         signal.raise_signal(number)
 
     monkeypatch.setattr(images.ImageOps, "exif_transpose", stopped)
-    monkeypatch.setattr(shards, "decode", stopped)
+    monkeypatch.setattr(dataset, "decode", stopped)
     with on_stop(leave):
         with pytest.raises(Stopped, match="goes on from the last finished unit"):
             read_image(image)

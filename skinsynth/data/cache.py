@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from skinsynth.data import withdrawn
-from skinsynth.data.shards import INDEX_ALONE, SHARD, Dataset, Handle, check_part, claim, part_path
+from skinsynth.data.dataset import Dataset, Handle, check_part
+from skinsynth.data.shards import INDEX_ALONE, SHARD, claim, part_path
 from skinsynth.errors import UserError
 from skinsynth.files import is_spare, locked, owner, sha256_file, sync, write_bytes
 from skinsynth.knobs import Config, Data

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from skinsynth.data.dataset import Dataset
 from skinsynth.data.order import Mixture, permutation
-from skinsynth.data.shards import Dataset
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config, Images
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from skinsynth.data.shards import Dataset
+from skinsynth.data.dataset import Dataset
 
 
 class Decoded:

@@ -20,7 +20,7 @@ from skinsynth.errors import UserError
 from skinsynth.files import read_json
 
 if TYPE_CHECKING:  # it needs numpy, which a launch, that looks for the models, does not
-    from skinsynth.data.shards import Dataset
+    from skinsynth.data.dataset import Dataset
 
 KINDS = ("groups", "images", "patients", "lesions")  # of names
 Names = dict[str, list[str]]  # kind -> sorted

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from skinsynth.data import descent
+from skinsynth.data.dataset import Dataset, check_part, gone_from
 from skinsynth.data.places import Places
-from skinsynth.data.shards import Dataset, check_part, gone_from, part_path
+from skinsynth.data.shards import part_path
 from skinsynth.errors import UserError
 from skinsynth.files import read_json, write_text
 

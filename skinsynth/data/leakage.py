@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from skinsynth.data import descent
-from skinsynth.data.shards import Dataset
+from skinsynth.data.dataset import Dataset
 from skinsynth.data.stream import Source
 from skinsynth.errors import UserError
 

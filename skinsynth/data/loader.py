@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from skinsynth.data.shards import BadSample
+from skinsynth.data.dataset import BadSample
 from skinsynth.data.stream import Feed
 from skinsynth.world import STOP_SIGNALS
 

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from skinsynth.data.captions import phrases
+from skinsynth.data.dataset import Dataset
 from skinsynth.data.isic import Row
 from skinsynth.data.order import permutation, sample_rng
-from skinsynth.data.shards import Dataset
 from skinsynth.errors import UserError
 from skinsynth.files import sha256_file
 from skinsynth.knobs import Config, GeneratedClass

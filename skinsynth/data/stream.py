@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Generic, TypeVar
 
-from skinsynth.data.shards import BadSample, Dataset
+from skinsynth.data.dataset import BadSample, Dataset
 from skinsynth.errors import UserError
 
 P = TypeVar("P", bound=Sequence[int])

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from skinsynth.data.dataset import check_part
 from skinsynth.data.plan import key
-from skinsynth.data.shards import INDEX_ALONE, check_part, missing_parts, part_path
+from skinsynth.data.shards import INDEX_ALONE, missing_parts, part_path
 from skinsynth.errors import UserError
 from skinsynth.files import read_json
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from skinsynth.data import descent
+from skinsynth.data.dataset import Dataset
 from skinsynth.data.lesion import WORK, lesion_mask
 from skinsynth.data.order import sample_rng
 from skinsynth.data.plan import Planned
-from skinsynth.data.shards import Dataset
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config
 from skinsynth.models import attention, diffusion, hub

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from skinsynth.data.cache import open_dataset
-from skinsynth.data.shards import BadSample, Dataset
+from skinsynth.data.dataset import BadSample, Dataset
 from skinsynth.errors import UserError
 from skinsynth.files import read_json
 from skinsynth.knobs import Config

@@ -26,7 +26,7 @@ import numpy as np
 
 from skinsynth import cpu
 from skinsynth.data.codec import to_npy
-from skinsynth.data.shards import BadSample, Dataset
+from skinsynth.data.dataset import BadSample, Dataset
 from skinsynth.errors import UserError
 from skinsynth.files import read_json, sha256_file, write_bytes, write_json
 from skinsynth.knobs import Config

@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 
 from skinsynth.data.codec import decode, encode_jpeg
-from skinsynth.data.shards import part_path, read_member
+from skinsynth.data.dataset import read_member
+from skinsynth.data.shards import part_path
 from skinsynth.files import read_json, write_bytes
 
 COLUMNS, ROWS = 6, 4

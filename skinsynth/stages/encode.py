@@ -15,7 +15,8 @@ from skinsynth import cpu
 from skinsynth.data import concepts, views
 from skinsynth.data.cache import open_dataset
 from skinsynth.data.codec import to_npy
-from skinsynth.data.shards import BadSample, Dataset, ShardWriter, claim, missing_parts, write_manifest
+from skinsynth.data.dataset import BadSample, Dataset
+from skinsynth.data.shards import ShardWriter, claim, missing_parts, write_manifest
 from skinsynth.data.stream import Feed
 from skinsynth.files import sha256_file, write_bytes, write_json
 from skinsynth.knobs import Config

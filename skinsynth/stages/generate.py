@@ -24,9 +24,10 @@ from PIL import Image
 from skinsynth.data import descent
 from skinsynth.data.cache import open_dataset
 from skinsynth.data.codec import encode_jpeg
+from skinsynth.data.dataset import Dataset
 from skinsynth.data.plan import Plan, Planned, key, needs_train
 from skinsynth.data.resumable import ResumableWriter
-from skinsynth.data.shards import Dataset, claim, missing_parts, part_path, write_manifest
+from skinsynth.data.shards import claim, missing_parts, part_path, write_manifest
 from skinsynth.errors import UserError
 from skinsynth.files import write_bytes, write_json
 from skinsynth.knobs import Config

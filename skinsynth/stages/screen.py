@@ -27,7 +27,7 @@ import numpy as np
 
 from skinsynth.data import descent, withdrawn
 from skinsynth.data.cache import open_dataset
-from skinsynth.data.shards import Dataset
+from skinsynth.data.dataset import Dataset
 from skinsynth.errors import UserError
 from skinsynth.files import read_json, sha256_file, write_bytes, write_json
 from skinsynth.knobs import Config

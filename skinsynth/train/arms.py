@@ -15,9 +15,9 @@ from skinsynth import cpu
 from skinsynth.data import leakage
 from skinsynth.data.augment import augment, blend, partner
 from skinsynth.data.cache import open_dataset
+from skinsynth.data.dataset import BadSample, Dataset
 from skinsynth.data.decoded import Decoded
 from skinsynth.data.order import Mixture, sample_rng
-from skinsynth.data.shards import BadSample, Dataset
 from skinsynth.data.stream import Source
 from skinsynth.errors import UserError
 from skinsynth.files import read_json, sha256_file

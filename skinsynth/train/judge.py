@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from skinsynth.data.shards import Dataset
+from skinsynth.data.dataset import Dataset
 from skinsynth.data.stream import Feed
 from skinsynth.errors import UserError
 from skinsynth.files import mode_by_umask, put_in_place, write_bytes

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from skinsynth import cpu
 from skinsynth.data import concepts, descent, views
 from skinsynth.data.cache import open_dataset
+from skinsynth.data.dataset import BadSample, Dataset
 from skinsynth.data.order import sample_rng
-from skinsynth.data.shards import BadSample, Dataset
 from skinsynth.data.stream import Source
 from skinsynth.errors import UserError
 from skinsynth.files import read_json

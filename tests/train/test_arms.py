@@ -109,7 +109,7 @@ def test_any_classifier_from_a_folder(maker: Maker, tmp_path: Path, kind: str) -
     assert (model.config.model_type, model.config.num_labels) == (kind, 2)
     inputs = vit.Inputs.of(cfg.classify, model, 64)
     assert inputs == vit.Inputs(32, (0.485, 0.456, 0.406), (0.2, 0.3, 0.4))
-    from skinsynth.data.shards import Dataset
+    from skinsynth.data.dataset import Dataset
 
     test = Dataset.open(run.dataset(cfg, "test"))
     image = torch.from_numpy(Decoded(64, 32, 0).read(test, 0).transpose(2, 0, 1).copy())[None]

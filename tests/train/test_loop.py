@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import until
 
-from skinsynth.data.shards import BadSample
+from skinsynth.data.dataset import BadSample
 from skinsynth.errors import UserError
 from skinsynth.files import read_json
 from skinsynth.knobs import Training
