@@ -159,8 +159,9 @@ def test_class_weights_make_the_classes_count_the_same(make: Setup) -> None:
     assert data.phases[0].weights[1] > data.phases[0].weights[0]
 
 
-def test_the_loss_is_torchs_with_weights_and_smoothing(make: Setup) -> None:
-    cfg, run = make(balance="weights", label_smoothing=0.2)
+@pytest.mark.parametrize(("balance", "smoothing"), [("weights", 0.0), ("none", 0.2), ("weights", 0.2)])
+def test_the_loss_is_torchs_with_weights_and_smoothing(make: Setup, balance: str, smoothing: float) -> None:
+    cfg, run = make(balance=balance, label_smoothing=smoothing)
     data, scores = Data(cfg, run, "baseline", 0), torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
 
     class Fixed(torch.nn.Linear):
@@ -169,8 +170,19 @@ def test_the_loss_is_torchs_with_weights_and_smoothing(make: Setup) -> None:
 
     batch = data.batch(range(8))
     plain = torch.tensor([int(data.at(k)[1].dataset.columns["target"][data.at(k)[1].samples[data.at(k)[2]]]) for k in range(8)])
-    expected = F.cross_entropy(scores, plain, torch.from_numpy(data.phases[0].weights), label_smoothing=0.2, reduction="sum") / 8
+    each = F.cross_entropy(scores, plain, label_smoothing=smoothing, reduction="none")  # torch would weigh the class smoothed to, too
+    expected = (each * torch.from_numpy(data.phases[0].weights)[plain]).mean()
     assert float(loss(Fixed(1, 1), batch, vit.Inputs(64))) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_weights_and_smoothing_make_no_benign_image_malignant(make: Setup) -> None:
+    """Of a class that has one image in fifty the weight is 28: what smoothing gives it must not outweigh the image's own class."""
+    cfg, run = make(balance="weights", label_smoothing=0.1)
+    weights = (0.5 / np.array([0.982, 0.018])).astype(np.float32)
+    benign, malignant = Data(cfg, run, "baseline", 0)._labels(weights)
+    assert benign / benign.sum() == pytest.approx([0.95, 0.05])
+    assert malignant / malignant.sum() == pytest.approx([0.05, 0.95])
+    assert benign.sum() * 0.982 == pytest.approx(malignant.sum() * 0.018)
 
 
 @pytest.mark.parametrize("how", ["mixup", "cutmix"])

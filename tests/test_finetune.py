@@ -184,6 +184,9 @@ def test_min_snr_weights_follow_the_paper() -> None:
     assert snr[1] < 0.1 < 5 < snr[0]
     expected = (5 / snr[0] + 10).item() / 2
     assert diffusion.diffusion_loss(Zero(), scheduler, batch, 5.0, 1.0).item() == pytest.approx(expected, rel=1e-5)
+    whole = DDPMScheduler(rescale_betas_zero_snr=True)
+    batch["timestep"] = torch.tensor([999, 999])  # pure noise, of which the least a weight can be is the limit before it
+    assert diffusion.diffusion_loss(Zero(), whole, batch, 5.0).item() == pytest.approx(1.0)
 
 
 def test_a_vae_takes_a_batch_of_large_images_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

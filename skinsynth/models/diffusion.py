@@ -256,7 +256,7 @@ def diffusion_loss(model: Any, scheduler: Any, batch: dict[str, torch.Tensor], s
     weight = batch["weight"]
     if snr_gamma is not None:
         alpha = scheduler.alphas_cumprod.to(noisy.device)[batch["timestep"]]
-        snr = alpha / (1 - alpha)
+        snr = (alpha / (1 - alpha)).clamp(min=1e-8)  # 0 where the schedule ends in pure noise
         factor = snr.clamp(snr_floor, snr_gamma) / (snr + 1 if v_prediction else snr)
         weight = weight * factor.clamp(max=10)  # the last timesteps, nothing but noise, must not drown the others
     return (per_sample * weight).mean()

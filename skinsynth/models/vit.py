@@ -19,6 +19,7 @@ from skinsynth.models import attention, hub
 
 LABELS = {0: "benign", 1: "malignant"}
 HALF = (0.5, 0.5, 0.5)  # ViT's own mean and deviation
+BLOCK = re.compile(r"((?P<stage>.*?\.(?:stages|layers?|blocks?)\.\d+)(?P<inner>\.(?:layers?|blocks?)\.\d+)?)\.")  # by a parameter's name
 
 
 @cpu.importing()
@@ -150,12 +151,25 @@ def views(images: torch.Tensor, count: int) -> list[torch.Tensor]:
 
 def rate_scales(model: Any, decay: float) -> dict[str, float]:
     """Parameter -> its share of the learning rate: 1 for the head and the last norm, ``decay`` less for each block below, the embeddings least
-    (Clark et al. 2020). A block is what the last number of a parameter's name counts, in the order in which the model has them."""
-    prefix, depth, blocks = f"{model.base_model_prefix}.", {}, []
-    for name, _ in model.named_parameters():
-        found = re.match(r"(.*\.\d+)\.", name) if name.startswith(prefix) else None
-        if found and found[1] not in blocks:
-            blocks.append(found[1])
-        top = not name.startswith(prefix) or (not found and blocks)
-        depth[name] = None if top else blocks.index(found[1]) + 1 if found else 0
-    return {name: decay ** (len(blocks) + 1 - place) if place is not None else 1.0 for name, place in depth.items()}
+    (Clark et al. 2020). Blocks come in the order in which the model has them; what lies between two stages counts with the block beside it.
+
+    Raises:
+        UserError: the model has no blocks that are known by their names, so all of it would have one rate.
+    """
+    found = {name: BLOCK.match(name) for name, _ in model.named_parameters()}
+    stages = {match["stage"] for match in found.values() if match and match["inner"]}
+    blocks = list(dict.fromkeys(match[1] for match in found.values() if match and (match["inner"] or match["stage"] not in stages)))
+    if not blocks:
+        raise UserError(f"classify.layer_decay={decay}: {model.config.model_type} has no layers, blocks or stages by name: leave it out")
+    result, below = {}, -1  # the block that was met last
+    for name, match in found.items():
+        if match is None:
+            depth = 0 if below < 0 else len(blocks) + 1
+        elif match[1] in blocks:
+            depth = (below := blocks.index(match[1])) + 1
+        else:
+            inside = [number for number, block in enumerate(blocks) if block.startswith(f"{match['stage']}.")]
+            before = below < inside[0] or "downsampling" in name  # ConvNeXt's, which comes before the stage's blocks and is named after them
+            depth = (inside[0] if before else inside[-1]) + 1
+        result[name] = decay ** (len(blocks) + 1 - depth)
+    return result

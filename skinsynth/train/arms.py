@@ -154,12 +154,18 @@ class Data:
 
     def _one(self, position: int, image: Callable[[int], Labelled]) -> tuple[np.ndarray, np.ndarray]:
         c, (pixels, target) = self.cfg.classify, image(position)
-        label = self.labels[target]
+        labels = self._labels(self.at(position)[0].weights)
+        label = labels[target]
         if c.mixup or c.cutmix:
             other, its = image(partner(position, self.batch_size, self.seed))
             pixels, share = blend(pixels, other, sample_rng(self.seed + 32452843, position), c.mixup, c.cutmix)
-            label = np.float32(share) * label + np.float32(1 - share) * self.labels[its]
-        return pixels, label * self.at(position)[0].weights
+            label = np.float32(share) * label + np.float32(1 - share) * labels[its]
+        return pixels, label
+
+    def _labels(self, weights: np.ndarray) -> np.ndarray:
+        """float32 (classes, classes): what the loss takes for a sample of each class. Its own class's weight counts, not that of the class which
+        smoothing has it share with: torch's ``cross_entropy`` takes the latter, and of 2 % malignant images all others would look malignant."""
+        return self.labels * weights[:, None]
 
     def keys(self, positions: range) -> list[str]:
         """The names of the samples at those positions."""

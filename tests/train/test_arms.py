@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -170,3 +171,34 @@ def test_lower_layers_get_lower_rates(kind: str) -> None:
     for name, p in engine.trained.items():  # AdamW's first step is the rate itself where the gradient is not tiny
         assert float((p.detach() - before[name]).abs().max()) <= 1e-4 * scales[name] * 1.01, name
     assert float((engine.trained["classifier.bias"].detach() - before["classifier.bias"]).abs().max()) == pytest.approx(1e-4, rel=0.01)
+
+
+@pytest.mark.parametrize(("kind", "knobs", "beside"), [
+    ("Swin", {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 3], "num_heads": [2, 2], "window_size": 4},
+     {"swin.encoder.layers.0.downsample.reduction.weight": 2}),
+    ("Swinv2", {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 3], "num_heads": [2, 2], "window_size": 4},
+     {"swinv2.encoder.layers.0.downsample.reduction.weight": 2,
+      "swinv2.encoder.layers.1.blocks.0.attention.self.continuous_position_bias_mlp.2.weight": 3}),
+    ("ConvNext", {"hidden_sizes": [8, 16], "depths": [2, 3], "num_stages": 2},
+     {"convnext.encoder.stages.1.downsampling_layer.0.weight": 3, "convnext.encoder.stages.1.downsampling_layer.1.bias": 3}),
+    ("CLIP", {"vision_config": {"hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32}},
+     {"vision_model.post_layernorm.weight": 6}),
+    ("Siglip", {"vision_config": {"hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32}},
+     {"vision_model.head.probe": 6})])
+def test_each_block_has_a_rate_of_its_own_and_nothing_else_has(kind: str, knobs: dict[str, Any], beside: dict[str, int]) -> None:
+    """As BEiT's scripts number the blocks of Swin and ConvNeXt: five here, what lies between two stages with one of them (``beside``)."""
+    import transformers as t
+
+    model = getattr(t, f"{kind}ForImageClassification")(getattr(t, f"{kind}Config")(**knobs))
+    scales = vit.rate_scales(model, 0.5)
+    assert sorted(set(scales.values())) == [0.5**depth for depth in range(6, -1, -1)]
+    assert {name: 6 + round(np.log2(scales[name])) for name in beside} == beside
+    assert {scales[name] for name in scales if "patch_embedding" in name} == {0.5**6}
+    assert {scales[name] for name in scales if name.startswith("classifier")} == {1.0}
+
+
+def test_where_no_block_is_known_layer_decay_is_refused() -> None:
+    model = torch.nn.ModuleDict({"embeddings": torch.nn.Linear(1, 1), "classifier": torch.nn.Linear(1, 1)})
+    model.config = SimpleNamespace(model_type="odd")  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"classify\.layer_decay=0\.5: odd has no layers, blocks or stages by name: leave it out"):
+        vit.rate_scales(model, 0.5)
