@@ -29,7 +29,7 @@ def candidates_by_loop(queries: np.ndarray, gallery: np.ndarray) -> list[list[in
     for query in queries:
         poses = [turned[0].ravel().astype(np.float32) for turned in copies.turns(query[None])]
         likeness = [max(float(pose @ row) for pose in poses) / length for row, length in zip(rows, lengths, strict=True)]
-        found.append(sorted(range(len(rows)), key=lambda i: (-likeness[i], i))[:copies.CANDIDATES])
+        found.append(sorted(range(len(rows)), key=lambda i: (-likeness[i], i))[:copies.POOL])
     return found
 
 
@@ -78,7 +78,7 @@ def main() -> None:
     known = np.stack([copies.thumbnail(copies.plant(picture, i)) for i, picture in enumerate(pictures[QUERIES:QUERIES + SLOW["copies"]])])
     count, n = len(train), SLOW["candidates"]
     small, large = copies.coarse(queries), copies.coarse(train)
-    compare("candidates", f"{QUERIES} images (loop: {n}) against {count} real ones in eight poses: the {copies.CANDIDATES} coarsely nearest",
+    compare("candidates", f"{QUERIES} images (loop: {n}) against {count} real ones in eight poses: the {copies.POOL} coarsely nearest",
             (QUERIES * count, n * count), lambda: copies.candidates(small, large)[0].tolist(), lambda: candidates_by_loop(small[:n], large),
             lambda fast, slow: fast[:n] == slow)
     gallery = copies.Gallery(train)

@@ -96,6 +96,26 @@ def test_other_photographs_of_the_lesion_do_not_hide_a_copy(drawn: Path) -> None
     assert np.array_equal(strangers.nearness, copies.Gallery(t[:40]).search(t[40:]).nearness), "groups of one change nothing"
 
 
+def blurred(rng: np.random.Generator, sigma: float) -> np.ndarray:
+    picture = cv2.GaussianBlur(rng.normal(size=(64, 64, 3)).astype(np.float32), (0, 0), sigma)
+    return picture / picture.std()
+
+
+def test_a_new_picture_of_a_patient_with_many_images_is_no_copy() -> None:
+    """A picture that has a patient's skin and its own detail is judged by other patients', also where the nearest ten are all this patient's."""
+    nearness = {}
+    for images in (3, 16):
+        rng = np.random.default_rng(0)
+        skins = [128 + 40 * blurred(rng, 10) + 27 * blurred(rng, 2.5) for _ in range(30)]
+        pictures = [np.clip(skin + 18 * blurred(rng, 2), 0, 255).astype(np.uint8) for skin in skins for _ in range(images + 1)]
+        patients = [str(number // (images + 1)) for number in range(len(pictures))]
+        t, new = thumbs(np.stack(pictures)), np.arange(len(pictures)) % (images + 1) == 0
+        gallery = copies.Gallery(t[~new], [patient for patient, is_new in zip(patients, new, strict=True) if not is_new])
+        nearness[images] = gallery.search(t[new]).nearness
+    assert nearness[16].mean() == pytest.approx(nearness[3].mean(), abs=0.06)
+    assert (nearness[16] > Screen().copy_most).mean() < 0.05
+
+
 def test_a_handful_of_training_images_is_enough_and_none_is_refused(drawn: Path) -> None:
     t = thumbs(load(sorted((drawn / "images").glob("*.jpg"))[:5]))
     got = copies.Gallery(t[:2]).search(t[1:2])
@@ -120,13 +140,14 @@ def test_turns_are_eight_different_ones() -> None:
 
 def test_the_blocked_search_finds_the_candidates_of_the_loop(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the blocks, since the products are of whole numbers; the loop is the definition."""
+    monkeypatch.setattr(copies, "POOL", 10)
     t = thumbs(load(sorted((drawn / "images").glob("*.jpg"))[:60]))
     gallery, queries = copies.coarse(t[:45]), copies.coarse(t[40:])
     expected = []
     for query in queries.astype(float):
         poses = [turned[0] for turned in copies.turns(query[None])]
         likeness = np.array([[(pose * image).sum() / max(np.linalg.norm(image), 1) for pose in poses] for image in gallery.astype(float)])
-        expected.append(np.argsort(-likeness.max(1), kind="stable")[:copies.CANDIDATES].tolist())
+        expected.append(np.argsort(-likeness.max(1), kind="stable")[:copies.POOL].tolist())
     for rows in (4096, 13, 10, 1):
         monkeypatch.setattr(copies, "ROWS", rows)
         index, pose = copies.candidates(queries, gallery)

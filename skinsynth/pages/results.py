@@ -30,7 +30,7 @@ def summary(cfg: Config, run: RunDir) -> dict[str, Any]:
         row |= arm_facts(cfg, run, arm)
     return {**compared, "synthetic": screened(cfg, run), "lineage": origin.facts(cfg, run), "data": {s: prepared[s] for s in SPLITS if s in prepared},
             "unfinished": unfinished(cfg, run), "outdated": [arm for arm in cfg.classify.arms if _outdated(run, f"classify/{arm}")],
-            "verdict": with_lineage(verdict(compared), compared["arms"])}
+            "verdict": with_lineage(verdict(compared), compared["arms"], screened(cfg, run))}
 
 
 def screened(cfg: Config, run: RunDir) -> dict[str, Any]:
@@ -64,11 +64,18 @@ def _epoch(row: dict[str, Any]) -> dict[str, Any]:
     return {"step": row["step"], "epoch": row["epoch"], **{name: None if v is None else round(v, 4) for name, v in figs.items()}}
 
 
-def with_lineage(found: dict[str, Any], arms: dict[str, Any]) -> dict[str, Any]:
-    """The verdict; among what may not be concluded, and first, what it means for the arms that nobody knows what trained the generator."""
-    names = [arm for arm, row in arms.items() if row["lineage"] == "unknown"]
-    line = f"{origin.UNKNOWN} If they were, the figures of {', '.join(names)} may be too good."
-    return {**found, "may_not": [line, *found["may_not"]]} if names else found
+def with_lineage(found: dict[str, Any], arms: dict[str, Any], screened: dict[str, Any]) -> dict[str, Any]:
+    """The verdict; among what may not be concluded, and first, what it means for the arms that nobody knows what trained the generator, that there
+    was one alone, and that real test images look like training images. ``screened``: as the function gives it."""
+    unknown, made = ([arm for arm, row in arms.items() if row["lineage"] in kinds] for kinds in (("unknown",), ("known", "unknown")))
+    lines = [f"{origin.UNKNOWN} If they were, the figures of {', '.join(unknown)} may be too good."] if unknown else []
+    if made:
+        lines.append(f"All trainings of {', '.join(made)} had the same synthetic images: another generator, or other images of it, may turn out "
+                     "otherwise, and that is in no interval.")
+    if alike := screened.get("copy_false_alarms"):
+        lines.append(f"{100 * alike:.1f} % of the real test images look so much like training images that they would be called copies. Where they "
+                     "show the same lesion once more, of which the ids know nothing, all arms' figures are too good.")
+    return {**found, "may_not": [*lines, *found["may_not"]]}
 
 
 def unfinished(cfg: Config, run: RunDir) -> dict[str, list[int]]:

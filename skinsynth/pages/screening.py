@@ -10,7 +10,7 @@ from skinsynth.knobs import Screen
 
 SHORT = {"generated": "generated", "accepted": "accepted", "kid": "KID, synthetic to real training images",
          "kid_real": "for scale: KID, real held-out to real training images", "copy_planted": "copies planted, of each disguise",
-         "copy_recall": "planted copies found", "copy_false_alarms": "real test images wrongly called copies",
+         "copy_recall": "planted copies found", "copy_false_alarms": "real test images that would be called copies",
          "copied_share": "training images that a synthetic one copies", "copy_threshold": "nearness from which an image is a copy"}
 PERCENT = ("copy_recall", "copy_false_alarms", "copied_share")
 SPACE = ("images", "real_images", "kid", "fid", "precision", "recall", "density", "coverage")

@@ -60,7 +60,7 @@ def gather(found: list[tuple[str, RunDir, Config]]) -> dict[str, Any]:
     fewest = min((row["test"] for row in ordered.values()), key=lambda test: test["positive"], default=None)
     return {"arms": ordered, "differences": rows, "synthetic": {name: results.screened(cfg, run) for name, run, cfg in found},
             "unfinished": {name: results.unfinished(cfg, run) for name, run, cfg in found}, "same_test_images": len(sets) <= 1,
-            "verdict": results.with_lineage(verdict({"arms": ordered, "differences": rows, "test": fewest}, "these runs"), ordered)}
+            "verdict": results.with_lineage(verdict({"arms": ordered, "differences": rows, "test": fewest}, "these runs"), ordered, {})}
 
 
 def _unpaired(one: dict[str, dict[str, Estimate]], other: dict[str, dict[str, Estimate]]) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ import numpy as np
 from scipy import stats
 
 from skinsynth.quality.delong import delong
-from skinsynth.quality.metrics import HIGHEST, METRICS, SHARES, Scored, calibration, roc
+from skinsynth.quality.metrics import BIASED, HIGHEST, METRICS, SHARES, Scored, calibration, roc
 from skinsynth.quality.predictions import Predictions
 
 RESAMPLES, SUBGROUP_RESAMPLES, CHUNK = 2000, 1000, 500
@@ -52,23 +52,28 @@ class Estimate:
         return {"value": rounded(self.seeds.mean()), "ci": self._interval(), "seeds": [rounded(v) for v in self.seeds]}
 
     def _interval(self) -> list[float] | None:
-        """The middle 95 % of the draws (of few groups wider, as Hesterberg 2015 expands it), and on either side what the seeds add.
-        Where nothing differs that says nothing: see ``_exact``."""
-        known, found = defined(self.draws), spread(self.draws, self)
-        if known is None or found is None:
-            return None if known is None else self._exact()
-        error, freedom = found
-        middle, of_seeds = known.mean(), max(0.0, error**2 - known.var())
-        low, high = np.sqrt(((np.quantile(known, (0.025, 0.975)) - middle) / stats.norm.ppf(0.975)) ** 2 + of_seeds) * stats.t.ppf(0.975, freedom)
-        return [round(float(v), DIGITS) + 0.0 for v in np.clip((middle - low, middle + high), 0, HIGHEST.get(self.name, 1.0))]
-
-    def _exact(self) -> list[float] | None:
-        """Of a share that is 0 or 1 in all groups, as of so many single trials (Clopper and Pearson 1934); None of others."""
-        value = float(self.seeds.mean())
-        if self.name not in SHARES or value not in (0, 1):
+        """What other patients may move either way (of few groups wider, as Hesterberg 2015 expands it), and on either side what the seeds add.
+        None of ``BIASED``, of too few defined draws, and where nothing differs, which says nothing; but see ``_of_share``."""
+        known, found, value = defined(self.draws), spread(self.draws, self), float(self.seeds.mean())
+        if known is None or self.name in BIASED:
             return None
-        found = stats.binomtest(int(value) * self.groups, self.groups).proportion_ci(0.95)
-        return [round(float(found.low), DIGITS), round(float(found.high), DIGITS)]
+        if found is None:
+            return _of_share(value, self.groups) if self.name in SHARES and value in (0, 1) else None
+        error, freedom = found
+        ends = np.quantile(known, (0.025, 0.975)) - known.mean()  # what resampling moves a figure by in one direction is no part of it
+        if self.name in SHARES:
+            ends = np.array(_of_share(value, value * (1 - value) / max(known.var(), 1e-20))) - value
+        low, high = np.sqrt((ends / stats.norm.ppf(0.975)) ** 2 + max(0.0, error**2 - known.var())) * stats.t.ppf(0.975, freedom)
+        return [round(float(v), DIGITS) + 0.0 for v in np.clip((value - low, value + high), 0, HIGHEST.get(self.name, 1.0))]
+
+
+def _of_share(value: float, trials: float) -> list[float]:
+    """The exact interval of a share (Clopper and Pearson 1934), of as many single trials as would vary as much (Korn and Graubard 1998). The middle
+    of its draws is too narrow near 0 and 1, of few images of the other kind, and nothing at all without any."""
+    right, wrong = value * trials, (1 - value) * trials
+    low = stats.beta.ppf(0.025, right, wrong + 1) if right > 0 else 0.0
+    high = stats.beta.ppf(0.975, right + 1, wrong) if wrong > 0 else 1.0
+    return [round(float(low), DIGITS), round(float(high), DIGITS)]
 
 
 def rounded(value: float) -> float | None:
@@ -138,7 +143,7 @@ def difference(first: Estimate, second: Estimate) -> dict[str, Any]:
     """
     value = float(second.seeds.mean() - first.seeds.mean())
     row: dict[str, Any] = {"value": rounded(value), "ci": None, "p": None, "seeds": [len(second.seeds), len(first.seeds)]}
-    found = spread(second.draws - first.draws, first, second)
+    found = None if first.name in BIASED else spread(second.draws - first.draws, first, second)
     if found is not None:
         error, freedom = found
         half = error * stats.t.ppf(0.975, freedom)

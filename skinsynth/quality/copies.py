@@ -13,6 +13,7 @@ tinted, JPEG 50; each attributed to its original but one), 1.3 % of the test ima
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ from skinsynth.knobs import Screen
 
 SIDE = 32  # pixels of the thumbnails that are aligned
 COARSE = 8  # and of those that find the candidates
-CANDIDATES = 10  # training images aligned per query
+CANDIDATES = 10  # training images aligned per query, and more where nearly all are of one group
+POOL = 64  # those from which more are taken
 CROWD = 3  # the nearest is judged against the CROWD-th nearest of other groups: up to two more duplicates that nobody listed cannot hide a copy
 MARGIN = 3  # pixels of SIDE that the query may be shifted by, each way
 SCALES = (0.9, 0.925, 0.95, 0.975, 1.0)  # of the query: with the margin, crops up to some 10 % either way
@@ -80,7 +82,21 @@ class Gallery:
 
     def _block(self, queries: np.ndarray, pool: ThreadPoolExecutor) -> Iterator[tuple[int, float, float]]:
         nearest, pose = candidates(coarse(queries), self.coarse)
-        return pool.map(lambda q: self._align(queries[q], nearest[q], pose[q]), range(len(queries)))
+
+        def align(q: int) -> tuple[int, float, float]:
+            places = self._places(nearest[q])
+            return self._align(queries[q], nearest[q][places], pose[q][places])
+
+        return pool.map(align, range(len(queries)))
+
+    def _places(self, nearest: np.ndarray) -> list[int]:
+        """The first ``CANDIDATES``; where nearly all are of one patient, who may have dozens of images, the next of others: it takes a crowd to judge
+        by, or every new picture that looks like theirs would be a copy."""
+        groups = [self.groups[image] for image in nearest.tolist()]
+        most = Counter(group for group in groups[:CANDIDATES] if group is not None).most_common(1)
+        missing = CROWD - (CANDIDATES - most[0][1]) if most else 0
+        others = [place for place in range(CANDIDATES, len(groups)) if groups[place] != most[0][0]] if missing > 0 else []
+        return [*range(min(CANDIDATES, len(groups))), *others[:max(missing, 0)]]
 
     def _align(self, query: np.ndarray, nearest: np.ndarray, pose: np.ndarray) -> tuple[int, float, float]:
         """(index, similarity, nearness) of the best of the candidates, each in its pose."""
@@ -103,13 +119,13 @@ class Gallery:
 
 
 def candidates(queries: np.ndarray, gallery: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ``CANDIDATES`` gallery images that are coarsely most like each query in any of its eight turns, nearest first, and in which turn.
+    """The ``POOL`` gallery images that are coarsely most like each query in any of its eight turns, nearest first, and in which turn.
 
     Args:
         queries, gallery: int8 (n, COARSE, COARSE, 3), (m, COARSE, COARSE, 3) of ``coarse``.
 
     Returns:
-        int64 (n, min(m, CANDIDATES)) twice: the indices, and of each the number of its turn.
+        int64 (n, min(m, POOL)) twice: the indices, and of each the number of its turn.
     """
     turned = [_rows(t) for t in turns(queries)]
     score: np.ndarray = np.empty((len(queries), 0), np.float32)
@@ -119,12 +135,12 @@ def candidates(queries: np.ndarray, gallery: np.ndarray) -> tuple[np.ndarray, np
         rows = _rows(gallery[start:start + ROWS])
         products = np.stack([t @ rows.T for t in turned])  # whole numbers below 2^24: float32 is exact, in whatever order they are added
         likeness = products.max(0) / np.maximum(np.linalg.norm(rows, axis=1), 1)
-        few = min(CANDIDATES, len(rows))
+        few = min(POOL, len(rows))
         here = np.sort(np.argpartition(-likeness, few - 1, axis=1)[:, :few], axis=1)
         score = np.concatenate([score, np.take_along_axis(likeness, here, 1)], 1)
         index = np.concatenate([index, here + start], 1)
         pose = np.concatenate([pose, np.take_along_axis(products.argmax(0), here, 1)], 1)
-        best = np.argsort(-score, axis=1, kind="stable")[:, :CANDIDATES]
+        best = np.argsort(-score, axis=1, kind="stable")[:, :POOL]
         score, index, pose = (np.take_along_axis(x, best, 1) for x in (score, index, pose))
     return index, pose
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import rankdata, t
 
 
 def placements(target: np.ndarray, score: np.ndarray) -> np.ndarray:
@@ -29,21 +29,24 @@ def delong(target: np.ndarray, group: np.ndarray, first: np.ndarray, second: np.
     ``target``: int (n,). ``group``: int (n,), 0.. without gaps. ``first``, ``second``: float (seeds, n), scores of one arm each. Over seeds
     placement values are averaged, so the value is the difference of the mean AUROCs, and the standard error is that of drawing other
     patients with the trained networks as they are: how much another training would differ is not in it. z and p are None where se is 0.
+    Of few groups the variance is known badly: p is Student's, with one degree of freedom less than groups hold the rarer class.
     """
     if target.min() == target.max():
         return None
     values = np.mean([placements(target, s) for s in second], axis=0) - np.mean([placements(target, s) for s in first], axis=0)
     value = float(values[target == 1].mean())
-    variance = _variance(target == 1, group, values - value)
-    if variance is None:
+    found = _variance(target == 1, group, values - value)
+    if found is None:
         return None
+    variance, holders = found
     se = math.sqrt(max(variance, 0.0))
     z = value / se if se > 1e-12 else None
-    return {"value": value, "se": se, "z": z, "p": None if z is None else math.erfc(abs(z) / math.sqrt(2))}
+    return {"value": value, "se": se, "z": z, "p": None if z is None else float(2 * t.sf(abs(z), holders - 1))}
 
 
-def _variance(positive: np.ndarray, group: np.ndarray, centred: np.ndarray) -> float | None:
-    """Obuchowski's: of both classes' means, and twice their covariance, since a group may hold both. None where it cannot be told."""
+def _variance(positive: np.ndarray, group: np.ndarray, centred: np.ndarray) -> tuple[float, int] | None:
+    """Obuchowski's: of both classes' means, and twice their covariance, since a group may hold both; and how many groups hold the rarer class. None
+    where it cannot be told."""
     groups, sums = int(group.max()) + 1, []
     for of_class in (positive, ~positive):
         holders = len(np.unique(group[of_class]))
@@ -51,5 +54,6 @@ def _variance(positive: np.ndarray, group: np.ndarray, centred: np.ndarray) -> f
             return None
         sums.append((np.bincount(group[of_class], centred[of_class], groups), holders, int(of_class.sum())))
     (a, holders_a, m), (b, holders_b, n) = sums
-    return float(holders_a / (holders_a - 1) * (a**2).sum() / m**2 + holders_b / (holders_b - 1) * (b**2).sum() / n**2
-                 + 2 * groups / (groups - 1) * (a * b).sum() / (m * n))
+    variance = float(holders_a / (holders_a - 1) * (a**2).sum() / m**2 + holders_b / (holders_b - 1) * (b**2).sum() / n**2
+                     + 2 * groups / (groups - 1) * (a * b).sum() / (m * n))
+    return variance, min(holders_a, holders_b)

@@ -17,6 +17,9 @@ BINS = 15  # of the calibration error
 LEAST_SENSITIVITY = 0.8  # where the partial area begins
 HIGHEST = {"partial_auroc": 0.2}  # of the figures that do not go up to 1
 SHARES = ("accuracy", "sensitivity", "specificity")  # of images, each right or wrong
+BIASED = ("ece",)  # chance alone moves them upwards, and resampling once more: the draws lie beside the truth, and no interval is made of them
+TAILS = {"partial_auroc": (1, 1 - LEAST_SENSITIVITY),  # class and share of it that such a figure is made of: the others are ranked beyond
+         **{f"sensitivity_at_{percent}": (0, 1 - percent / 100) for percent in (80, 90, 95)}}
 OF_CLASS = {"sensitivity": [1], "f1": [1], "specificity": [0], "accuracy": [], "brier": [], "ece": []}  # the others need both classes
 COUNTS = ("tp", "fp", "fn", "tn")
 ALL = (*COUNTS, "error", *(f"bin{i}" for i in range(BINS)))  # rows of sums before those of the curve
@@ -90,8 +93,10 @@ class Scored:
         return sparse.csr_array((value, (row, group)), shape=(rows, self.groups))
 
     def holders(self, name: str) -> int:
-        """How many groups a figure hangs on: those that hold an image of the class that it needs, of two classes the rarer one."""
-        of_class = [len(np.unique(self.group[self.positive == bool(c)])) for c in OF_CLASS.get(name, [0, 1])]
+        """How many groups a figure hangs on: those that hold an image of the class that it needs, of two classes the rarer one. Of a class whose
+        ``TAILS`` alone count, as many as are in them."""
+        tail, share = TAILS.get(name, (None, 1.0))
+        of_class = [round(len(np.unique(self.group[self.positive == bool(c)])) * (share if c == tail else 1)) for c in OF_CLASS.get(name, [0, 1])]
         return min(of_class) if of_class else len(np.unique(self.group))
 
     def resampled(self, weights: np.ndarray, names: tuple[str, ...] = METRICS) -> dict[str, np.ndarray]:

@@ -1,8 +1,8 @@
 """What may be concluded from a comparison, and what may not, in plain sentences.
 
 A difference is claimed for AUROC alone, named before anything is seen: where the interval leaves 0 out, and p, corrected for the number of
-comparisons with the first arm, is at most 0.05. All other figures are shown, none is tested for. Where an arm was trained once only, a difference
-is one between trained networks: whether the images or the training's chance made it, nothing can tell.
+comparisons with the first arm, is at most 0.05; of two trainings of an arm never. All other figures are shown, none is tested for. Where an arm was
+trained once only, a difference is one between trained networks: whether the images or the training's chance made it, nothing can tell.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ FEW_SEEDS = 5
 
 
 def claimed(row: dict[str, Any]) -> bool:
-    """True where an AUROC row of ``differences`` speaks of a difference."""
+    """True where an AUROC row of ``differences`` speaks of a difference. Not of two trainings of an arm: where these are alike by chance, both tests
+    are too bold."""
+    return apart(row) and min(row["seeds"]) != 2
+
+
+def apart(row: dict[str, Any]) -> bool:
+    """True where the interval leaves 0 out, and p as corrected says so, too."""
     return row["ci"] is not None and (row["ci"][0] > 0 or row["ci"][1] < 0) and row["p_holm"] is not None and row["p_holm"] <= LEVEL
 
 
@@ -28,16 +34,16 @@ def verdict(found: dict[str, Any], where: str = "this run") -> dict[str, Any]:
     """
     first, rows = next(iter(found["arms"]), None), found.get("differences", [])
     main = [row for row in compare.main(rows, first) if row["value"] is not None]
-    apart = _of_others([row["arms"][0] for row in rows if row["metric"] == "auroc" and row["arms"][1] == first and not row["paired"]], first)
+    unpaired = _of_others([row["arms"][0] for row in rows if row["metric"] == "auroc" and row["arms"][1] == first and not row["paired"]], first)
     if not main:
         return {"headline": "There is nothing to compare yet.", "may": [],
                 "may_not": ["It takes two trained arms and the same test images, of both classes, to say whether synthetic images help; "
-                            "they are not here.", *apart]}
+                            "they are not here.", *unpaired]}
     comparisons, others = len(compare.tested(main)), [row for row in main if not row.get("same")]
     return {"headline": _headline(main, where), "may": [_figures(row, found["arms"], comparisons) for row in main],
-            "may_not": [*apart, *_of_seeds(found["arms"]), *_of_zero(others), *_of_images(found), *_of_many(main, comparisons), *_of_subgroups(found),
-                        "The numbers hold for these data and settings. Images of another clinic, camera or skin type were not looked at, and nothing "
-                        "here is fit for a patient."]}
+            "may_not": [*unpaired, *_of_seeds(found["arms"]), *_of_zero(others), *_of_images(found), *_of_many(main, comparisons),
+                        *_of_subgroups(found), "The numbers hold for these data and settings. Images of another clinic, camera or skin type were not "
+                        "looked at, and nothing here is fit for a patient."]}
 
 
 def _of_others(arms: list[str], first: str | None) -> list[str]:
@@ -63,14 +69,16 @@ def _headline(rows: list[dict[str, Any]], where: str) -> str:
 
 
 def _sentences(rows: list[dict[str, Any]], where: str, name: str) -> list[str]:
-    """One for those that are better than the first arm, one for those that are worse, one for those without a clear difference, one for the rest."""
+    """One each for those that are better than the first arm, that are worse, without a clear difference, of two trainings, and for the rest."""
     kinds: dict[str, list[str]] = {}
     for row in rows:
-        kind = "better" if claimed(row) and row["value"] > 0 else "worse" if claimed(row) else "unclear" if row["ci"] else "unknown"
+        kind = ("better" if row["value"] > 0 else "worse") if claimed(row) else "two" if apart(row) else "unclear" if row["ci"] else "unknown"
         kinds.setdefault(kind, []).append(name.format(row["arms"][0]))
     first = name.format(rows[0]["arms"][1]) if rows else ""
     found = [f"In {where}, {_listed(kinds[kind])} told malignant from benign {kind} than {first}." for kind in ("better", "worse") if kind in kinds]
     found += [f"There is no clear difference between {first} and {_listed(kinds['unclear'], 'or')}."] if "unclear" in kinds else []
+    found += [f"Of {first} and {_listed(kinds['two'])} there are too few trainings to claim the difference that they show: two of an arm may be "
+              "alike by chance; train each with three seeds or more (classify.seeds)."] if "two" in kinds else []
     return found + ([f"How {_listed(kinds['unknown'])} and {first} differ cannot be told: there is no interval."] if "unknown" in kinds else [])
 
 
