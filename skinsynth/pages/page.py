@@ -42,7 +42,7 @@ def signed(value: float | None) -> str:
 
 def spread(ci: list[float] | None, sign: bool = False) -> str:
     """``low to high``."""
-    return "unknown" if ci is None else " to ".join(signed(v) if sign else number(v) for v in ci)
+    return "–" if ci is None else " to ".join(signed(v) if sign else number(v) for v in ci)
 
 
 def mix(phases: list[dict[str, Any]]) -> str:
