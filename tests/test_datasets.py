@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from conftest import skinsynth
+from conftest import ROOT, skinsynth
 
 from skinsynth.data import descent
 from skinsynth.data.codec import encode_jpeg
@@ -168,6 +171,35 @@ def test_exported_as_files_with_a_table(chain: Path, tmp_path: Path) -> None:
     assert f"{read_json(accepted)['count']} images" in told
     with open(tmp_path / "some/train/metadata.csv") as f:
         assert [row["file_name"] for row in csv.DictReader(f)] == [f"{key}.jpg" for key in read_json(accepted)["keys"]]
+def test_they_are_drawn_with_the_threads_that_the_stage_had(chain: Path) -> None:
+    """Of what torch finds when it is imported. In a process that has it already nothing would be set."""
+    code = f"""
+import os, sys
+class Told:
+    def find_spec(self, name, *_):
+        if name in ("torch", "numpy"):
+            print(name, os.environ.get("OMP_NUM_THREADS"))
+            sys.exit()
+sys.meta_path.insert(0, Told())
+sys.argv = ["skinsynth", "regenerate", {str(chain / "shards/run-synthetic")!r}, "syn-00000000"]
+from skinsynth.cli import main
+main()
+"""
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == f"numpy {RunDir(chain / 'run').config().cluster.threads_of('generate')}\n"
+
+
+def test_an_image_that_comes_out_otherwise_is_told_by_the_exit_status(chain: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "other-synthetic"
+    claim(folder, {"stage": "generate"})
+    with ShardWriter(folder, 0) as shard:
+        shard.add("syn-00000004", {"jpg": encode_jpeg(np.zeros((64, 64, 3), np.uint8), 90), "json": b"{}"})
+    done = skinsynth("regenerate", str(folder), "syn-00000004", "--run", str(chain / "run"), "--to", str(tmp_path))
+    assert done.returncode == 1, done.stderr
+    assert "syn-00000004.png: NOT the same as in the shard (another kind of device, or number of CPU threads?)" in done.stdout
+
+
     again = skinsynth("export", str(folder), str(tmp_path / "all"))
     assert again.returncode == 1
     assert "is there already" in again.stderr
