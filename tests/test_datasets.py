@@ -155,22 +155,6 @@ def test_regenerated_images_have_the_same_pixels(chain: Path, tmp_path: Path) ->
     assert "has no image syn-00000027" in skinsynth("regenerate", str(folder), "syn-00000027").stderr
 
 
-# ---- files ----
-
-def test_exported_as_files_with_a_table(chain: Path, tmp_path: Path) -> None:
-    folder, accepted = chain / "shards/run-synthetic", chain / "run/screen/accepted.json"
-    assert "27 images" in skinsynth("export", str(folder), str(tmp_path / "all")).stdout
-    with open(tmp_path / "all/metadata.csv") as f:
-        rows = list(csv.DictReader(f))
-    assert list(rows[0])[:8] == ["image_name", "patient_id", "sex", "age_approx", "anatom_site_general_challenge", "diagnosis", "benign_malignant",
-                                 "target"]
-    assert {(row["benign_malignant"], row["target"]) for row in rows} == {("benign", "0"), ("malignant", "1")}
-    assert {row["image_name"] for row in rows} == {p.stem for p in (tmp_path / "all/images").iterdir()}
-    assert (tmp_path / "all/images/syn-00000000.jpg").read_bytes() == Dataset.open(folder).read(0, "jpg")
-    told = skinsynth("export", str(folder), str(tmp_path / "some"), "--format", "imagefolder", "--only", str(accepted)).stdout
-    assert f"{read_json(accepted)['count']} images" in told
-    with open(tmp_path / "some/train/metadata.csv") as f:
-        assert [row["file_name"] for row in csv.DictReader(f)] == [f"{key}.jpg" for key in read_json(accepted)["keys"]]
 def test_they_are_drawn_with_the_threads_that_the_stage_had(chain: Path) -> None:
     """Of what torch finds when it is imported. In a process that has it already nothing would be set."""
     code = f"""
