@@ -97,6 +97,22 @@ def test_a_part_without_all_of_its_fields_is_named(tmp_path: Path) -> None:
     assert "parts/00000.json is missing or does not belong to the manifest" in verify(folder).problems[0]
 
 
+@pytest.mark.parametrize(("name", "column"), [("run-synthetic", "seed"), ("small-train", "group"), ("small-train", "target")])
+def test_an_index_that_is_not_as_the_samples_say_is_named(copied: Path, name: str, column: str) -> None:
+    """Its tar is as it was written, and its counts are the manifest's: training would read it."""
+    folder = copied / "shards" / name
+    part = read_json(part_path(folder, 0))
+    key, values = part["keys"][2], part["columns"][column]
+    was, values[2] = values[2], 1 - values[2] if column == "target" else "another"
+    part_path(folder, 0).write_text(json.dumps(part))
+    first, *more = verify(folder).problems
+    assert first == f"parts/00000.json: {column} of {key} is {values[2]!r}, in its own json {was!r}"
+    assert [problem.startswith("manifest.json counts {'0': ") for problem in more] == [True] * (column == "target")
+    values.pop()
+    part_path(folder, 0).write_text(json.dumps(part))
+    assert f"parts/00000.json has not one {column} for each of its {len(part['keys'])} samples" in verify(folder).problems
+
+
 def test_images_that_lack_are_double_or_unplanned_are_named(copied: Path) -> None:
     """Parts that fit their tars, but not the plan."""
     folder = copied / "shards/run-synthetic"
@@ -184,6 +200,22 @@ def test_an_image_that_comes_out_otherwise_is_told_by_the_exit_status(chain: Pat
     assert "syn-00000004.png: NOT the same as in the shard (another kind of device, or number of CPU threads?)" in done.stdout
 
 
+# ---- files ----
+
+def test_exported_as_files_with_a_table(chain: Path, tmp_path: Path) -> None:
+    folder, accepted = chain / "shards/run-synthetic", chain / "run/screen/accepted.json"
+    assert "27 images" in skinsynth("export", str(folder), str(tmp_path / "all")).stdout
+    with open(tmp_path / "all/metadata.csv") as f:
+        rows = list(csv.DictReader(f))
+    assert list(rows[0])[:8] == ["image_name", "patient_id", "sex", "age_approx", "anatom_site_general_challenge", "diagnosis", "benign_malignant",
+                                 "target"]
+    assert {(row["benign_malignant"], row["target"]) for row in rows} == {("benign", "0"), ("malignant", "1")}
+    assert {row["image_name"] for row in rows} == {p.stem for p in (tmp_path / "all/images").iterdir()}
+    assert (tmp_path / "all/images/syn-00000000.jpg").read_bytes() == Dataset.open(folder).read(0, "jpg")
+    told = skinsynth("export", str(folder), str(tmp_path / "some"), "--format", "imagefolder", "--only", str(accepted)).stdout
+    assert f"{read_json(accepted)['count']} images" in told
+    with open(tmp_path / "some/train/metadata.csv") as f:
+        assert [row["file_name"] for row in csv.DictReader(f)] == [f"{key}.jpg" for key in read_json(accepted)["keys"]]
     again = skinsynth("export", str(folder), str(tmp_path / "all"))
     assert again.returncode == 1
     assert "is there already" in again.stderr
@@ -474,6 +506,17 @@ def test_an_images_name_is_no_patient(tmp_path: Path) -> None:
     assert [one.keys for one in find("ISIC_3", tmp_path / "shards", tmp_path)] == [["ISIC_3"]], "a lesion is one whatever it is called"
     with pytest.raises(UserError, match="the id is empty"):
         find(" ", tmp_path / "shards", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "request.json"])
+def test_a_dataset_is_not_taken_for_their_folder(tmp_path: Path, name: str) -> None:
+    """Nothing would be found in it, and the note would be read by nobody."""
+    folder = of_patients(tmp_path / "shards", {"a": ("P1", "P1", None)})
+    (folder / "manifest.json").rename(folder / name)
+    done = skinsynth("withdraw", "--group", "P1", "--shards", str(folder), "--runs", str(tmp_path))
+    assert done.returncode == 1
+    assert f"{folder} is a dataset: give the folder that it lies in" in done.stderr
+    assert not list(tmp_path.rglob("withdrawn.json"))
 
 
 def test_a_copied_tree_has_its_own_classifiers(tmp_path: Path) -> None:
