@@ -24,6 +24,7 @@ from skinsynth.data.dataset import BadSample, Dataset
 from skinsynth.data.export import export, show
 from skinsynth.data.shards import ShardWriter, claim, part_path, write_manifest
 from skinsynth.data.verify import verify
+from skinsynth.data.withdrawn import mark
 from skinsynth.errors import UserError
 from skinsynth.files import read_json, write_json
 from skinsynth.knobs import Arm, Config
@@ -435,6 +436,24 @@ def test_of_images_drawn_over_a_patients_only_those_are_withdrawn(tmp_path: Path
             assert re.fullmatch(rf"{start}{said}# It\n\nrest\n", (folder / card).read_text())
     missing = skinsynth("withdraw", "--group", "P1", "--shards", str(tmp_path / "no"), "--runs", str(tmp_path / "runs"))
     assert "is not a folder" in missing.stderr
+
+
+def test_what_is_withdrawn_is_neither_shown_nor_drawn_again(tmp_path: Path, copied: Path) -> None:
+    folder = small(tmp_path)
+    withdraw("a", find("a", folder.parent, tmp_path), folder.parent)
+    done = skinsynth("show", str(folder), "a", "--picture", str(tmp_path / "a.jpg"))
+    assert done.returncode == 1
+    assert f"a of {folder} is withdrawn: withdrawn.json in it, or beside it, tells who" in done.stderr
+    assert not (tmp_path / "a.jpg").exists()
+    (folder / "withdrawn.json").unlink()  # as where it was prepared meanwhile: its home has the name
+    with pytest.raises(UserError, match=r"a of .* is withdrawn"):
+        show(folder, "a")
+    assert show(folder, "b")[0]["group"] == "b"
+    mark(copied / "shards/run-synthetic", "g", None, "drawn with weights that were trained on them")  # a copy, of which the run knows nothing
+    again = skinsynth("regenerate", str(copied / "shards/run-synthetic"), "syn-00000000", "--to", str(tmp_path / "again"))
+    assert again.returncode == 1
+    assert "run-synthetic is withdrawn: group g, drawn with weights that were trained on them" in again.stderr
+    assert not (tmp_path / "again").exists()
 
 
 def test_what_was_made_while_they_withdrew_is_refused_although_it_bears_no_mark(tmp_path: Path) -> None:
