@@ -199,7 +199,8 @@ def stop_processes(run: RunDir, console: Console, why: str) -> None:
             _signal(process, signal.SIGKILL)
         psutil.wait_procs(family, timeout=10)
     finally:
-        left = [str(process.pid) for process in psutil.wait_procs(family, timeout=0)[1] if birth(process.pid)]
+        alive = psutil.wait_procs(family, timeout=0)[1]
+        left = [str(process.pid) for process in family if process in alive and birth(process.pid)]
         if left:
             console.print(f"told to stop, but still running: process {', '.join(left)}", highlight=False, soft_wrap=True)
 
