@@ -26,10 +26,12 @@ def launch(cfg: Config, console: Console, earlier: RunDir | None = None, until: 
     ``until``: a stage, or an arm of classify, after which it ends.
 
     Raises:
-        UserError: another configuration or another launch in this folder, a job was refused, or a stage failed (its message, its log).
+        UserError: another configuration or another launch in this folder, other data than were prepared, a job was refused, or a stage failed (its
+            message, its log).
     """
     run, nodes = RunDir(Path(cfg.run)), chain(cfg, until)
     run.check(cfg)
+    given.check_unchanged(cfg, run, lambda line: console.print(line, highlight=False, soft_wrap=True))
     if all(run.is_done(node.name) for node in nodes):
         what = f"all {len(nodes)} stages of {run.path} are" if len(nodes) > 1 else f"{nodes[0].name} of {run.path} is"
         console.print(f"{what} done already")

@@ -179,21 +179,30 @@ class Local:
 
 def stop_processes(run: RunDir, console: Console, why: str) -> None:
     """Ends the run's jobs that are alive, those of an earlier launch that was killed too: two writers of one stage must not meet.
-    They are given time to save their state."""
-    for job in read_json(run.path / "processes.json") or []:
-        if job["born"] is None or birth(job["pid"]) != job["born"]:
-            continue
-        try:
-            family = [psutil.Process(job["pid"])]
-            family += family[0].children(recursive=True)
-        except psutil.NoSuchProcess:
-            continue
-        console.print(f"{why} process {job['pid']}")
-        for process in family:
-            _signal(process, signal.SIGTERM)
+    They are given time to save their state. Ctrl-C breaks off the waiting, and not before all of them are told to stop."""
+    family: list[psutil.Process] = []
+    try:
+        with _undisturbed():  # some wrappers signal this process and then its group, so that Ctrl-C comes twice
+            for job in read_json(run.path / "processes.json") or []:
+                if job["born"] is None or birth(job["pid"]) != job["born"]:
+                    continue
+                try:
+                    found = [psutil.Process(job["pid"])]
+                    found += found[0].children(recursive=True)
+                except psutil.NoSuchProcess:
+                    continue
+                console.print(f"{why} process {job['pid']}")
+                for process in found:
+                    _signal(process, signal.SIGTERM)
+                family += found
         for process in psutil.wait_procs(family, timeout=GRACE)[1]:
             _signal(process, signal.SIGKILL)
         psutil.wait_procs(family, timeout=10)
+    finally:
+        alive = psutil.wait_procs(family, timeout=0)[1]
+        left = [str(process.pid) for process in family if process in alive and birth(process.pid)]
+        if left:
+            console.print(f"told to stop, but still running: process {', '.join(left)}", highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

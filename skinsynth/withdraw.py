@@ -38,13 +38,15 @@ def find(group: str, shards: Path, runs: Path) -> list[Descendant]:
     folder of runs.
 
     Raises:
-        UserError: no such folder, a dataset in it with a damaged index, or an id that is an image's.
+        UserError: no such folder, a dataset instead of their folder, one in it with a damaged index, or an id that is an image's.
     """
     if not group.strip():
         raise UserError("the id is empty: give that of a patient, a lesion or a group")
     for path in (shards, runs):
         if not path.is_dir():
             raise UserError(f"{path} is not a folder: give the one of the datasets (--shards) and the one of the runs (--runs)")
+    if (shards / "manifest.json").exists() or (shards / "request.json").exists():
+        raise UserError(f"{shards} is a dataset: give the folder that it lies in (--shards)")
     manifests = _manifests(shards)
     tables = _tables(manifests)
     gone = _resolve(group, tables)

@@ -22,6 +22,7 @@ import pytest
 from skinsynth.data import cache
 from skinsynth.data.cache import Cache, open_dataset
 from skinsynth.data.dataset import BadSample, Dataset
+from skinsynth.data.export import export, show
 from skinsynth.data.shards import ShardWriter, write_manifest
 from skinsynth.data.stream import Source
 from skinsynth.data.verify import verify
@@ -446,6 +447,18 @@ def test_many_that_bring_at_once_leave_no_more_than_the_limit(there: Path, tmp_p
         list(pool.map(lambda n: data.read(next(data.shard_samples(n)), "jpg"), range(len(shards))))
     left = [path.stat().st_size for path in (tmp_path / "shards").rglob("*.tar")]
     assert 0 < sum(left) <= cfg.data.cache_gb * 1e9, "one, or the last, which is small, beside another"
+
+
+def test_export_and_show_say_that_tars_lie_elsewhere(there: Path, tmp_path: Path) -> None:
+    """And not that the dataset is to be deleted and made again."""
+    folder = go(config(tmp_path, remote=str(there))).dataset(config(tmp_path), "train")
+    key = Dataset.open(there / "set-train").keys[0]
+    said = r"set-train/00000.tar is not here: data.remote brought the index alone, and the tars lie there; give the dataset that lies there instead$"
+    for call in (lambda: export(folder, tmp_path / "out", "siim", None), lambda: show(folder, key)):
+        with pytest.raises(UserError, match=said):
+            call()
+    shutil.copy(there / "set-train/00000.tar", folder)
+    assert show(folder, key)[0]["origin"] == "real"
 
 
 def test_verify_knows_that_tars_are_brought_when_they_are_read(there: Path, tmp_path: Path) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from conftest import skinsynth
+from conftest import ROOT, skinsynth
 
 from skinsynth.data import descent
 from skinsynth.data.codec import encode_jpeg
@@ -21,6 +24,7 @@ from skinsynth.data.dataset import BadSample, Dataset
 from skinsynth.data.export import export, show
 from skinsynth.data.shards import ShardWriter, claim, part_path, write_manifest
 from skinsynth.data.verify import verify
+from skinsynth.data.withdrawn import mark
 from skinsynth.errors import UserError
 from skinsynth.files import read_json, write_json
 from skinsynth.knobs import Arm, Config
@@ -94,6 +98,22 @@ def test_a_part_without_all_of_its_fields_is_named(tmp_path: Path) -> None:
     assert "parts/00000.json is missing or does not belong to the manifest" in verify(folder).problems[0]
 
 
+@pytest.mark.parametrize(("name", "column"), [("run-synthetic", "seed"), ("small-train", "group"), ("small-train", "target")])
+def test_an_index_that_is_not_as_the_samples_say_is_named(copied: Path, name: str, column: str) -> None:
+    """Its tar is as it was written, and its counts are the manifest's: training would read it."""
+    folder = copied / "shards" / name
+    part = read_json(part_path(folder, 0))
+    key, values = part["keys"][2], part["columns"][column]
+    was, values[2] = values[2], 1 - values[2] if column == "target" else "another"
+    part_path(folder, 0).write_text(json.dumps(part))
+    first, *more = verify(folder).problems
+    assert first == f"parts/00000.json: {column} of {key} is {values[2]!r}, in its own json {was!r}"
+    assert [problem.startswith("manifest.json counts {'0': ") for problem in more] == [True] * (column == "target")
+    values.pop()
+    part_path(folder, 0).write_text(json.dumps(part))
+    assert f"parts/00000.json has not one {column} for each of its {len(part['keys'])} samples" in verify(folder).problems
+
+
 def test_images_that_lack_are_double_or_unplanned_are_named(copied: Path) -> None:
     """Parts that fit their tars, but not the plan."""
     folder = copied / "shards/run-synthetic"
@@ -150,6 +170,35 @@ def test_regenerated_images_have_the_same_pixels(chain: Path, tmp_path: Path) ->
     drawn = cv2.imread(str(tmp_path / "again/syn-00000004.png"))[..., ::-1].astype(int)
     assert np.abs(drawn - data.image(data.keys.index("syn-00000004"))).mean() < 3, "but for the JPEG's loss"
     assert "has no image syn-00000027" in skinsynth("regenerate", str(folder), "syn-00000027").stderr
+
+
+def test_they_are_drawn_with_the_threads_that_the_stage_had(chain: Path) -> None:
+    """Of what torch finds when it is imported. In a process that has it already nothing would be set."""
+    code = f"""
+import os, sys
+class Told:
+    def find_spec(self, name, *_):
+        if name in ("torch", "numpy"):
+            print(name, os.environ.get("OMP_NUM_THREADS"))
+            sys.exit()
+sys.meta_path.insert(0, Told())
+sys.argv = ["skinsynth", "regenerate", {str(chain / "shards/run-synthetic")!r}, "syn-00000000"]
+from skinsynth.cli import main
+main()
+"""
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == f"numpy {RunDir(chain / 'run').config().cluster.threads_of('generate')}\n"
+
+
+def test_an_image_that_comes_out_otherwise_is_told_by_the_exit_status(chain: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "other-synthetic"
+    claim(folder, {"stage": "generate"})
+    with ShardWriter(folder, 0) as shard:
+        shard.add("syn-00000004", {"jpg": encode_jpeg(np.zeros((64, 64, 3), np.uint8), 90), "json": b"{}"})
+    done = skinsynth("regenerate", str(folder), "syn-00000004", "--run", str(chain / "run"), "--to", str(tmp_path))
+    assert done.returncode == 1, done.stderr
+    assert "syn-00000004.png: NOT the same as in the shard (another kind of device, or number of CPU threads?)" in done.stdout
 
 
 # ---- files ----
@@ -389,6 +438,24 @@ def test_of_images_drawn_over_a_patients_only_those_are_withdrawn(tmp_path: Path
     assert "is not a folder" in missing.stderr
 
 
+def test_what_is_withdrawn_is_neither_shown_nor_drawn_again(tmp_path: Path, copied: Path) -> None:
+    folder = small(tmp_path)
+    withdraw("a", find("a", folder.parent, tmp_path), folder.parent)
+    done = skinsynth("show", str(folder), "a", "--picture", str(tmp_path / "a.jpg"))
+    assert done.returncode == 1
+    assert f"a of {folder} is withdrawn: withdrawn.json in it, or beside it, tells who" in done.stderr
+    assert not (tmp_path / "a.jpg").exists()
+    (folder / "withdrawn.json").unlink()  # as where it was prepared meanwhile: its home has the name
+    with pytest.raises(UserError, match=r"a of .* is withdrawn"):
+        show(folder, "a")
+    assert show(folder, "b")[0]["group"] == "b"
+    mark(copied / "shards/run-synthetic", "g", None, "drawn with weights that were trained on them")  # a copy, of which the run knows nothing
+    again = skinsynth("regenerate", str(copied / "shards/run-synthetic"), "syn-00000000", "--to", str(tmp_path / "again"))
+    assert again.returncode == 1
+    assert "run-synthetic is withdrawn: group g, drawn with weights that were trained on them" in again.stderr
+    assert not (tmp_path / "again").exists()
+
+
 def test_what_was_made_while_they_withdrew_is_refused_although_it_bears_no_mark(tmp_path: Path) -> None:
     """The home of the datasets names them: weights that a training wrote afterwards, and what was drawn with these."""
     shards, folder = tmp_path / "shards", tmp_path / "shards/run-synthetic"
@@ -458,6 +525,17 @@ def test_an_images_name_is_no_patient(tmp_path: Path) -> None:
     assert [one.keys for one in find("ISIC_3", tmp_path / "shards", tmp_path)] == [["ISIC_3"]], "a lesion is one whatever it is called"
     with pytest.raises(UserError, match="the id is empty"):
         find(" ", tmp_path / "shards", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "request.json"])
+def test_a_dataset_is_not_taken_for_their_folder(tmp_path: Path, name: str) -> None:
+    """Nothing would be found in it, and the note would be read by nobody."""
+    folder = of_patients(tmp_path / "shards", {"a": ("P1", "P1", None)})
+    (folder / "manifest.json").rename(folder / name)
+    done = skinsynth("withdraw", "--group", "P1", "--shards", str(folder), "--runs", str(tmp_path))
+    assert done.returncode == 1
+    assert f"{folder} is a dataset: give the folder that it lies in" in done.stderr
+    assert not list(tmp_path.rglob("withdrawn.json"))
 
 
 def test_a_copied_tree_has_its_own_classifiers(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import overrides
+from conftest import overrides, until
 from rich.console import Console
 
 from skinsynth import config, local, stages
@@ -72,6 +73,26 @@ def test_a_second_ctrl_c_leaves_the_list_to_the_next_launch(launch: Local, start
     assert [job["pid"] for job in read_json(launch.run.path / "processes.json")] == [int(started[0].job_id)]
     stop_processes(launch.run, Console(quiet=True), "stopping")
     assert birth(int(started[0].job_id)) is None
+
+
+class Pressing(Console):
+    """Ctrl-C comes as soon as anything is told."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*objects, **options)
+        if "stopping" in str(objects[0]):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+
+def test_a_ctrl_c_that_comes_twice_stops_the_job_too(launch: Local, started: list[Any]) -> None:
+    launch.console = Pressing(file=io.StringIO(), width=200)
+    with pytest.raises(KeyboardInterrupt):
+        launch.run_all()
+    pid = int(started[0].job_id)
+    assert f"told to stop, but still running: process {pid}" in launch.console.file.getvalue()
+    assert [job["pid"] for job in read_json(launch.run.path / "processes.json")] == [pid], "for the next launch"
+    until("the job ends by itself", lambda: birth(pid) is None, local.GRACE)
 
 
 def test_each_job_has_gpus_of_its_own_and_waits_for_them(launch: Local, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -409,6 +411,44 @@ def test_a_misspelt_path_is_told_at_once_and_not_kept(drawn: Path, tmp_path: Pat
         assert not (tmp_path / "run/config.yaml").exists(), wrong
     launches.launch(config.load("configs/demo.yaml", [*good, "cluster=debug"]), Console(quiet=True), until="prepare")
     assert RunDir(tmp_path / "run").is_done("prepare")
+
+
+def test_data_that_changed_since_they_were_prepared_stop_the_next_launch(drawn: Path, tmp_path: Path) -> None:
+    """Although prepare is done; without its tables, as where a run was moved to, nobody can tell."""
+    source = tmp_path / "source"
+    shutil.copytree(drawn, source)
+    late, *names = sorted(path.name for path in (source / "images").iterdir())
+    (source / "images" / late).rename(tmp_path / late)
+    for number, place in enumerate(("benign", "benign", "malignant", "malignant")):
+        (source / "synthetic" / place).mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / "images" / names[number], source / "synthetic" / place)
+    cfg = config.load("configs/demo.yaml", [*overrides(source, tmp_path), "cluster=debug", f"data.synthetic={source / 'synthetic'}"])
+
+    def said() -> str:
+        console = Console(file=io.StringIO(), width=200)
+        try:
+            launches.launch(cfg, console, until="prepare")
+        except UserError as error:
+            return str(error)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    said()
+    assert said() == f"prepare of {tmp_path / 'run'} is done already\n"
+    (source / "images/more").mkdir()
+    (tmp_path / late).rename(source / "images/more" / late)
+    assert said().startswith(f"1 images that were missing when small was prepared are there now (first: {Path(late).stem}). They are not taken")
+    removed = source / "synthetic/malignant" / names[3]
+    removed.rename(tmp_path / names[3])
+    assert f"\n  data.synthetic: 1 of 4 images are gone (first: {removed})\nput back" in said()
+    (tmp_path / names[3]).rename(removed)
+    for name in ("metadata", "duplicates"):
+        table = source / f"{name}.csv"
+        before = table.read_bytes()
+        table.write_bytes(before + b"\n")
+        assert re.search(rf"small-train was made from other data than there are now:\n  data.{name}: {table} has changed since \(its", said())
+        table.write_bytes(before)
+    source.rename(tmp_path / "elsewhere")
+    assert said() == f"prepare of {tmp_path / 'run'} is done already\n"
 
 
 def test_both_the_run_and_its_datasets_may_be_moved(drawn: Path, tmp_path: Path) -> None:

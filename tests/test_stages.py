@@ -78,7 +78,7 @@ from pathlib import Path
 from skinsynth import config, stages
 from skinsynth.run import RunDir
 cfg = config.load("configs/demo.yaml", ["finetune.optimizer={optimizer}", "finetune.zero=0"])
-stages._before_torch(cfg, RunDir(Path("runs/x")), "finetune")
+stages.before_torch(cfg, RunDir(Path("runs/x")), "finetune")
 from diffusers import StableDiffusionPipeline
 import peft
 print(bool(sys.modules.get("bitsandbytes")))
@@ -94,7 +94,7 @@ import os
 from pathlib import Path
 from skinsynth import config, stages
 from skinsynth.run import RunDir
-stages._before_torch(config.load("configs/demo.yaml", ["model.compile=true"]), RunDir(Path("runs/x")), "generate")
+stages.before_torch(config.load("configs/demo.yaml", ["model.compile=true"]), RunDir(Path("runs/x")), "generate")
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 print(os.path.relpath(cache_dir()))
 """

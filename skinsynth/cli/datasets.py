@@ -103,29 +103,35 @@ def export(dataset: DatasetFolder, folder: Annotated[str, typer.Argument(metavar
 def regenerate(dataset: DatasetFolder, keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="for example syn-00412907")],
                run: Annotated[str | None, typer.Option(metavar="RUN", help="The run that made it; else as the dataset says.")] = None,
                to: Annotated[str, typer.Option(metavar="DIR", help="Where the PNG files go.")] = ".") -> None:
-    """Draw images of a dataset once more, from the same weights and seeds, and compare them with what is in the shards.
+    """Draw images of a dataset once more, from the same weights and seeds, and compare them with the shards. Ends with 1 where one differs.
 
     Example: skinsynth regenerate shards/isic-synthetic syn-00412907 syn-00000003 --to again
     """
-    from skinsynth.data import export as exporting
+    from skinsynth import stages
     from skinsynth.errors import UserError
     from skinsynth.files import read_json
 
     made_by = read_json(path_of(dataset) / "provenance.json")
     if run is None and made_by is None:
         raise UserError(f"{dataset} does not say which run made it: give --run RUN")
-    for key in keys:
-        exporting.show(path_of(dataset), key)  # a misspelt one is told before anything slow
     if run is None and not (path_of(made_by["run"]) / "config.yaml").is_file():
         raise UserError(f"the run that made {dataset}, {made_by['run']}, is not there any more: give --run RUN, if it lies elsewhere now")
     folder = run_folder(run or made_by["run"])
+    cfg = folder.config()
+    stages.before_torch(cfg, folder, "generate")  # the last bits depend on the number of threads
+    from skinsynth.data import export as exporting
+
+    for key in keys:
+        exporting.show(path_of(dataset), key)  # a misspelt one is told before anything slow
     from skinsynth.stages import generate
 
-    cfg = folder.config()
+    differ = 0
     for key, pixels in generate.regenerate(cfg, folder, keys).items():
         same = generate.save_png(pixels, path_of(to) / f"{key}.png", cfg.generate.quality, exporting.show(path_of(dataset), key)[1])
-        told = "the same as in the shard" if same else "NOT the same as in the shard (another kind of device?)"
+        told = "the same as in the shard" if same else "NOT the same as in the shard (another kind of device, or number of CPU threads?)"
         typer.echo(f"{path_of(to) / f'{key}.png'}: {told}")
+        differ += not same
+    raise typer.Exit(int(differ > 0))
 
 
 @app.command(rich_help_panel="Datasets")

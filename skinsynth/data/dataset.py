@@ -18,7 +18,7 @@ import numpy as np
 from skinsynth.data import descent, withdrawn
 from skinsynth.data.codec import decode, from_npy
 from skinsynth.data.places import Places
-from skinsynth.data.shards import KEY, SHARD, part_path
+from skinsynth.data.shards import INDEX_ALONE, KEY, SHARD, part_path
 from skinsynth.errors import UserError
 from skinsynth.files import read_json, sha256_file
 
@@ -73,8 +73,8 @@ class Dataset:
         """With ``tolerate`` a shard that is missing or of another size is found out when its samples are read (``BadSample``).
 
         Raises:
-            UserError: the dataset is missing, unfinished or withdrawn, has lost a shard, or its index is damaged or holds names that could leave
-                the folder.
+            UserError: the dataset is missing, unfinished or withdrawn, has lost a shard or has it elsewhere, or its index is damaged or
+                holds names that could leave the folder.
         """
         manifest = read_json(folder / "manifest.json")
         if manifest is None:
@@ -87,6 +87,7 @@ class Dataset:
             check_part(part_path(folder, number), shard, part)
             path = folder / shard["shard"]
             if not (tolerate or fetch) and (not path.is_file() or path.stat().st_size != shard["bytes"]):
+                check_here(path)
                 raise UserError(f"{path} is missing or has not the {shard['bytes']} bytes of the manifest: delete {folder} and make it again")
             kept = [place for place, key in enumerate(part["keys"]) if key not in gone]
             keys += [part["keys"][i] for i in kept]
@@ -209,6 +210,12 @@ class Dataset:
     def close(self) -> None:
         with self._lock:
             self._files.clear()
+
+
+def check_here(tar: Path) -> None:
+    """Raises ``UserError`` where a tar is not here, and should not be."""
+    if not tar.exists() and (tar.parent / INDEX_ALONE).exists():
+        raise UserError(f"{tar} is not here: data.remote brought the index alone, and the tars lie there; give the dataset that lies there instead")
 
 
 def parts_of(folder: Path, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:

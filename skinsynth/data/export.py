@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from skinsynth.data import descent
-from skinsynth.data.dataset import Dataset, check_part, gone_from
+from skinsynth.data.dataset import Dataset, check_here, check_part, gone_from
 from skinsynth.data.places import Places
 from skinsynth.data.shards import part_path
 from skinsynth.errors import UserError
@@ -84,13 +84,15 @@ def show(folder: Path, key: str) -> tuple[dict[str, Any], bytes]:
     """Everything that is known of one image, and its JPEG.
 
     Raises:
-        UserError: no dataset, no such image, or it was left out (with the reason).
+        UserError: no dataset, no such image, it was left out or is withdrawn (with the reason), or its tar lies elsewhere.
         BadSample: it is not as it was written.
     """
-    part = _part_of(folder, key)
+    part, manifest = _part_of(folder, key), read_json(folder / "manifest.json") or {}
+    if key in gone_from(folder, manifest):
+        raise UserError(f"{key} of {folder} is withdrawn: withdrawn.json in it, or beside it, tells who; its picture must not be used any more")
+    check_here(folder / part["shard"])
     data, index = _alone(folder, part), part["keys"].index(key)
     record, jpeg, (offset, size, *_) = data.json(index), data.read(index, "jpg"), part["members"][index]["jpg"]
-    manifest = read_json(folder / "manifest.json") or {}
     lineage = manifest.get("lineage", {})
     groups = descent.told(lineage)
     return {"key": key, **record, "dataset": str(folder), "shard": str(folder / part["shard"]), "offset": offset, "bytes": size,

@@ -1,12 +1,20 @@
-"""What the user gives as data: is it there, and of the form that ``prepare`` reads? Asked before anything is queued, and by ``prepare`` itself."""
+"""What the user gives as data: is it there, of the form that ``prepare`` reads, and still what was prepared? Asked before anything is queued, and by
+``prepare`` itself."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from skinsynth.errors import UserError
+from skinsynth.files import read_json, sha256_or_none
 from skinsynth.knobs import Config
+from skinsynth.run import RunDir
+
+FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP", ".webp": "WEBP"}  # by lower-case ending
+MISSING = "image file is missing"
 
 
 def check(cfg: Config) -> None:
@@ -46,3 +54,50 @@ def _real(cfg: Config) -> Iterator[tuple[str, str]]:
             yield key, f"data.images: {given} is not a folder: give the folder of image files{advice}"
         elif not Path(given).exists():
             yield key, f"data.{key}: {given} is not a folder: give a folder of images"
+
+
+def check_unchanged(cfg: Config, run: RunDir, tell: Callable[[str], None]) -> None:
+    """Whether what was prepared is what is given now, as far as tables and names of files say: no image is read. What is not there (any more) is not
+    asked about, since a run may be moved. ``tell`` hears of images that were missing and are there now.
+
+    Raises:
+        UserError: a table has changed, or synthetic images are gone.
+    """
+    folder, changes = run.dataset(cfg, "train"), [*_changed_tables(cfg, run), *_gone(cfg, run)]
+    if changes:
+        shards = cfg.data.shards
+        raise UserError(f"{folder} was made from other data than there are now:\n  " + "\n  ".join(changes) +
+                        "\nput back what it was made from; or take another data.name and run; or delete "
+                        f"{shards}/{cfg.data.name}-*, {shards}/{run.name}-* and {run.path}, and launch again")
+    if run.is_done("prepare") and not cfg.data.remote:
+        tell_new(cfg, (a["key"] for a in read_json(folder / "manifest.json")["set_aside"] if a["reason"] == MISSING), tell)
+
+
+def _changed_tables(cfg: Config, run: RunDir) -> Iterator[str]:
+    request = {} if cfg.data.remote else read_json(run.dataset(cfg, "train") / "request.json") or {}
+    for key in ("metadata", "duplicates"):
+        path, before = getattr(cfg.data, key), request.get(f"{key}_sha256")
+        with contextlib.suppress(PermissionError):
+            now = sha256_or_none(Path(path)) if path else None
+            if before and now and now != before:
+                yield f"data.{key}: {path} has changed since (its sha256 was {before[:12]}, now {now[:12]})"
+
+
+def _gone(cfg: Config, run: RunDir) -> Iterator[str]:
+    given = cfg.data.synthetic
+    if not given or not Path(given).is_dir():
+        return
+    plan = read_json(run.dataset(cfg, "synthetic") / "plan.json") or {"rows": []}
+    gone = [row["file"] for row in plan["rows"] if not os.path.exists(row["file"])]
+    if gone:
+        yield f"data.synthetic: {len(gone)} of {len(plan['rows'])} images are gone (first: {gone[0]})"
+
+
+def tell_new(cfg: Config, missing: Iterable[str], tell: Callable[[str], None]) -> None:
+    """Who added images after the first preparation expects them to be taken."""
+    wanted, data = set(missing), cfg.data
+    files = (Path(file) for _, _, files in os.walk(data.images) for file in files) if wanted and data.images else ()
+    there = sorted({file.stem for file in files if file.suffix.lower() in FORMATS} & wanted)
+    if there:
+        tell(f"{len(there)} images that were missing when {data.name} was prepared are there now (first: {there[0]}). They are not taken: for them, "
+             f"prepare under another data.name, or delete {data.shards}/{data.name}-* and launch again")

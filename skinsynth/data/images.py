@@ -13,10 +13,9 @@ from threading import Lock
 import numpy as np
 from PIL import Image, ImageOps
 
+from skinsynth.data.given import FORMATS, MISSING
 from skinsynth.errors import UserError
 
-FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP", ".webp": "WEBP"}  # by lower-case ending
-MISSING = "image file is missing"
 MIN_SIDE = 16  # pixels
 
 

@@ -1,8 +1,10 @@
-"""Is a dataset what it should be? Every planned image once, none else, every checksum right. A few shards are in memory at a time."""
+"""Is a dataset what it should be? Every planned image once, none else, every checksum right, and the index as the samples say. A few shards are in
+memory at a time."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -32,6 +34,7 @@ class Verified:
     left_out: int = 0
     shards: int = 0
     bytes: int = 0
+    classes: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -95,7 +98,7 @@ def _shard(folder: Path, unit: int, manifest: dict[str, Any] | None, plan: dict[
         return unit, part, [] if (folder / INDEX_ALONE).exists() else [f"{part['shard']}: {error.strerror}"]
     except OSError as error:
         return unit, None, [f"{part['shard']}: {error.strerror}"]
-    problems = list(_content(part, tar))
+    problems = [*_content(part, tar), *_columns(part, tar)]
     if plan:
         problems += _against_plan(part, unit, plan)
     return unit, part, problems
@@ -118,6 +121,29 @@ def _content(part: dict[str, Any], tar: bytes) -> Iterator[str]:
                 yield f"{name}: {called} is damaged"
 
 
+def _columns(part: dict[str, Any], tar: bytes) -> Iterator[str]:
+    """Where the columns of an index, by which training chooses and labels, are not what the samples' own json files say."""
+    name, columns = part["shard"], part["columns"]
+    ragged = sorted(column for column, values in columns.items() if len(values) != len(part["keys"]))
+    if ragged:
+        yield f"parts/{name[:-4]}.json has not one {' and one '.join(ragged)} for each of its {len(part['keys'])} samples"
+        return
+    for i, (sample, members) in enumerate(zip(part["keys"], part["members"], strict=True)):
+        offset, size, *checksum = members.get("json", (0, 0))
+        written = tar[offset : offset + size]
+        if not written or (checksum and zlib.crc32(written) != checksum[0]):  # there is none, or it is damaged, which is told already
+            continue
+        try:
+            record = json.loads(written)
+            known = {**record.get("attributes", {}), **record}
+        except (ValueError, AttributeError, TypeError):
+            yield f"{name}: {sample}.json is not what skinsynth writes"
+            continue
+        for column, values in columns.items():
+            if column in known and known[column] != values[i]:
+                yield f"parts/{name[:-4]}.json: {column} of {sample} is {values[i]!r}, in its own json {known[column]!r}"
+
+
 def _against_plan(part: dict[str, Any], unit: int, plan: dict[str, Any]) -> Iterator[str]:
     numbers = range(unit * plan["shard_size"], min((unit + 1) * plan["shard_size"], plan["planned"]))
     wanted, there = {key(n) for n in numbers}, [*part["keys"], *(item["key"] for item in part["set_aside"])]
@@ -133,6 +159,8 @@ def _count(found: Verified, unit: int, part: dict[str, Any], seen: set[str], com
     found.left_out += len(part["set_aside"])
     found.shards += 1
     found.bytes += part["bytes"]
+    for target in map(str, part["columns"].get("target", [])):
+        found.classes[target] = found.classes.get(target, 0) + 1
     if compare:  # without a plan, only all keys together tell a double
         double = sorted(seen.intersection(part["keys"]))
         found.problems += [f"{part['shard']} has {len(double)} images that an earlier shard has: {', '.join(double[:3])}"] if double else []
@@ -142,6 +170,8 @@ def _count(found: Verified, unit: int, part: dict[str, Any], seen: set[str], com
 def _totals(found: Verified, folder: Path, manifest: dict[str, Any] | None, units: list[int]) -> None:
     if manifest and manifest["count"] != found.images:
         found.problems.append(f"manifest.json speaks of {manifest['count']} images, there are {found.images}")
+    elif manifest and manifest["classes"] != found.classes:
+        found.problems.append(f"manifest.json counts {manifest['classes']} of each target, the index has {dict(sorted(found.classes.items()))}")
     listed = {f"{unit:05d}.tar" for unit in units}
     for path in sorted(folder.glob("*.tar")):
         if path.name not in listed:

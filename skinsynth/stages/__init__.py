@@ -44,7 +44,7 @@ def run_node(node: str, path: str, task: Task = WHOLE) -> int:
         if run.is_done(node):
             print(f"{node} of {path} is done already")
             return OK
-        _before_torch(cfg, run, node)
+        before_torch(cfg, run, node)
         _call(node, cfg, run, task)
     except Stopped as stop:
         print(stop, file=sys.stderr)
@@ -103,7 +103,7 @@ def explain(error: BaseException) -> str:
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
-def _before_torch(cfg: Config, run: RunDir, node: str) -> None:
+def before_torch(cfg: Config, run: RunDir, node: str) -> None:
     """CPU threads and memory, where compiled code is kept, and what is not to be imported; in-process runs (debug) keep what they have."""
     if cfg.cluster.kind == "debug" or "torch" in sys.modules:
         return

@@ -25,7 +25,8 @@ from skinsynth import cpu
 from skinsynth.data import cache, external, given, isic, summary, withdrawn
 from skinsynth.data.captions import caption
 from skinsynth.data.codec import encode_jpeg
-from skinsynth.data.images import MISSING, BadImage, Images, mislabelled, read_image
+from skinsynth.data.given import MISSING
+from skinsynth.data.images import BadImage, Images, mislabelled, read_image
 from skinsynth.data.isic import Aside, Row
 from skinsynth.data.lesion import square
 from skinsynth.data.shards import ShardWriter, claim, missing_parts, part_path, write_manifest
@@ -81,7 +82,7 @@ def prepare(cfg: Config, run: RunDir, task: Task) -> None:
     folders = {split: run.dataset(cfg, split) for split in SPLITS}
     plan = _shared_plan(cfg, folders)
     if task.index == 0:
-        _tell_new(cfg, plan)
+        given.tell_new(cfg, (a["key"] for a in plan.set_aside if a["reason"] == MISSING), print)
     _make_units(cfg, run, task, plan, folders)
     if external.finish(cfg, run) and not any(missing_parts(folders[split], plan.shards(split)) for split in SPLITS):
         _finish(cfg, run, plan, folders)
@@ -101,16 +102,6 @@ def _shared_plan(cfg: Config, folders: dict[str, Path]) -> Plan:
         if found is None:
             write_text(path, json.dumps(vars(plan), sort_keys=True))
     return plan
-
-
-def _tell_new(cfg: Config, plan: Plan) -> None:
-    """Who added images after the first preparation expects them to be taken."""
-    missing = [a["key"] for a in plan.set_aside if a["reason"] == MISSING]
-    images = Images(Path(cfg.data.images or ""))
-    there = [name for name in missing if cfg.data.images and images.files(name)]
-    if there:
-        print(f"{len(there)} images that were missing when {cfg.data.name} was prepared are there now (first: {there[0]}). They are not taken: for "
-              f"them, prepare under another data.name, or delete {cfg.data.shards}/{cfg.data.name}-* and launch again")
 
 
 def _request(cfg: Config) -> dict[str, Any]:
