@@ -58,17 +58,18 @@ def _real(cfg: Config) -> Iterator[tuple[str, str]]:
 
 def check_unchanged(cfg: Config, run: RunDir, tell: Callable[[str], None]) -> None:
     """Whether what was prepared is what is given now, as far as tables and names of files say: no image is read. What is not there (any more) is not
-    asked about, since a run may be moved. ``tell`` hears of images that were missing and are there now.
+    asked about, since a run may be moved. ``tell`` hears of images that were missing and are there now, and of synthetic ones that are gone.
 
     Raises:
-        UserError: a table has changed, or synthetic images are gone.
+        UserError: a table has changed.
     """
-    folder, changes = run.dataset(cfg, "train"), [*_changed_tables(cfg, run), *_gone(cfg, run)]
+    folder, changes = run.dataset(cfg, "train"), list(_changed_tables(cfg, run))
     if changes:
         shards = cfg.data.shards
         raise UserError(f"{folder} was made from other data than there are now:\n  " + "\n  ".join(changes) +
                         "\nput back what it was made from; or take another data.name and run; or delete "
                         f"{shards}/{cfg.data.name}-*, {shards}/{run.name}-* and {run.path}, and launch again")
+    _tell_gone(cfg, run, tell)
     if run.is_done("prepare") and not cfg.data.remote:
         tell_new(cfg, (a["key"] for a in read_json(folder / "manifest.json")["set_aside"] if a["reason"] == MISSING), tell)
 
@@ -83,14 +84,18 @@ def _changed_tables(cfg: Config, run: RunDir) -> Iterator[str]:
                 yield f"data.{key}: {path} has changed since (its sha256 was {before[:12]}, now {now[:12]})"
 
 
-def _gone(cfg: Config, run: RunDir) -> Iterator[str]:
-    given = cfg.data.synthetic
-    if not given or not Path(given).is_dir():
+def _tell_gone(cfg: Config, run: RunDir, tell: Callable[[str], None]) -> None:
+    """Who took some images out expects them to be used no more; who took all saves room."""
+    if not cfg.data.synthetic or cfg.data.remote:
         return
-    plan = read_json(run.dataset(cfg, "synthetic") / "plan.json") or {"rows": []}
-    gone = [row["file"] for row in plan["rows"] if not os.path.exists(row["file"])]
-    if gone:
-        yield f"data.synthetic: {len(gone)} of {len(plan['rows'])} images are gone (first: {gone[0]})"
+    folder = run.dataset(cfg, "synthetic")
+    files = [os.path.split(row["file"]) for row in (read_json(folder / "plan.json") or {"rows": []})["rows"]]
+    places = {place for place, _ in files}  # listed, since to ask for each of their files takes long on a network's file system
+    there = {place: set(os.listdir(place)) if os.path.isdir(place) else set() for place in places}
+    gone = [os.path.join(place, name) for place, name in files if name not in there[place]]
+    if 0 < len(gone) < len(files):
+        tell(f"{len(gone)} of {len(files)} images of data.synthetic are gone since they were prepared (first: {gone[0]}). They are used all the same: "
+             f"to do without them, prepare in another run, or delete {folder} and {run.path}, and launch again")
 
 
 def tell_new(cfg: Config, missing: Iterable[str], tell: Callable[[str], None]) -> None:
