@@ -439,7 +439,7 @@ def test_data_that_changed_since_they_were_prepared_stop_the_next_launch(drawn: 
     assert said().startswith(f"1 images that were missing when small was prepared are there now (first: {Path(late).stem}). They are not taken")
     removed = source / "synthetic/malignant" / names[3]
     removed.rename(tmp_path / names[3])
-    assert f"1 of 4 images of data.synthetic are gone since they were prepared (first: {removed}). They are used all the same" in said()
+    assert f"1 of 4 images of data.synthetic are gone since it was prepared (first: {removed}). They are used all the same" in said()
     (tmp_path / names[3]).rename(removed)
     for name in ("metadata", "duplicates"):
         table = source / f"{name}.csv"

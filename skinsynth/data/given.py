@@ -94,8 +94,8 @@ def _tell_gone(cfg: Config, run: RunDir, tell: Callable[[str], None]) -> None:
     there = {place: set(os.listdir(place)) if os.path.isdir(place) else set() for place in places}
     gone = [os.path.join(place, name) for place, name in files if name not in there[place]]
     if 0 < len(gone) < len(files):
-        tell(f"{len(gone)} of {len(files)} images of data.synthetic are gone since they were prepared (first: {gone[0]}). They are used all the same: "
-             f"to do without them, prepare in another run, or delete {folder} and {run.path}, and launch again")
+        tell(f"{len(gone)} of {len(files)} images of data.synthetic are gone since it was prepared (first: {gone[0]}). They are used all the same; "
+             f"to do without, prepare in another run, or delete {folder} and {run.path}, and launch again")
 
 
 def tell_new(cfg: Config, missing: Iterable[str], tell: Callable[[str], None]) -> None:
