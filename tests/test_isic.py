@@ -117,6 +117,16 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     assert rows == [Row("a", 0)]
 
 
+def test_a_row_with_more_fields_than_the_header_shifts_no_value(tmp_path: Path) -> None:
+    """An unquoted comma: the site's second half would be the target's neighbour, and every value after it another column's."""
+    header = "image_name,anatom_site_general_challenge,patient_id,target"
+    lines = ["a,trunk,IP_1,0", "b,head, neck,IP_2,1", "c,trunk,IP_3,1,, "]
+    with pytest.raises(UserError, match=r'data\.metadata: line 3 of .*metadata.csv has more fields than the header .*in quotation marks'):
+        isic.read_metadata(csv(tmp_path, *lines, header=header))
+    rows, aside = isic.read_metadata(csv(tmp_path, lines[0], lines[1].replace("head, neck", '"head, neck"'), lines[2], header=header))
+    assert ([row.patient_id for row in rows], aside) == (["IP_1", "IP_2", "IP_3"], [])
+
+
 def test_wrong_metadata_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere.csv does not exist"):
         isic.read_metadata(tmp_path / "nowhere.csv")

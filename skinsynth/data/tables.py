@@ -30,7 +30,8 @@ def read_csv(path: Path, what: str) -> list[dict[str, str]]:
     """Stripped strings under lower-case column names; a byte order mark, CRLF, and semicolons or tabs for commas are fine.
 
     Raises:
-        UserError: no such file, not UTF-8, a column twice, or a quotation mark that is never closed, which would swallow the lines that follow.
+        UserError: no such file, not UTF-8, a column twice, a row with more fields than the header, whose values would stand under wrong names, or a
+            quotation mark that is never closed, which would swallow the lines that follow.
     """
     if not path.is_file():
         raise UserError(f"data.{what}: {path} does not exist or is not a file: give the path of the CSV")
@@ -39,8 +40,12 @@ def read_csv(path: Path, what: str) -> list[dict[str, str]]:
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
         header = [name.strip().lower() for name in next(lines, [])]
         _check_twice(path, what, header)
-        empty = dict.fromkeys(header, "")
-        return [empty | dict(zip(header, (sys.intern(v.strip()) for v in line), strict=False)) for line in lines if line]  # few values differ
+        empty, records = dict.fromkeys(header, ""), []
+        for line in lines:
+            _check_surplus(path, what, lines.line_num, line[len(header) :])
+            if line:
+                records.append(empty | dict(zip(header, (sys.intern(v.strip()) for v in line), strict=False)))  # few values differ
+        return records
     except UnicodeDecodeError as error:
         raise UserError(f"data.{what}: {path} is not a CSV in UTF-8 ({error}): export it as one") from None
     except csv.Error as error:
@@ -58,6 +63,13 @@ def _check_twice(path: Path, what: str, header: list[str]) -> None:
     twice = [name for name, count in Counter(header).items() if name and count > 1]
     if twice:
         raise UserError(f"data.{what}: {path} has more than one column '{twice[0]}' (upper and lower case are one): rename or remove all but one")
+
+
+def _check_surplus(path: Path, what: str, number: int, surplus: list[str]) -> None:
+    """Empty fields at the end of a line are as spreadsheets leave them."""
+    if any(value.strip() for value in surplus):
+        raise UserError(f"data.{what}: line {number} of {path} has more fields than the header has names, so its values may stand under wrong ones: "
+                        "put a value that holds a comma in quotation marks (\"head, neck\"), or give the header the name that it lacks")
 
 
 def spelt_out(record: dict[str, str]) -> dict[str, str]:
