@@ -88,8 +88,31 @@ def test_classes_that_no_table_says_or_that_are_unknown_are_set_aside(tmp_path: 
 
 
 def test_a_target_of_ones_own_counts_before_a_tables_code(tmp_path: Path) -> None:
-    rows, _ = isic.read_metadata(csv(tmp_path, "a,akiec,0", header="image_id,dx,target"))
-    assert rows == [Row("a", 0, diagnosis="actinic keratosis")]
+    """Where its class is a matter of convention."""
+    for column, value in (("target", "0"), ("label", "0"), ("benign_malignant", "benign")):
+        rows, _ = isic.read_metadata(csv(tmp_path, f"a,akiec,{value}", "b,akiec,", header=f"image_id,dx,{column}"))
+        assert rows == [Row("a", 0, diagnosis="actinic keratosis"), Row("b", 1, diagnosis="actinic keratosis")]
+
+
+CONTRADICTIONS = {  # header, row, and what is said of it
+    "image_id,dx,target": ("a,mel,0", "target 0 contradicts 'mel'"),
+    "image_id,dx,benign_malignant": ("a,nv,malignant", "target malignant contradicts 'nv'"),
+    "image,MEL,NV,BCC,AK,BKL,DF,VASC,SCC,UNK,target": ("a,1,0,0,0,0,0,0,0,0,0", "target 0 contradicts 'mel'"),
+    "image_name,target,label": ("a,1,0", "target 1 contradicts '0'"),
+    "image_name,benign_malignant,diagnosis_1": ("a,malignant,Benign", "target malignant contradicts 'Benign'"),
+    "image_name,target,benign_malignant,diagnosis_1": ("a,1,,Benign", "target 1 contradicts 'Benign'"),
+}
+
+
+@pytest.mark.parametrize("header", CONTRADICTIONS)
+def test_a_row_whose_columns_contradict_is_set_aside_whichever_they_are(tmp_path: Path, header: str) -> None:
+    line, reason = CONTRADICTIONS[header]
+    assert isic.read_metadata(csv(tmp_path, line, header=header)) == ([], [{"key": "a", "reason": reason}])
+
+
+def test_columns_that_say_neither_contradict_nothing(tmp_path: Path) -> None:
+    rows, aside = isic.read_metadata(csv(tmp_path, "a,1,melanoma,Indeterminate", "b,0,5,Benign", header="image_name,target,label,diagnosis_1"))
+    assert ([row.target for row in rows], aside) == ([1, 0], [])
 
 
 def test_the_tables_of_2016_have_no_header_and_those_of_2019_are_two(tmp_path: Path) -> None:

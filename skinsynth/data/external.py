@@ -84,7 +84,7 @@ def _read_labelled(root: Path, folders: list[Path]) -> tuple[list[Row], list[Asi
 
 def _read_table(table: Path) -> tuple[list[Row], list[Aside]]:
     records = tables.read_csv(table, "synthetic") if table.suffix.lower() == ".csv" else _json_lines(table)
-    found, aside, labels = [], [], {*isic.COLUMNS["target"], *isic.COLUMNS["malignancy"]}
+    found, aside, labels = [], [], {*isic.COLUMNS["target"], *isic.COLUMNS["malignancy"], tables.CODE}
     for line, record in enumerate(map(tables.spelt_out, records), 1):
         named = next((record[name] for name in NAMES if record.get(name)), "")
         try:

@@ -28,6 +28,8 @@ COLUMNS = {  # ours -> theirs; the first that is filled counts
     "target": ("target", "label", "malignant"),
     "malignancy": ("benign_malignant", "diagnosis_1"),
 }
+WORDS = {"benign": 0, "malignant": 1}
+TARGETS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, **WORDS}  # a Hugging Face label may be the word
 AGAIN = "duplicated id (the same row again; kept once)"
 UNKNOWN = {"unknown", "unk", "missing", "not available", "-", "?"}
 Aside = dict[str, str]  # {"key": image name, "reason": why it is left out}, as in the manifests
@@ -82,8 +84,8 @@ def _check_columns(path: Path, first: Mapping[str, str]) -> None:
     if any(re.fullmatch(r"isic_\d+(\.jpe?g)?", name) for name in first):  # as the tables of 2016 are published
         raise UserError(f"data.metadata: {path} has no header: its first line is {have}; download the metadata with isic-cli, or give it a header "
                         "line, for example image_name,benign_malignant")
-    for needed in (COLUMNS["image_name"], COLUMNS["target"] + COLUMNS["malignancy"]):
-        if not first.keys() & set(needed):
+    for needed, coded in ((COLUMNS["image_name"], False), (COLUMNS["target"] + COLUMNS["malignancy"], tables.CODE in first)):
+        if not coded and not first.keys() & set(needed):
             raise UserError(f"data.metadata: {path} has no column '{needed[0]}' (nor {', '.join(needed[1:])}); it has: {have}. Where labels stand "
                             "in another table (Metadata, GroundTruth), join them by the image's name, or download the metadata with isic-cli")
 
@@ -120,19 +122,22 @@ def _age(value: str | None) -> int | None:
 
 
 def _target(record: Mapping[str, str]) -> int:
-    """0 or 1. Raises ``ValueError`` where the columns do not say so, or contradict."""
-    told, word = _value(record, "target"), _value(record, "malignancy")
-    if (told or "").lower() in ("benign", "malignant"):  # a Hugging Face label may be the word
-        told, word = None, word or told
-    by_number = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}.get(told or "")
-    by_word = {"benign": 0, "malignant": 1}.get((word or "").lower())
-    if told is not None and by_number is None:
+    """0 or 1. Raises ``ValueError`` where neither columns nor code say so, or two of them contradict; a code of ``CONVENTION`` gives way."""
+    told, word, code = _value(record, "target"), _value(record, "malignancy"), record.get(tables.CODE, "")
+    if told is not None and told.lower() not in TARGETS:
         raise ValueError(f"unknown target '{told}' (expected 0 or 1)")
-    if by_number is None and by_word is None:
-        raise ValueError(f"unknown target ('{word or ''}' is neither benign nor malignant)")
-    if by_number is not None and by_word is not None and by_number != by_word:
-        raise ValueError(f"target {told} contradicts '{word}'")
-    return by_word if by_number is None else by_number  # type: ignore[return-value]
+    said = [(record[c], known[record[c].lower()]) for ours, known in (("target", TARGETS), ("malignancy", WORDS)) for c in COLUMNS[ours]
+            if record.get(c, "").lower() in known]
+    by_code = tables.CLASSES.get(code, ("", code))[1]
+    if by_code in TARGETS and not (said and code in tables.CONVENTION):
+        said.append((code, TARGETS[by_code]))
+    if not said:
+        raise ValueError(f"unknown target '{by_code}' (expected 0 or 1)" if by_code else
+                         f"unknown target ('{word or ''}' is neither benign nor malignant)")
+    for value, target in said:
+        if target != said[0][1]:
+            raise ValueError(f"target {said[0][0]} contradicts '{value}'")
+    return said[0][1]
 
 
 def _unique(rows: list[Row], aside: list[Aside]) -> tuple[list[Row], list[Aside]]:

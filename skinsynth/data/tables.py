@@ -23,6 +23,8 @@ CLASSES = {  # code -> diagnosis, and 1 for malignant; actinic keratosis (with i
     "vasc": ("vascular lesion", "0"), "melanoma": ("melanoma", "1"), "seborrheic_keratosis": ("seborrheic keratosis", "0"),
     "unk": ("unknown", "UNK"),  # a target that is none, so that the row is set aside
 }
+CONVENTION = {"akiec", "ak"}  # some count it as malignant, others not: what a table says itself counts before the code
+CODE = "its code"  # where ``spelt_out`` puts it: no column's name
 ONE_HOT = (({"mel", "nv", "bcc"}, ""), ({"melanoma", "seborrheic_keratosis"}, "nv"))  # columns that tell such a table; the class where none is 1
 
 
@@ -73,12 +75,9 @@ def _check_surplus(path: Path, what: str, number: int, surplus: list[str]) -> No
 
 
 def spelt_out(record: dict[str, str]) -> dict[str, str]:
-    """A row with ``diagnosis`` and ``target`` of what such a table says; columns of these names that it has itself count first."""
+    """A row with ``CODE`` and ``diagnosis`` of what such a table says; a column ``diagnosis`` that it has itself counts first."""
     code = _code(record)
-    if code is None:
-        return record
-    diagnosis, target = CLASSES.get(code, ("", code))
-    return {"diagnosis": diagnosis, "target": target, **record}
+    return record if code is None else {"diagnosis": CLASSES.get(code, ("",))[0], **record, CODE: code}
 
 
 def _code(record: Mapping[str, str]) -> str | None:
