@@ -229,5 +229,13 @@ def test_tables_with_semicolons_or_tabs_are_read(tmp_path: Path, mark: str, lead
 
 
 def test_a_patient_of_whom_nobody_knows_is_none(tmp_path: Path) -> None:
-    rows, _ = isic.read_metadata(csv(tmp_path, *(f"i{n},{word},-,,,,,,0" for n, word in enumerate(["unknown", "UNKNOWN", "-", "?", "IP_1"]))))
-    assert [(row.patient_id, row.lesion_id) for row in rows] == [(None, None)] * 4 + [("IP_1", None)]
+    rows, _ = isic.read_metadata(csv(tmp_path, *(f"i{n},{word},-,,,,,,0" for n, word in enumerate(["unknown", "UNKNOWN", "-", "?", "-1", "IP_1"]))))
+    assert [(row.patient_id, row.lesion_id) for row in rows] == [(None, None)] * 5 + [("IP_1", None)]
+
+
+def test_ids_are_read_under_their_other_names(tmp_path: Path) -> None:
+    rows, _ = isic.read_metadata(csv(tmp_path, "a,IP_1,IL_1,0", header="image,patient,lesion,target"))
+    assert (rows[0].patient_id, rows[0].lesion_id) == ("IP_1", "IL_1")
+    table = csv(tmp_path, "a,IP_1,1,IL_1,0", header="image,subject,lesion,lesion_no,target")
+    assert isic.without_ids(table).endswith("together (not read: subject, lesion_no; what holds such ids must be called patient_id or lesion_id)")
+    assert isic.without_ids(None).endswith("kept together")

@@ -19,8 +19,8 @@ from skinsynth.errors import UserError
 
 COLUMNS = {  # ours -> theirs; the first that is filled counts
     "image_name": ("image_name", "isic_id", "file_name", "image_id", "image"),
-    "patient_id": ("patient_id",),
-    "lesion_id": ("lesion_id",),
+    "patient_id": ("patient_id", "patient"),  # patient: ISIC 2020's test images
+    "lesion_id": ("lesion_id", "lesion"),
     "sex": ("sex",),
     "age": ("age_approx", "age_approximate", "age"),
     "site": ("anatom_site_general_challenge", "anatom_site_general", "anatom_site_1", "localization"),  # _1: the archive's since May 2026
@@ -31,7 +31,7 @@ COLUMNS = {  # ours -> theirs; the first that is filled counts
 WORDS = {"benign": 0, "malignant": 1}
 TARGETS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, **WORDS}  # a Hugging Face label may be the word
 AGAIN = "duplicated id (the same row again; kept once)"
-UNKNOWN = {"unknown", "unk", "missing", "not available", "-", "?"}
+UNKNOWN = {"unknown", "unk", "missing", "not available", "-", "?", "-1", "-1.0"}
 Aside = dict[str, str]  # {"key": image name, "reason": why it is left out}, as in the manifests
 
 
@@ -103,14 +103,13 @@ def _row(record: Mapping[str, str]) -> Row:
                diagnosis and re.sub(r",? NOS$", "", diagnosis).lower())
 
 
-def _value(record: Mapping[str, str], ours: str) -> str | None:
-    return next((record[c] for c in COLUMNS[ours] if record.get(c, "").lower() not in tables.EMPTY), None)
+def _value(record: Mapping[str, str], ours: str, none: set[str] = tables.EMPTY) -> str | None:
+    return next((record[c] for c in COLUMNS[ours] if record.get(c, "").lower() not in none), None)
 
 
 def _known(record: Mapping[str, str], ours: str) -> str | None:
     """As ``_value``; None also for a word that says that nobody knows: no patient of that name, who would have all such rows."""
-    value = _value(record, ours)
-    return None if value is None or value.lower() in UNKNOWN else value
+    return _value(record, ours, tables.EMPTY | UNKNOWN)
 
 
 def _stem(name: str | None) -> str:
@@ -138,6 +137,14 @@ def _target(record: Mapping[str, str]) -> int:
         if target != said[0][1]:
             raise ValueError(f"target {said[0][0]} contradicts '{value}'")
     return said[0][1]
+
+
+def without_ids(table: Path | None) -> str:
+    """What to tell where no row has the id of a patient or lesion. Names the columns of the table that look like ids and are not read."""
+    names, read = next(iter(tables.read_csv(table, "metadata") if table else []), {}), {c for columns in COLUMNS.values() for c in columns}
+    like = [name for name in names if re.search("patient|lesion|subject", name) and name not in read]
+    return ("no patient or lesion ids: only identical files and listed pairs of duplicates are kept together"
+            + (f" (not read: {', '.join(like)}; what holds such ids must be called patient_id or lesion_id)" if like else ""))
 
 
 def _unique(rows: list[Row], aside: list[Aside]) -> tuple[list[Row], list[Aside]]:

@@ -272,8 +272,10 @@ def _report(cfg: Config, run: RunDir, manifests: dict[str, dict[str, Any]]) -> N
     reasons = dict(Counter(a["reason"] for a in aside).most_common())
     rows = len(aside) + sum(m["count"] for m in manifests.values())
     pairs, folder = manifests["train"].get("duplicates"), run.dataset(cfg, "train")
-    lines = _lines(rows, len(aside), reasons, pairs)
     found = list(manifests.values())
+    lines = _lines(rows, len(aside), reasons, pairs)
+    if all(group.startswith("sha-") for m in found for group in m["group_ids"]):
+        lines.append(isic.without_ids(Path(cfg.data.metadata) if cfg.data.metadata and not cfg.data.remote else None))
     write_text(folder / "split.md", summary.markdown(f"{cfg.data.name}: {cfg.prepare.size} px, seed {cfg.seed}", found, lines))
     run.finish("prepare", {**metrics, "rows": rows, "duplicates": pairs, "set_aside": {"total": len(aside), "reasons": reasons}},
                [run.dataset(cfg, s) / "manifest.json" for s in (*SPLITS, *(["synthetic"] if cfg.data.synthetic else []))])
