@@ -133,6 +133,15 @@ def test_only_dermoscopic_images_are_taken_where_the_archive_says_what_they_are(
         isic.read_metadata(csv(tmp_path, lines[1], lines[3], header=header))
 
 
+def test_synthetic_images_are_no_real_ones(tmp_path: Path) -> None:
+    """As export writes them, and merged with the real ones."""
+    rows, aside = isic.read_metadata(csv(tmp_path, "a,0,real", "b,1,synthetic", "c,1,", header="image_name,target,origin"))
+    assert [row.image_name for row in rows] == ["a", "c"]
+    assert aside == [{"key": "b", "reason": "not real: origin is 'synthetic'"}]
+    with pytest.raises(UserError, match=r"data\.metadata: by the column origin of .* no image is real \(synthetic\): give them as data\.synthetic"):
+        isic.read_metadata(csv(tmp_path, "b,1,synthetic", header="image_name,target,origin"))
+
+
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="more than one column 'target'"):
         isic.read_metadata(csv(tmp_path, "a,0,1", header="image_name,target,Target"))

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from skinsynth import cpu
-from skinsynth.data import isic, tables
+from skinsynth.data import isic, tables, withdrawn
 from skinsynth.data.codec import encode_jpeg
 from skinsynth.data.images import FORMATS, BadImage, read_image
 from skinsynth.data.isic import Aside, Row
@@ -98,7 +98,7 @@ def _read_table(table: Path) -> tuple[list[Row], list[Aside]]:
     files = {keys[file]: file for file, _ in found}
     if not found and records:
         return [], aside
-    rows, more = isic.parse(table, [{**record, "image_name": keys[file]} for file, record in found])
+    rows, more = isic.parse(table, [{**record, "image_name": keys[file]} for file, record in found], "synthetic")
     return [replace(row, file=str(files[row.image_name])) for row in rows], aside + more
 
 
@@ -194,7 +194,7 @@ def _plan(cfg: Config, folder: Path) -> dict[str, Any]:
 def _locked_plan(cfg: Config, folder: Path) -> dict[str, Any]:
     found = read_json(folder / "plan.json")
     if found is None:
-        rows, aside = read(Path(cfg.data.synthetic or ""))
+        rows, aside = _without_withdrawn(*read(Path(cfg.data.synthetic or "")), Path(cfg.data.shards))
         if not rows:
             raise UserError(f"data.synthetic: {cfg.data.synthetic} holds no image that can be used" + (f" ({aside[0]['reason']})" if aside else ""))
         rows.sort(key=lambda row: random_key(cfg.seed, "external", row.image_name))  # classes mixed in every shard
@@ -206,6 +206,14 @@ def _locked_plan(cfg: Config, folder: Path) -> dict[str, Any]:
     if not (folder / "plan.json").exists():
         write_text(folder / "plan.json", json.dumps(found))
     return found
+
+
+def _without_withdrawn(rows: list[Row], aside: list[Aside], shards: Path) -> tuple[list[Row], list[Aside]]:
+    """A file of the name of a real image that was withdrawn in this home may be that image, whatever it is given as."""
+    names = withdrawn.at_home(shards).keys
+    gone = {row.image_name for row in rows if names & {row.image_name, Path(str(row.file)).stem}}
+    return ([row for row in rows if row.image_name not in gone],
+            [*aside, *({"key": name, "reason": withdrawn.ASIDE} for name in sorted(gone))])
 
 
 def _add(cfg: Config, shard: ShardWriter, row: Row) -> None:

@@ -61,42 +61,44 @@ def read_metadata(path: Path) -> tuple[list[Row], list[Aside]]:
     return parse(path, tables.read_csv(path, "metadata"))
 
 
-def parse(path: Path, records: list[dict[str, str]]) -> tuple[list[Row], list[Aside]]:
-    """As ``read_metadata``, of the records of a table: strings under lower-case names."""
+def parse(path: Path, records: list[dict[str, str]], what: str = "metadata") -> tuple[list[Row], list[Aside]]:
+    """As ``read_metadata``, of the records of a table: strings under lower-case names. ``what``: the key of ``data`` that gives it."""
     if not records:
-        raise UserError(f"data.metadata: {path} holds no rows: expected a header line and one line per image")
+        raise UserError(f"data.{what}: {path} holds no rows: expected a header line and one line per image")
     records = [tables.spelt_out(record) for record in records]
-    _check_columns(path, records[0])
-    tables.check_kind(path, records)
+    _check_columns(path, what, records[0])
+    tables.check_kind(path, what, records)
     rows: list[Row] = []
     aside: list[Aside] = []
     for line, record in enumerate(records, 2):
         try:
-            rows.append(_row(record))
+            rows.append(_row(record, what))
         except ValueError as error:
             aside.append({"key": _stem(_value(record, "image_name")) or f"row {line}", "reason": str(error)})
     return _unique(rows, aside)
 
 
-def _check_columns(path: Path, first: Mapping[str, str]) -> None:
+def _check_columns(path: Path, what: str, first: Mapping[str, str]) -> None:
     """``first``: the first row, under its column names."""
     have = ", ".join(first)
     if any(re.fullmatch(r"isic_\d+(\.jpe?g)?", name) for name in first):  # as the tables of 2016 are published
-        raise UserError(f"data.metadata: {path} has no header: its first line is {have}; download the metadata with isic-cli, or give it a header "
+        raise UserError(f"data.{what}: {path} has no header: its first line is {have}; download the metadata with isic-cli, or give it a header "
                         "line, for example image_name,benign_malignant")
     for needed, coded in ((COLUMNS["image_name"], False), (COLUMNS["target"] + COLUMNS["malignancy"], tables.CODE in first)):
         if not coded and not first.keys() & set(needed):
-            raise UserError(f"data.metadata: {path} has no column '{needed[0]}' (nor {', '.join(needed[1:])}); it has: {have}. Where labels stand "
+            raise UserError(f"data.{what}: {path} has no column '{needed[0]}' (nor {', '.join(needed[1:])}); it has: {have}. Where labels stand "
                             "in another table (Metadata, GroundTruth), join them by the image's name, or download the metadata with isic-cli")
 
 
-def _row(record: Mapping[str, str]) -> Row:
+def _row(record: Mapping[str, str], what: str) -> Row:
     """Raises ``ValueError`` with the reason where the row cannot be used."""
     name = _stem(_value(record, "image_name"))
     if not KEY.fullmatch(name):
         raise ValueError("the image name may hold letters, digits, '_' and '-' only" if name else "no image name")
     if kind := tables.other_kind(record):
         raise ValueError(f"not dermoscopic: image_type is '{kind}'")
+    if origin := tables.other_origin(record, what):
+        raise ValueError(f"not {'synthetic' if what == 'synthetic' else 'real'}: origin is '{origin}'")
     sex, site = (value.lower() if (value := _known(record, column)) else None for column in ("sex", "site"))
     diagnosis = _value(record, "diagnosis")
     return Row(name, _target(record), _known(record, "patient_id"), _known(record, "lesion_id"), sex, _age(_value(record, "age")), site,

@@ -90,16 +90,27 @@ def _code(record: Mapping[str, str]) -> str | None:
     return None
 
 
-def check_kind(path: Path, records: list[dict[str, str]]) -> None:
-    """One by one such rows are set aside; where all are, the whole set is of another kind."""
+def check_kind(path: Path, what: str, records: list[dict[str, str]]) -> None:
+    """One by one such rows are set aside; where all are, the whole set is of another kind. ``what``: the key of ``data``, as in ``read_csv``."""
     other = [kind for record in records if (kind := other_kind(record))]
     if len(other) == len(records):
         kinds = ", ".join(sorted(set(other))[:3])
-        raise UserError(f"data.metadata: by the column image_type of {path} no image is dermoscopic ({kinds}), and captions, prompts and limits here "
+        raise UserError(f"data.{what}: by the column image_type of {path} no image is dermoscopic ({kinds}), and captions, prompts and limits here "
                         "are for dermoscopy images: take such images (to use these all the same, remove the column)")
+    if all(other_origin(record, what) for record in records):
+        found = ", ".join(sorted({record["origin"] for record in records})[:3])
+        wanted, key = ("synthetic", "data.metadata, for real ones") if what == "synthetic" else ("real", "data.synthetic, for synthetic ones")
+        raise UserError(f"data.{what}: by the column origin of {path} no image is {wanted} ({found}): give them as {key} (where the column says "
+                        "something else, rename it)")
 
 
 def other_kind(record: Mapping[str, str]) -> str | None:
     """What ``image_type`` calls an image that is not dermoscopic."""
     kind = record.get("image_type", "")
     return kind if kind.lower() not in EMPTY and not re.search("derm(at)?oscop", kind.lower()) else None
+
+
+def other_origin(record: Mapping[str, str], what: str) -> str | None:
+    """The ``origin``, as ``export`` writes it, of an image that is not what the key of ``data`` is for: real, or ``synthetic``."""
+    origin = record.get("origin", "")
+    return origin if origin.lower() not in EMPTY and (origin.lower() == "real") == (what == "synthetic") else None

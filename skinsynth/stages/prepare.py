@@ -36,7 +36,6 @@ from skinsynth.knobs import Config
 from skinsynth.run import SPLITS, Progress, RunDir, Task
 
 KNOWN = ("sex", "age", "site", "diagnosis")
-WITHDRAWN = "withdrawn: see withdrawn.json beside the datasets"
 
 
 @dataclass
@@ -151,7 +150,7 @@ def _without_withdrawn(rows: list[Row], shards: Path, aside: list[Aside]) -> lis
     home = withdrawn.at_home(shards)
     lesions = home.lesions(row.patient_id for row in rows)
     gone = {row.image_name for row in rows if row.image_name in home.keys or row.patient_id in home.people or row.lesion_id in lesions}
-    aside += [{"key": name, "reason": WITHDRAWN} for name in sorted(gone)]
+    aside += [{"key": name, "reason": withdrawn.ASIDE} for name in sorted(gone)]
     return [row for row in rows if row.image_name not in gone]
 
 
@@ -294,7 +293,7 @@ def _facts(cfg: Config, plan: Plan, split: str, names: list[str], notes: list[di
 def _check_bad(cfg: Config, rows: int, aside: list[dict[str, str]]) -> None:
     """Stops where more of the rows are unusable than the user allows; that a patient withdrew is no fault of the data, and a row that stands there
     twice no image that is lost."""
-    listed, aside = aside, [a for a in aside if a["reason"] not in (WITHDRAWN, isic.AGAIN)]
+    listed, aside = aside, [a for a in aside if a["reason"] not in (withdrawn.ASIDE, isic.AGAIN)]
     if len(aside) <= cfg.prepare.max_bad * rows:
         return
     path = write_aside(Path(cfg.data.shards) / f"{cfg.data.name}-train", listed)
