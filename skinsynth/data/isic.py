@@ -21,6 +21,7 @@ COLUMNS = {  # ours -> theirs; the first that is filled counts
     "image_name": ("image_name", "isic_id", "file_name", "image_id", "image"),
     "patient_id": ("patient_id", "patient"),  # patient: ISIC 2020's test images
     "lesion_id": ("lesion_id", "lesion"),
+    "group": ("group",),  # where export wrote the table: elsewhere the word may mean anything
     "sex": ("sex",),
     "age": ("age_approx", "age_approximate", "age"),
     "site": ("anatom_site_general_challenge", "anatom_site_general", "anatom_site_1", "localization"),  # _1: the archive's since May 2026
@@ -38,7 +39,7 @@ Aside = dict[str, str]  # {"key": image name, "reason": why it is left out}, as 
 @dataclass(frozen=True)
 class Row:
     """One image. ``None`` is unknown; age in years; target 1 is malignant; ``file`` only where no folder is searched, or the image
-    was found; ``sha256`` of its bytes, then."""
+    was found; ``sha256`` of its bytes, then. ``group``: of an exported image, the group that it was in, whatever had joined it."""
 
     image_name: str
     target: int
@@ -50,6 +51,7 @@ class Row:
     diagnosis: str | None = None
     file: str | None = None
     sha256: str | None = None
+    group: str | None = None
 
 
 def read_metadata(path: Path) -> tuple[list[Row], list[Aside]]:
@@ -101,8 +103,9 @@ def _row(record: Mapping[str, str], what: str) -> Row:
         raise ValueError(f"not {'synthetic' if what == 'synthetic' else 'real'}: origin is '{origin}'")
     sex, site = (value.lower() if (value := _known(record, column)) else None for column in ("sex", "site"))
     diagnosis = _value(record, "diagnosis")
+    group = _known(record, "group") if record.get("origin", "").lower() == "real" else None
     return Row(name, _target(record), _known(record, "patient_id"), _known(record, "lesion_id"), sex, _age(_value(record, "age")), site,
-               diagnosis and re.sub(r",? NOS$", "", diagnosis).lower())
+               diagnosis and re.sub(r",? NOS$", "", diagnosis).lower(), group=group)
 
 
 def _value(record: Mapping[str, str], ours: str, none: set[str] = tables.EMPTY) -> str | None:

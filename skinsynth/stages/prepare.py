@@ -146,10 +146,11 @@ def make_plan(cfg: Config, request: dict[str, Any]) -> Plan:
 
 
 def _without_withdrawn(rows: list[Row], shards: Path, aside: list[Aside]) -> list[Row]:
-    """Drops what was withdrawn from any dataset in this home, before an image is read; of that patient or lesion, new images too."""
+    """Drops what was withdrawn from any dataset in this home, before an image is read; of that patient, lesion or group, new images too."""
     home = withdrawn.at_home(shards)
     lesions = home.lesions(row.patient_id for row in rows)
-    gone = {row.image_name for row in rows if row.image_name in home.keys or row.patient_id in home.people or row.lesion_id in lesions}
+    gone = {row.image_name for row in rows
+            if row.image_name in home.keys or {row.patient_id, row.group} & home.people or row.lesion_id in lesions}
     aside += [{"key": name, "reason": withdrawn.ASIDE} for name in sorted(gone)]
     return [row for row in rows if row.image_name not in gone]
 
