@@ -241,3 +241,11 @@ def test_who_withdrew_does_not_come_back_as_synthetic(drawn: Path, tmp_path: Pat
     plan = external._plan(cfg, RunDir(tmp_path / "run").dataset(cfg, "synthetic"))
     assert sorted(row["image_name"] for row in plan["rows"]) == ["benign_x", "malignant_y"]
     assert plan["aside"] == [{"key": "benign_ISIC_7", "reason": "withdrawn: see withdrawn.json beside the datasets"}]
+
+
+def test_images_that_a_table_does_not_list_are_told(tmp_path: Path) -> None:
+    write_files(tmp_path, ["a.png", "b.png", "images/c.jpg", "more/d.png"], {"metadata.csv": "file_name,label\na.png,0\nc,1\nlinked/d.png,1\n"})
+    (tmp_path / "linked").symlink_to(tmp_path / "more")
+    rows, aside = external.read(tmp_path)
+    assert [row.image_name for row in rows] == ["a", "c", "linked_d"]
+    assert aside == [{"key": "b.png", "reason": "not listed in metadata.csv"}]

@@ -208,6 +208,19 @@ def test_dreambooth_names_differ_and_what_is_no_file_is_set_aside(tmp_path: Path
     assert aside == [{"key": f"nevus_{name}", "reason": "not a file (a folder, or a link to nothing)"} for name in ("folder", "link")]
 
 
+def test_dreambooth_images_in_folders_within_are_told(tmp_path: Path) -> None:
+    for name in ("melanoma/a.jpg", "melanoma/2019/b.jpg", "melanoma/2019/more/c.png", "melanoma/nevus/d.jpg", "melanoma/nevus/old/e.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        jpeg(tmp_path / name)
+    rows, aside = isic.read_dreambooth(tmp_path / "melanoma", tmp_path / "melanoma/nevus")  # the one folder within the other
+    assert [(row.image_name, row.target) for row in rows] == [("melanoma_a", 1), ("nevus_d", 0)]
+    assert [item["key"] for item in aside] == ["melanoma/2019/b.jpg", "melanoma/2019/more/c.png", "nevus/old/e.jpg"]
+    assert {item["reason"] for item in aside} == {"in a folder within its class's folder: put it beside the others"}
+    (tmp_path / "melanoma/a.jpg").unlink()
+    with pytest.raises(UserError, match=r"instance_data_dir.*holds no image .*folders within it aside"):
+        isic.read_dreambooth(tmp_path / "melanoma", tmp_path / "melanoma/nevus")
+
+
 def test_pairs_are_the_first_two_columns_with_ids(tmp_path: Path) -> None:
     path = csv(tmp_path, "1,ISIC_0000001,same,b.jpg", "2,ISIC_0000003,same,b", header="no,ISIC_id,why,ISIC_id_paired")
     assert isic.read_pairs(path, ["b"]) == [("ISIC_0000001", "b"), ("ISIC_0000003", "b")]

@@ -24,7 +24,7 @@ from typing import Any
 from skinsynth import cpu
 from skinsynth.data import isic, tables, withdrawn
 from skinsynth.data.codec import encode_jpeg
-from skinsynth.data.images import FORMATS, BadImage, read_image
+from skinsynth.data.images import FORMATS, BadImage, image_files, read_image
 from skinsynth.data.isic import Aside, Row
 from skinsynth.data.lesion import square
 from skinsynth.data.shards import ShardWriter, claim, missing_parts, write_manifest
@@ -76,26 +76,28 @@ def _read_labelled(root: Path, folders: list[Path]) -> tuple[list[Row], list[Asi
             raise UserError(f"data.synthetic: the folder {name} in {root} holds no image ({', '.join(ENDINGS)})")
     keys = _keys(root, files)
     rows = [Row(keys[path], target, diagnosis=CLASSES[target], file=str(path)) for path, target in targets.items() if path.is_file()]
-    within = [path for folder in entries if folder.is_dir() for path in sorted(folder.rglob("*")) if path.suffix.lower() in ENDINGS]
-    return rows, [*({"key": keys[path], "reason": "not a file (a folder, or a link to nothing)"} for path in files if not path.is_file()),
-                  *({"key": path.relative_to(root).as_posix(), "reason": "in a folder within its class's folder: put it beside the others"}
-                    for path in within)]
+    within = [path for folder in folders for path in image_files(folder) if path.parent != folder]
+    return rows, [*({"key": keys[path], "reason": isic.NO_FILE} for path in files if not path.is_file()),
+                  *({"key": path.relative_to(root).as_posix(), "reason": isic.WITHIN} for path in within)]
 
 
 def _read_table(table: Path) -> tuple[list[Row], list[Aside]]:
     records = tables.read_csv(table, "synthetic") if table.suffix.lower() == ".csv" else _json_lines(table)
-    found, aside, labels = [], [], {*isic.COLUMNS["target"], *isic.COLUMNS["malignancy"], tables.CODE}
+    root, found, aside, labels = table.parent, [], [], {*isic.COLUMNS["target"], *isic.COLUMNS["malignancy"], tables.CODE}
     for line, record in enumerate(map(tables.spelt_out, records), 1):
         named = next((record[name] for name in NAMES if record.get(name)), "")
         try:
-            file = _find(table.parent, named)
+            file = _find(root, named)
         except BadImage as error:
             aside.append({"key": named or f"row {line}", "reason": str(error)})
             continue
         own = {} if labels & record.keys() else {"target": str(LABELS.get(file.parent.name.lower(), ""))}
         found.append((file, {**record, **own}))
-    keys = _keys(table.parent, [file for file, _ in found])
+    keys = _keys(root, [file for file, _ in found])
     files = {keys[file]: file for file, _ in found}
+    listed = {file.parent.resolve() / file.name for file in files.values()}
+    aside += [{"key": path.relative_to(root).as_posix(), "reason": f"not listed in {table.name}"} for path in image_files(root)
+              if path.parent.resolve() / path.name not in listed]
     if not found and records:
         return [], aside
     rows, more = isic.parse(table, [{**record, "image_name": keys[file]} for file, record in found], "synthetic")

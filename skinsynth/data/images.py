@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -22,6 +23,28 @@ MIN_SIDE = 16  # pixels
 
 class BadImage(Exception):
     """A file that is set aside; the message is the reason."""
+
+
+def image_files(folder: Path) -> Iterator[Path]:
+    """What has an image's ending in a folder and those within it, behind links too, each folder once, in a fixed order.
+
+    Raises:
+        UserError: a folder that cannot be read: its images would pass for missing ones.
+    """
+    seen: set[Path] = set()
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
+        real = Path(place).resolve()
+        if real in seen:  # a link to a folder above it, perhaps
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(place, file) for file in sorted(files) if Path(file).suffix.lower() in FORMATS)
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(f"the folder {error.filename} cannot be read ({error.strerror}), nor images in it: mend its permissions, or give a folder "
+                    "without it") from error
 
 
 class Images:
@@ -52,12 +75,9 @@ class Images:
     @cached_property
     def _all(self) -> dict[str, list[Path]]:
         found: dict[str, list[Path]] = defaultdict(list)
-        for place, folders, files in os.walk(self.folder, followlinks=False):
-            folders.sort()
-            for file in sorted(files):
-                path = Path(place, file)
-                if path.suffix.lower() in FORMATS and path.is_file():
-                    found[path.stem].append(path)
+        for path in image_files(self.folder):
+            if path.is_file():
+                found[path.stem].append(path)
         return dict(found)
 
 

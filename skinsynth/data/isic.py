@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from skinsynth.data import tables
-from skinsynth.data.images import FORMATS
+from skinsynth.data.images import FORMATS, image_files
 from skinsynth.data.shards import KEY
 from skinsynth.errors import UserError
 
@@ -33,6 +33,8 @@ WORDS = {"benign": 0, "malignant": 1}
 TARGETS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, **WORDS}  # a Hugging Face label may be the word
 AGAIN = "duplicated id (the same row again; kept once)"
 UNKNOWN = {"unknown", "unk", "missing", "not available", "-", "?", "-1", "-1.0"}
+NO_FILE = "not a file (a folder, or a link to nothing)"
+WITHIN = "in a folder within its class's folder: put it beside the others"
 Aside = dict[str, str]  # {"key": image name, "reason": why it is left out}, as in the manifests
 
 
@@ -168,7 +170,8 @@ def _unique(rows: list[Row], aside: list[Aside]) -> tuple[list[Row], list[Aside]
 
 
 def read_dreambooth(instance_dir: Path, class_dir: Path) -> tuple[list[Row], list[Aside]]:
-    """Two folders of images: the instances get target 1, the class images target 0; the folder's name is the diagnosis.
+    """Two folders of images: the instances get target 1, the class images target 0; the folder's name is the diagnosis. Images in folders within them
+    are set aside, but for those of the one folder where it lies within the other.
 
     Raises:
         UserError: a folder is missing or holds no image.
@@ -176,18 +179,21 @@ def read_dreambooth(instance_dir: Path, class_dir: Path) -> tuple[list[Row], lis
     label = {1: instance_dir.resolve().name, 0: class_dir.resolve().name}
     if label[0] == label[1]:
         label = {1: "instance", 0: "class"}
-    rows, aside = [], []
+    rows, aside, within = [], [], dict[Path, str]()
     for target, folder, key in ((1, instance_dir, "instance_data_dir"), (0, class_dir, "class_data_dir")):
         found = sorted(p for p in folder.iterdir() if p.suffix.lower() in FORMATS) if folder.is_dir() else []
         if not any(file.is_file() for file in found):
-            what = f"holds no image ({', '.join(FORMATS)})" if folder.is_dir() else "is not a folder"
+            what = f"holds no image ({', '.join(FORMATS)}), folders within it aside" if folder.is_dir() else "is not a folder"
             raise UserError(f"data.{key}: {folder} {what}: give a folder of images")
         for file in found:
             name = re.sub(r"[^A-Za-z0-9_-]", "_", f"{label[target]}_{file.stem}")[:120]
             if file.is_file():
                 rows.append(Row(name, target, diagnosis=label[target], file=str(file)))
             else:
-                aside.append({"key": name, "reason": "not a file (a folder, or a link to nothing)"})
+                aside.append({"key": name, "reason": NO_FILE})
+        within |= {path.resolve(): f"{label[target]}/{path.relative_to(folder).as_posix()}" for path in image_files(folder) if path.parent != folder}
+    taken = {Path(str(row.file)).resolve() for row in rows} if within else set()
+    aside += [{"key": name, "reason": WITHIN} for path, name in within.items() if path not in taken]
     return _distinct(rows), aside
 
 
