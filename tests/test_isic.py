@@ -51,6 +51,7 @@ def test_a_missing_column_is_named_with_the_file_and_what_there_is(tmp_path: Pat
     assert missing in str(caught.value)
     assert "metadata.csv" in str(caught.value)
     assert header.split(",")[1] in str(caught.value)
+    assert ("rename it to image_name" in str(caught.value)) == (missing == "'image_name'")
 
 
 OFFICIAL = {  # header as published, a row, and what is read of it

@@ -88,10 +88,11 @@ def _check_columns(path: Path, what: str, first: Mapping[str, str]) -> None:
     if any(re.fullmatch(r"isic_\d+(\.jpe?g)?", name) for name in first):  # as the tables of 2016 are published
         raise UserError(f"data.{what}: {path} has no header: its first line is {have}; download the metadata with isic-cli, or give it a header "
                         "line, for example image_name,benign_malignant")
-    for needed, coded in ((COLUMNS["image_name"], False), (COLUMNS["target"] + COLUMNS["malignancy"], tables.CODE in first)):
+    rename = "Where another one names the images (img_id, derm, bcn_filename), rename it to image_name. "
+    for needed, coded, advice in ((COLUMNS["image_name"], False, rename), (COLUMNS["target"] + COLUMNS["malignancy"], tables.CODE in first, "")):
         if not coded and not first.keys() & set(needed):
-            raise UserError(f"data.{what}: {path} has no column '{needed[0]}' (nor {', '.join(needed[1:])}); it has: {have}. Where labels stand "
-                            "in another table (Metadata, GroundTruth), join them by the image's name, or download the metadata with isic-cli")
+            raise UserError(f"data.{what}: {path} has no column '{needed[0]}' (nor {', '.join(needed[1:])}); it has: {have}. {advice}Where labels "
+                            "stand in another table (Metadata, GroundTruth), join them by the image's name, or download the metadata with isic-cli")
 
 
 def _row(record: Mapping[str, str], what: str) -> Row:
