@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, skinsynth
 
-from skinsynth.data import descent
+from skinsynth.data import descent, isic
 from skinsynth.data.codec import encode_jpeg
 from skinsynth.data.dataset import BadSample, Dataset
 from skinsynth.data.export import export, show
 from skinsynth.data.shards import ShardWriter, claim, part_path, write_manifest
+from skinsynth.data.split import groups
 from skinsynth.data.verify import verify
 from skinsynth.data.withdrawn import mark
 from skinsynth.errors import UserError
@@ -293,13 +294,26 @@ def small(folder: Path) -> Path:
 
 def test_what_was_exported_can_be_prepared_again(chain: Path, tmp_path: Path) -> None:
     """The table is one that prepare reads."""
-    from skinsynth.data import isic
-
     assert skinsynth("export", str(chain / "shards/small-test"), str(tmp_path / "test")).returncode == 0
     rows, aside = isic.read_metadata(tmp_path / "test/metadata.csv")
     data = Dataset.open(chain / "shards/small-test")
     assert aside == []
     assert {row.image_name: row.target for row in rows} == dict(zip(data.keys, data.columns["target"], strict=True))
+    assert groups(rows, {}, []) == dict(zip(data.keys, data.columns["group"], strict=True))
+
+
+def test_groups_stay_whole_where_what_was_exported_is_prepared_again(tmp_path: Path) -> None:
+    """Those of a lesion, and of copies and listed pairs, whose list does not go with the images; a withdrawal still finds them by name."""
+    of = {"a": ("IL_1", None, "IL_1"), "b": ("IL_1", None, "IL_1"), "c": ("sha-12", None, None), "d": ("sha-12", None, None),
+          "e": ("sha-34", None, None), "f": ("IP_1", "IP_1", None), "g": ("IP_1", None, None), "h": ("IP_9", None, None)}
+    export(of_patients(tmp_path / "shards", of), tmp_path / "out", "siim", None)
+    rows, aside = isic.read_metadata(tmp_path / "out/metadata.csv")
+    assert aside == []
+    assert [(row.patient_id, row.lesion_id) for row in rows] == [(patient, lesion) for _, patient, lesion in of.values()]
+    assert groups(rows, {}, []) == {name: group for name, (group, *_) in of.items()}
+    table = tmp_path / "others.csv"
+    table.write_text("image_name,target,group\na,0,control\nb,1,control\n")
+    assert [row.group for row in isic.read_metadata(table)[0]] == [None, None], "of another tool's table the word may mean anything"
 
 
 # ---- a patient withdraws ----

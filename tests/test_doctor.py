@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, overrides, skinsynth
 
 from skinsynth import config, knobs
+from skinsynth.data import isic
 from skinsynth.data.shards import ShardWriter, write_manifest
 from skinsynth.doctor import check, cluster, login, node
 from skinsynth.doctor.check import Check
@@ -260,3 +261,11 @@ def test_tables_and_folders_are_read_as_prepare_would(drawn: Path, tmp_path: Pat
     assert "it has: nothing" in found["data.synthetic"].found
     cfg.data.metadata, cfg.data.synthetic = str(drawn / "metadata.csv"), None
     assert "120 rows that can be used" in {one.name: one for one in check.data(cfg)}["data.metadata"].found
+    table.write_text("image_name,subject,target\na,1,0\n")
+    cfg.data.metadata = str(table)
+    warned = [one.found for one in check.data(cfg) if one.state == "warn"]
+    assert len(warned) == 1
+    assert "no patient or lesion ids" in warned[0]
+    assert "not read: subject" in warned[0]
+    cfg.data.metadata, cfg.data.images, cfg.data.instance_data_dir, cfg.data.class_data_dir = None, None, str(drawn), str(drawn)
+    assert [one.found for one in check.data(cfg) if one.state == "warn"] == [isic.without_ids(None)]

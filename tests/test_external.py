@@ -23,6 +23,7 @@ from skinsynth.data.export import export
 from skinsynth.data.images import read_image
 from skinsynth.data.shards import KEY
 from skinsynth.data.verify import verify
+from skinsynth.data.withdrawn import mark
 from skinsynth.errors import UserError
 from skinsynth.files import read_json
 from skinsynth.reuse import take_over
@@ -218,3 +219,33 @@ def test_images_in_folders_within_a_class_are_told(tmp_path: Path) -> None:
     rows, aside = external.read(tmp_path)
     assert {Path(row.file or "").name for row in rows} == {"a.tif", "b.JPG"}
     assert aside == [{"key": "malignant/more/c.jpg", "reason": "in a folder within its class's folder: put it beside the others"}]
+
+
+def test_real_images_are_no_synthetic_ones(tmp_path: Path) -> None:
+    write_files(tmp_path, ["a.png", "b.png"], {"metadata.csv": "file_name,label,origin\na.png,0,synthetic\nb.png,1,real\n"})
+    rows, aside = external.read(tmp_path)
+    assert [row.image_name for row in rows] == ["a"]
+    assert aside == [{"key": "b", "reason": "not synthetic: origin is 'real'"}]
+    (tmp_path / "metadata.csv").write_text("file_name,label,origin\nb.png,1,real\n")
+    with pytest.raises(UserError, match=r"data\.synthetic: by the column origin of .* no image is synthetic \(real\): give them as data\.metadata"):
+        external.read(tmp_path)
+    (tmp_path / "metadata.csv").write_text("file_name,label,image_type\nb.png,1,clinical\n")
+    with pytest.raises(UserError, match=r"data\.synthetic: by the column image_type"):
+        external.read(tmp_path)
+
+
+def test_who_withdrew_does_not_come_back_as_synthetic(drawn: Path, tmp_path: Path) -> None:
+    write_files(tmp_path / "source", ["benign/ISIC_7.png", "benign/x.png", "malignant/y.png"], {})
+    cfg = config.load("configs/demo.yaml", overrides(drawn, tmp_path, **{"data.synthetic": tmp_path / "source"}))
+    mark(Path(cfg.data.shards), "IP_1", ["ISIC_7"], "withdrew", kind="patient")
+    plan = external._plan(cfg, RunDir(tmp_path / "run").dataset(cfg, "synthetic"))
+    assert sorted(row["image_name"] for row in plan["rows"]) == ["benign_x", "malignant_y"]
+    assert plan["aside"] == [{"key": "benign_ISIC_7", "reason": "withdrawn: see withdrawn.json beside the datasets"}]
+
+
+def test_images_that_a_table_does_not_list_are_told(tmp_path: Path) -> None:
+    write_files(tmp_path, ["a.png", "b.png", "images/c.jpg", "more/d.png"], {"metadata.csv": "file_name,label\na.png,0\nc,1\nlinked/d.png,1\n"})
+    (tmp_path / "linked").symlink_to(tmp_path / "more")
+    rows, aside = external.read(tmp_path)
+    assert [row.image_name for row in rows] == ["a", "c", "linked_d"]
+    assert aside == [{"key": "b.png", "reason": "not listed in metadata.csv"}]

@@ -1,6 +1,8 @@
 """Image files of every kind."""
 
 import io
+import os
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from PIL import Image
 
 from skinsynth.data import isic
 from skinsynth.data.images import BadImage, Images, mislabelled, read_image
+from skinsynth.errors import UserError
 
 
 def test_images_of_any_kind_become_rgb(tmp_path: Path) -> None:
@@ -87,3 +90,27 @@ def test_an_image_is_found_whatever_its_ending_and_in_folders_within(tmp_path: P
             images.find(name)
     rows, _ = isic.read_dreambooth(tmp_path, tmp_path / "part_1")
     assert {Path(row.file or "").name for row in rows} == {"a.jpg", "b.Jpg", "c.tif", "e.png", "d.jpeg", "f.jpg"}
+
+
+def test_folders_behind_links_are_looked_through_once(tmp_path: Path) -> None:
+    (tmp_path / "disk/deep").mkdir(parents=True)
+    (tmp_path / "images").mkdir()
+    jpeg(tmp_path / "disk/deep/a.png")
+    (tmp_path / "images/part_1").symlink_to(tmp_path / "disk")
+    (tmp_path / "images/part_2").symlink_to(tmp_path / "disk/deep")  # the same again
+    (tmp_path / "disk/deep/loop").symlink_to(tmp_path / "disk")
+    assert str(Images(tmp_path / "images").find("a").relative_to(tmp_path / "images")) == "part_1/deep/a.png"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_images_in_a_folder_that_cannot_be_read_are_not_missing() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / "locked").mkdir(mode=0o700)
+        jpeg(Path(name) / "locked/a.png")
+        Path(name).chmod(0o755)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(UserError, match=r"the folder .*/locked cannot be read \(Permission denied\), nor images in it"):
+                Images(Path(name)).find("a")
+        finally:
+            os.seteuid(0)

@@ -51,6 +51,7 @@ def test_a_missing_column_is_named_with_the_file_and_what_there_is(tmp_path: Pat
     assert missing in str(caught.value)
     assert "metadata.csv" in str(caught.value)
     assert header.split(",")[1] in str(caught.value)
+    assert ("rename it to image_name" in str(caught.value)) == (missing == "'image_name'")
 
 
 OFFICIAL = {  # header as published, a row, and what is read of it
@@ -88,8 +89,31 @@ def test_classes_that_no_table_says_or_that_are_unknown_are_set_aside(tmp_path: 
 
 
 def test_a_target_of_ones_own_counts_before_a_tables_code(tmp_path: Path) -> None:
-    rows, _ = isic.read_metadata(csv(tmp_path, "a,akiec,0", header="image_id,dx,target"))
-    assert rows == [Row("a", 0, diagnosis="actinic keratosis")]
+    """Where its class is a matter of convention."""
+    for column, value in (("target", "0"), ("label", "0"), ("benign_malignant", "benign")):
+        rows, _ = isic.read_metadata(csv(tmp_path, f"a,akiec,{value}", "b,akiec,", header=f"image_id,dx,{column}"))
+        assert rows == [Row("a", 0, diagnosis="actinic keratosis"), Row("b", 1, diagnosis="actinic keratosis")]
+
+
+CONTRADICTIONS = {  # header, row, and what is said of it
+    "image_id,dx,target": ("a,mel,0", "target 0 contradicts 'mel'"),
+    "image_id,dx,benign_malignant": ("a,nv,malignant", "target malignant contradicts 'nv'"),
+    "image,MEL,NV,BCC,AK,BKL,DF,VASC,SCC,UNK,target": ("a,1,0,0,0,0,0,0,0,0,0", "target 0 contradicts 'mel'"),
+    "image_name,target,label": ("a,1,0", "target 1 contradicts '0'"),
+    "image_name,benign_malignant,diagnosis_1": ("a,malignant,Benign", "target malignant contradicts 'Benign'"),
+    "image_name,target,benign_malignant,diagnosis_1": ("a,1,,Benign", "target 1 contradicts 'Benign'"),
+}
+
+
+@pytest.mark.parametrize("header", CONTRADICTIONS)
+def test_a_row_whose_columns_contradict_is_set_aside_whichever_they_are(tmp_path: Path, header: str) -> None:
+    line, reason = CONTRADICTIONS[header]
+    assert isic.read_metadata(csv(tmp_path, line, header=header)) == ([], [{"key": "a", "reason": reason}])
+
+
+def test_columns_that_say_neither_contradict_nothing(tmp_path: Path) -> None:
+    rows, aside = isic.read_metadata(csv(tmp_path, "a,1,melanoma,Indeterminate", "b,0,5,Benign", header="image_name,target,label,diagnosis_1"))
+    assert ([row.target for row in rows], aside) == ([1, 0], [])
 
 
 def test_the_tables_of_2016_have_no_header_and_those_of_2019_are_two(tmp_path: Path) -> None:
@@ -110,11 +134,30 @@ def test_only_dermoscopic_images_are_taken_where_the_archive_says_what_they_are(
         isic.read_metadata(csv(tmp_path, lines[1], lines[3], header=header))
 
 
+def test_synthetic_images_are_no_real_ones(tmp_path: Path) -> None:
+    """As export writes them, and merged with the real ones."""
+    rows, aside = isic.read_metadata(csv(tmp_path, "a,0,real", "b,1,synthetic", "c,1,", "d,1,Barcelona", header="image_name,target,origin"))
+    assert [row.image_name for row in rows] == ["a", "c"]
+    assert aside == [{"key": "b", "reason": "not real: origin is 'synthetic'"}]
+    with pytest.raises(UserError, match=r"data\.metadata: by the column origin of .* no image is real \(synthetic\): give them as data\.synthetic"):
+        isic.read_metadata(csv(tmp_path, "b,1,synthetic", header="image_name,target,origin"))
+
+
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="more than one column 'target'"):
         isic.read_metadata(csv(tmp_path, "a,0,1", header="image_name,target,Target"))
     rows, _ = isic.read_metadata(csv(tmp_path, "a,0,,", header="image_name,target,,"))  # as spreadsheets leave them
     assert rows == [Row("a", 0)]
+
+
+def test_a_row_with_more_fields_than_the_header_shifts_no_value(tmp_path: Path) -> None:
+    """An unquoted comma: the site's second half would be the target's neighbour, and every value after it another column's."""
+    header = "image_name,anatom_site_general_challenge,patient_id,target"
+    lines = ["a,trunk,IP_1,0", "b,head, neck,IP_2,1", "c,trunk,IP_3,1,, "]
+    with pytest.raises(UserError, match=r'data\.metadata: line 3 of .*metadata.csv has more fields than the header .*in quotation marks'):
+        isic.read_metadata(csv(tmp_path, *lines, header=header))
+    rows, aside = isic.read_metadata(csv(tmp_path, lines[0], lines[1].replace("head, neck", '"head, neck"'), lines[2], header=header))
+    assert ([row.patient_id for row in rows], aside) == (["IP_1", "IP_2", "IP_3"], [])
 
 
 def test_wrong_metadata_files(tmp_path: Path) -> None:
@@ -166,6 +209,19 @@ def test_dreambooth_names_differ_and_what_is_no_file_is_set_aside(tmp_path: Path
     assert aside == [{"key": f"nevus_{name}", "reason": "not a file (a folder, or a link to nothing)"} for name in ("folder", "link")]
 
 
+def test_dreambooth_images_in_folders_within_are_told(tmp_path: Path) -> None:
+    for name in ("melanoma/a.jpg", "melanoma/2019/b.jpg", "melanoma/2019/more/c.png", "melanoma/nevus/d.jpg", "melanoma/nevus/old/e.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        jpeg(tmp_path / name)
+    rows, aside = isic.read_dreambooth(tmp_path / "melanoma", tmp_path / "melanoma/nevus")  # the one folder within the other
+    assert [(row.image_name, row.target) for row in rows] == [("melanoma_a", 1), ("nevus_d", 0)]
+    assert [item["key"] for item in aside] == ["melanoma/2019/b.jpg", "melanoma/2019/more/c.png", "nevus/old/e.jpg"]
+    assert {item["reason"] for item in aside} == {"in a folder within its class's folder: put it beside the others"}
+    (tmp_path / "melanoma/a.jpg").unlink()
+    with pytest.raises(UserError, match=r"instance_data_dir.*holds no image .*folders within it aside"):
+        isic.read_dreambooth(tmp_path / "melanoma", tmp_path / "melanoma/nevus")
+
+
 def test_pairs_are_the_first_two_columns_with_ids(tmp_path: Path) -> None:
     path = csv(tmp_path, "1,ISIC_0000001,same,b.jpg", "2,ISIC_0000003,same,b", header="no,ISIC_id,why,ISIC_id_paired")
     assert isic.read_pairs(path, ["b"]) == [("ISIC_0000001", "b"), ("ISIC_0000003", "b")]
@@ -196,5 +252,13 @@ def test_tables_with_semicolons_or_tabs_are_read(tmp_path: Path, mark: str, lead
 
 
 def test_a_patient_of_whom_nobody_knows_is_none(tmp_path: Path) -> None:
-    rows, _ = isic.read_metadata(csv(tmp_path, *(f"i{n},{word},-,,,,,,0" for n, word in enumerate(["unknown", "UNKNOWN", "-", "?", "IP_1"]))))
-    assert [(row.patient_id, row.lesion_id) for row in rows] == [(None, None)] * 4 + [("IP_1", None)]
+    rows, _ = isic.read_metadata(csv(tmp_path, *(f"i{n},{word},-,,,,,,0" for n, word in enumerate(["unknown", "UNKNOWN", "-", "?", "-1", "IP_1"]))))
+    assert [(row.patient_id, row.lesion_id) for row in rows] == [(None, None)] * 5 + [("IP_1", None)]
+
+
+def test_ids_are_read_under_their_other_names(tmp_path: Path) -> None:
+    rows, _ = isic.read_metadata(csv(tmp_path, "a,IP_1,IL_1,0", header="image,patient,lesion,target"))
+    assert (rows[0].patient_id, rows[0].lesion_id) == ("IP_1", "IL_1")
+    table = csv(tmp_path, "a,IP_1,1,IL_1,0", header="image,subject,lesion,lesion_no,target")
+    assert isic.without_ids(table).endswith("together (not read: subject, lesion_no; what holds such ids must be called patient_id or lesion_id)")
+    assert isic.without_ids(None).endswith("kept together")

@@ -130,9 +130,9 @@ def test_every_image_is_in_one_split_with_its_patient_and_its_copies(drawn: Path
         assert all(place[r["image_name_1"]] == place[r["image_name_2"]] for r in csv.DictReader(f))
 
 
-def test_copies_and_published_pairs_stay_together_where_no_patient_is_known(broken: Path, tmp_path: Path) -> None:
+def test_copies_and_published_pairs_stay_together_where_no_patient_is_known(broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Six ties of each kind: by chance alone, six would all hold once in forty seeds."""
-    write_rows(broken, [r | {"patient_id": "", "lesion_id": ""} for r in rows(broken)])
+    write_rows(broken, [r | {"patient_id": "", "lesion_id": "-1", "subject": r["patient_id"]} for r in rows(broken)])
     alone = {p.stem for p in lonely(broken)}
     benign = [r["image_name"] for r in rows(broken) if r["target"] == "0" and r["image_name"] in alone]
     copies, published = (list(zip(benign[i : i + 12 : 2], benign[i + 1 : i + 12 : 2], strict=True)) for i in (0, 12))
@@ -145,6 +145,9 @@ def test_copies_and_published_pairs_stay_together_where_no_patient_is_known(brok
     go(cfg)
     place = {key: s for s in SPLITS for key in Dataset.open(Path(cfg.data.shards) / f"set-{s}").keys}
     assert all(place[one] == place[other] for one, other in copies + published)
+    told = "no patient or lesion ids: only identical files and listed pairs of duplicates are kept together (not read: subject;"
+    assert told in capsys.readouterr().out
+    assert told in (Path(cfg.data.shards) / "set-train/split.md").read_text()
 
 
 def test_samples_columns_and_manifest_tell_what_is_there(drawn: Path, done: tuple[Config, dict[str, str]]) -> None:
@@ -166,6 +169,7 @@ def test_samples_columns_and_manifest_tell_what_is_there(drawn: Path, done: tupl
     assert m["groups"] == len(m["group_ids"])
     assert m["request"] == read_json(data.folder / "request.json")
     assert data.verify() == []
+    assert "no patient or lesion ids" not in (data.folder / "split.md").read_text()
     finished = read_json(Path(done[0].run) / "prepare" / "done.json")
     assert finished["metrics"]["train"]["classes"] == m["classes"]
     assert len(finished["outputs"]) == 3
@@ -264,8 +268,10 @@ def test_who_withdrew_is_in_no_dataset_that_is_prepared_later(broken: Path, tmp_
     new["patient_id"] = patient  # a new image of theirs
     mark(home, "IL_7", ["ISIC_7"], "withdrawn by the lesion")
     another = next(row for row in reversed(content) if row["patient_id"] != patient and row["image_name"] not in gone)
-    write_rows(broken, [{**row, "lesion_id": "IL_7" if row is another else ""} for row in content])
-    gone |= {new["image_name"], another["image_name"]}
+    copy = next(row for row in reversed(content) if row is not another and row["patient_id"] != patient and row["image_name"] not in gone)
+    write_rows(broken, [{**row, "lesion_id": "IL_7" if row is another else "", "origin": "real", "group": patient if row is copy else ""}
+                        for row in content])  # as they come from an export
+    gone |= {new["image_name"], another["image_name"], copy["image_name"]}
     for name in gone:
         (broken / f"images/{name}.jpg").write_bytes(b"not to be read")
     cfg.data.name, cfg.prepare.size, cfg.prepare.max_bad, cfg.run = "other", 48, 0.0, str(tmp_path / "other")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,9 @@ from skinsynth.errors import UserError
 from skinsynth.files import read_json, write_text
 
 SIIM = ("image_name", "patient_id", "sex", "age_approx", "anatom_site_general_challenge", "diagnosis", "benign_malignant", "target")
-EXTRA = ("origin", "prompt", "seed", "weights_sha256", "source")  # columns of synthetic images beyond those; source: the real one drawn over
+IDS = ("lesion_id", "group")  # columns beyond those: what must not be torn apart where the images are prepared again
+OF_PARTS = {"patient_id": "patient", "lesion_id": "lesion"}  # column -> that of the parts; synthetic images have none
+EXTRA = ("origin", "prompt", "seed", "weights_sha256", "source")  # columns of synthetic images; source: the real one drawn over
 
 
 def export(folder: Path, target: Path, form: str, only: set[str] | None, tell: Callable[[int, int], None] = lambda done, of: None) -> int:
@@ -55,7 +58,7 @@ def _write(data: Dataset, temp: Path, form: str, only: set[str] | None, tell: Ca
     count, shards = 0, len(data.manifest["shards"])
     place = temp / ("images" if form == "siim" else "train")
     place.mkdir(parents=True)
-    rows, names = io.StringIO(), {"siim": (*SIIM, *EXTRA), "imagefolder": ("file_name", *SIIM[1:], *EXTRA)}[form]
+    rows, names = io.StringIO(), {"siim": (*SIIM, *IDS, *EXTRA), "imagefolder": ("file_name", *SIIM[1:], *IDS, *EXTRA)}[form]
     table = csv.DictWriter(rows, names, lineterminator="\n", extrasaction="ignore")
     table.writeheader()
     for number in range(shards):
@@ -64,18 +67,24 @@ def _write(data: Dataset, temp: Path, form: str, only: set[str] | None, tell: Ca
             if only is not None and key not in only:
                 continue
             (place / f"{key}.jpg").write_bytes(data.read(index, "jpg"))
-            patient = data.columns["patient"][index] if "patient" in data.columns else None  # the group may be a lesion's, or another patient's
-            table.writerow({"file_name": f"{key}.jpg", **_row(key, data.json(index), patient)})
+            ids = {name: data.columns[column][index] for name, column in OF_PARTS.items() if column in data.columns}
+            table.writerow({"file_name": f"{key}.jpg", **_row(key, data.json(index)), **ids, "group": _group(data, index)})
             count += 1
         tell(number + 1, shards)
     write_text((temp if form == "siim" else place) / "metadata.csv", rows.getvalue())
     return count
 
 
-def _row(key: str, record: dict[str, Any], patient: str | None) -> dict[str, Any]:
+def _group(data: Dataset, index: int) -> str | None:
+    """The same for all of a group, and nobody's id: the group may be called by another patient."""
+    group = data.columns["group"][index] if "group" in data.columns else None
+    return group and f"group-{hashlib.sha256(group.encode()).hexdigest()[:16]}"
+
+
+def _row(key: str, record: dict[str, Any]) -> dict[str, Any]:
     known = {**record, **record.get("attributes", {})}
     target = int(record["target"])
-    return {**{name: record.get(name) for name in EXTRA}, "image_name": key, "patient_id": patient or "", "sex": known.get("sex"),
+    return {**{name: record.get(name) for name in EXTRA}, "image_name": key, "sex": known.get("sex"),
             "age_approx": known.get("age"), "anatom_site_general_challenge": known.get("site"), "diagnosis": known.get("diagnosis"),
             "benign_malignant": "malignant" if target else "benign", "target": target}
 

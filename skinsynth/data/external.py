@@ -22,9 +22,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from skinsynth import cpu
-from skinsynth.data import isic, tables
+from skinsynth.data import isic, tables, withdrawn
 from skinsynth.data.codec import encode_jpeg
-from skinsynth.data.images import FORMATS, BadImage, read_image
+from skinsynth.data.folders import FORMATS, image_files
+from skinsynth.data.images import BadImage, read_image
 from skinsynth.data.isic import Aside, Row
 from skinsynth.data.lesion import square
 from skinsynth.data.shards import ShardWriter, claim, missing_parts, write_manifest
@@ -76,29 +77,31 @@ def _read_labelled(root: Path, folders: list[Path]) -> tuple[list[Row], list[Asi
             raise UserError(f"data.synthetic: the folder {name} in {root} holds no image ({', '.join(ENDINGS)})")
     keys = _keys(root, files)
     rows = [Row(keys[path], target, diagnosis=CLASSES[target], file=str(path)) for path, target in targets.items() if path.is_file()]
-    within = [path for folder in entries if folder.is_dir() for path in sorted(folder.rglob("*")) if path.suffix.lower() in ENDINGS]
-    return rows, [*({"key": keys[path], "reason": "not a file (a folder, or a link to nothing)"} for path in files if not path.is_file()),
-                  *({"key": path.relative_to(root).as_posix(), "reason": "in a folder within its class's folder: put it beside the others"}
-                    for path in within)]
+    within = [path for folder in folders for path in image_files(folder) if path.parent != folder]
+    return rows, [*({"key": keys[path], "reason": isic.NO_FILE} for path in files if not path.is_file()),
+                  *({"key": path.relative_to(root).as_posix(), "reason": isic.WITHIN} for path in within)]
 
 
 def _read_table(table: Path) -> tuple[list[Row], list[Aside]]:
     records = tables.read_csv(table, "synthetic") if table.suffix.lower() == ".csv" else _json_lines(table)
-    found, aside, labels = [], [], {*isic.COLUMNS["target"], *isic.COLUMNS["malignancy"]}
+    root, found, aside, labels = table.parent, [], [], {*isic.COLUMNS["target"], *isic.COLUMNS["malignancy"], tables.CODE}
     for line, record in enumerate(map(tables.spelt_out, records), 1):
         named = next((record[name] for name in NAMES if record.get(name)), "")
         try:
-            file = _find(table.parent, named)
+            file = _find(root, named)
         except BadImage as error:
             aside.append({"key": named or f"row {line}", "reason": str(error)})
             continue
         own = {} if labels & record.keys() else {"target": str(LABELS.get(file.parent.name.lower(), ""))}
         found.append((file, {**record, **own}))
-    keys = _keys(table.parent, [file for file, _ in found])
+    keys = _keys(root, [file for file, _ in found])
     files = {keys[file]: file for file, _ in found}
+    listed = {file.parent.resolve() / file.name for file in files.values()}
+    aside += [{"key": path.relative_to(root).as_posix(), "reason": f"not listed in {table.name}"} for path in image_files(root)
+              if path.parent.resolve() / path.name not in listed]
     if not found and records:
         return [], aside
-    rows, more = isic.parse(table, [{**record, "image_name": keys[file]} for file, record in found])
+    rows, more = isic.parse(table, [{**record, "image_name": keys[file]} for file, record in found], "synthetic")
     return [replace(row, file=str(files[row.image_name])) for row in rows], aside + more
 
 
@@ -194,7 +197,7 @@ def _plan(cfg: Config, folder: Path) -> dict[str, Any]:
 def _locked_plan(cfg: Config, folder: Path) -> dict[str, Any]:
     found = read_json(folder / "plan.json")
     if found is None:
-        rows, aside = read(Path(cfg.data.synthetic or ""))
+        rows, aside = _without_withdrawn(*read(Path(cfg.data.synthetic or "")), Path(cfg.data.shards))
         if not rows:
             raise UserError(f"data.synthetic: {cfg.data.synthetic} holds no image that can be used" + (f" ({aside[0]['reason']})" if aside else ""))
         rows.sort(key=lambda row: random_key(cfg.seed, "external", row.image_name))  # classes mixed in every shard
@@ -206,6 +209,14 @@ def _locked_plan(cfg: Config, folder: Path) -> dict[str, Any]:
     if not (folder / "plan.json").exists():
         write_text(folder / "plan.json", json.dumps(found))
     return found
+
+
+def _without_withdrawn(rows: list[Row], aside: list[Aside], shards: Path) -> tuple[list[Row], list[Aside]]:
+    """A file of the name of a real image that was withdrawn in this home may be that image, whatever it is given as."""
+    names = withdrawn.at_home(shards).keys
+    gone = {row.image_name for row in rows if names & {row.image_name, Path(str(row.file)).stem}}
+    return ([row for row in rows if row.image_name not in gone],
+            [*aside, *({"key": name, "reason": withdrawn.ASIDE} for name in sorted(gone))])
 
 
 def _add(cfg: Config, shard: ShardWriter, row: Row) -> None:

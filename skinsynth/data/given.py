@@ -8,13 +8,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from skinsynth.data.folders import MISSING, image_files
 from skinsynth.errors import UserError
 from skinsynth.files import read_json, sha256_or_none
 from skinsynth.knobs import Config
 from skinsynth.run import RunDir
-
-FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP", ".webp": "WEBP"}  # by lower-case ending
-MISSING = "image file is missing"
 
 
 def check(cfg: Config) -> None:
@@ -101,8 +99,8 @@ def _tell_gone(cfg: Config, run: RunDir, tell: Callable[[str], None]) -> None:
 def tell_new(cfg: Config, missing: Iterable[str], tell: Callable[[str], None]) -> None:
     """Who added images after the first preparation expects them to be taken."""
     wanted, data = set(missing), cfg.data
-    files = (Path(file) for _, _, files in os.walk(data.images) for file in files) if wanted and data.images else ()
-    there = sorted({file.stem for file in files if file.suffix.lower() in FORMATS} & wanted)
+    files = image_files(Path(data.images)) if wanted and data.images else ()
+    there = sorted({file.stem for file in files} & wanted)
     if there:
         tell(f"{len(there)} images that were missing when {data.name} was prepared are there now (first: {there[0]}). They are not taken: for them, "
              f"prepare under another data.name, or delete {data.shards}/{data.name}-* and launch again")

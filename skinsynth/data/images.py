@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,7 @@ from threading import Lock
 import numpy as np
 from PIL import Image, ImageOps
 
-from skinsynth.data.given import FORMATS, MISSING
+from skinsynth.data.folders import FORMATS, MISSING, image_files
 from skinsynth.errors import UserError
 
 MIN_SIDE = 16  # pixels
@@ -51,12 +50,9 @@ class Images:
     @cached_property
     def _all(self) -> dict[str, list[Path]]:
         found: dict[str, list[Path]] = defaultdict(list)
-        for place, folders, files in os.walk(self.folder, followlinks=False):
-            folders.sort()
-            for file in sorted(files):
-                path = Path(place, file)
-                if path.suffix.lower() in FORMATS and path.is_file():
-                    found[path.stem].append(path)
+        for path in image_files(self.folder):
+            if path.is_file():
+                found[path.stem].append(path)
         return dict(found)
 
 

@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from skinsynth.data import tables
-from skinsynth.data.images import FORMATS
+from skinsynth.data.folders import FORMATS, image_files
 from skinsynth.data.shards import KEY
 from skinsynth.errors import UserError
 
 COLUMNS = {  # ours -> theirs; the first that is filled counts
     "image_name": ("image_name", "isic_id", "file_name", "image_id", "image"),
-    "patient_id": ("patient_id",),
+    "patient_id": ("patient_id", "patient"),  # patient: ISIC 2020's test images
     "lesion_id": ("lesion_id",),
+    "group": ("group",),  # where export wrote the table: elsewhere the word may mean anything
     "sex": ("sex",),
     "age": ("age_approx", "age_approximate", "age"),
     "site": ("anatom_site_general_challenge", "anatom_site_general", "anatom_site_1", "localization"),  # _1: the archive's since May 2026
@@ -28,15 +29,19 @@ COLUMNS = {  # ours -> theirs; the first that is filled counts
     "target": ("target", "label", "malignant"),
     "malignancy": ("benign_malignant", "diagnosis_1"),
 }
+WORDS = {"benign": 0, "malignant": 1}
+TARGETS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, **WORDS}  # a Hugging Face label may be the word
 AGAIN = "duplicated id (the same row again; kept once)"
-UNKNOWN = {"unknown", "unk", "missing", "not available", "-", "?"}
+UNKNOWN = {"unknown", "unk", "missing", "not available", "-", "?", "-1", "-1.0"}
+NO_FILE = "not a file (a folder, or a link to nothing)"
+WITHIN = "in a folder within its class's folder: put it beside the others"
 Aside = dict[str, str]  # {"key": image name, "reason": why it is left out}, as in the manifests
 
 
 @dataclass(frozen=True)
 class Row:
     """One image. ``None`` is unknown; age in years; target 1 is malignant; ``file`` only where no folder is searched, or the image
-    was found; ``sha256`` of its bytes, then."""
+    was found; ``sha256`` of its bytes, then. ``group``: of an exported image, the group that it was in, whatever had joined it."""
 
     image_name: str
     target: int
@@ -48,6 +53,7 @@ class Row:
     diagnosis: str | None = None
     file: str | None = None
     sha256: str | None = None
+    group: str | None = None
 
 
 def read_metadata(path: Path) -> tuple[list[Row], list[Aside]]:
@@ -59,56 +65,59 @@ def read_metadata(path: Path) -> tuple[list[Row], list[Aside]]:
     return parse(path, tables.read_csv(path, "metadata"))
 
 
-def parse(path: Path, records: list[dict[str, str]]) -> tuple[list[Row], list[Aside]]:
-    """As ``read_metadata``, of the records of a table: strings under lower-case names."""
+def parse(path: Path, records: list[dict[str, str]], what: str = "metadata") -> tuple[list[Row], list[Aside]]:
+    """As ``read_metadata``, of the records of a table: strings under lower-case names. ``what``: the key of ``data`` that gives it."""
     if not records:
-        raise UserError(f"data.metadata: {path} holds no rows: expected a header line and one line per image")
+        raise UserError(f"data.{what}: {path} holds no rows: expected a header line and one line per image")
     records = [tables.spelt_out(record) for record in records]
-    _check_columns(path, records[0])
-    tables.check_kind(path, records)
+    _check_columns(path, what, records[0])
+    tables.check_kind(path, what, records)
     rows: list[Row] = []
     aside: list[Aside] = []
     for line, record in enumerate(records, 2):
         try:
-            rows.append(_row(record))
+            rows.append(_row(record, what))
         except ValueError as error:
             aside.append({"key": _stem(_value(record, "image_name")) or f"row {line}", "reason": str(error)})
     return _unique(rows, aside)
 
 
-def _check_columns(path: Path, first: Mapping[str, str]) -> None:
+def _check_columns(path: Path, what: str, first: Mapping[str, str]) -> None:
     """``first``: the first row, under its column names."""
     have = ", ".join(first)
     if any(re.fullmatch(r"isic_\d+(\.jpe?g)?", name) for name in first):  # as the tables of 2016 are published
-        raise UserError(f"data.metadata: {path} has no header: its first line is {have}; download the metadata with isic-cli, or give it a header "
+        raise UserError(f"data.{what}: {path} has no header: its first line is {have}; download the metadata with isic-cli, or give it a header "
                         "line, for example image_name,benign_malignant")
-    for needed in (COLUMNS["image_name"], COLUMNS["target"] + COLUMNS["malignancy"]):
-        if not first.keys() & set(needed):
-            raise UserError(f"data.metadata: {path} has no column '{needed[0]}' (nor {', '.join(needed[1:])}); it has: {have}. Where labels stand "
-                            "in another table (Metadata, GroundTruth), join them by the image's name, or download the metadata with isic-cli")
+    rename = "Where another one names the images (img_id, derm, bcn_filename), rename it to image_name. "
+    for needed, coded, advice in ((COLUMNS["image_name"], False, rename), (COLUMNS["target"] + COLUMNS["malignancy"], tables.CODE in first, "")):
+        if not coded and not first.keys() & set(needed):
+            raise UserError(f"data.{what}: {path} has no column '{needed[0]}' (nor {', '.join(needed[1:])}); it has: {have}. {advice}Where labels "
+                            "stand in another table (Metadata, GroundTruth), join them by the image's name, or download the metadata with isic-cli")
 
 
-def _row(record: Mapping[str, str]) -> Row:
+def _row(record: Mapping[str, str], what: str) -> Row:
     """Raises ``ValueError`` with the reason where the row cannot be used."""
     name = _stem(_value(record, "image_name"))
     if not KEY.fullmatch(name):
         raise ValueError("the image name may hold letters, digits, '_' and '-' only" if name else "no image name")
     if kind := tables.other_kind(record):
         raise ValueError(f"not dermoscopic: image_type is '{kind}'")
+    if origin := tables.other_origin(record, what):
+        raise ValueError(f"not {'synthetic' if what == 'synthetic' else 'real'}: origin is '{origin}'")
     sex, site = (value.lower() if (value := _known(record, column)) else None for column in ("sex", "site"))
     diagnosis = _value(record, "diagnosis")
+    group = _known(record, "group") if record.get("origin", "").lower() == "real" else None
     return Row(name, _target(record), _known(record, "patient_id"), _known(record, "lesion_id"), sex, _age(_value(record, "age")), site,
-               diagnosis and re.sub(r",? NOS$", "", diagnosis).lower())
+               diagnosis and re.sub(r",? NOS$", "", diagnosis).lower(), group=group)
 
 
-def _value(record: Mapping[str, str], ours: str) -> str | None:
-    return next((record[c] for c in COLUMNS[ours] if record.get(c, "").lower() not in tables.EMPTY), None)
+def _value(record: Mapping[str, str], ours: str, none: set[str] = tables.EMPTY) -> str | None:
+    return next((record[c] for c in COLUMNS[ours] if record.get(c, "").lower() not in none), None)
 
 
 def _known(record: Mapping[str, str], ours: str) -> str | None:
     """As ``_value``; None also for a word that says that nobody knows: no patient of that name, who would have all such rows."""
-    value = _value(record, ours)
-    return None if value is None or value.lower() in UNKNOWN else value
+    return _value(record, ours, tables.EMPTY | UNKNOWN)
 
 
 def _stem(name: str | None) -> str:
@@ -120,19 +129,30 @@ def _age(value: str | None) -> int | None:
 
 
 def _target(record: Mapping[str, str]) -> int:
-    """0 or 1. Raises ``ValueError`` where the columns do not say so, or contradict."""
-    told, word = _value(record, "target"), _value(record, "malignancy")
-    if (told or "").lower() in ("benign", "malignant"):  # a Hugging Face label may be the word
-        told, word = None, word or told
-    by_number = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}.get(told or "")
-    by_word = {"benign": 0, "malignant": 1}.get((word or "").lower())
-    if told is not None and by_number is None:
+    """0 or 1. Raises ``ValueError`` where neither columns nor code say so, or two of them contradict; a code of ``CONVENTION`` gives way."""
+    told, word, code = _value(record, "target"), _value(record, "malignancy"), record.get(tables.CODE, "")
+    if told is not None and told.lower() not in TARGETS:
         raise ValueError(f"unknown target '{told}' (expected 0 or 1)")
-    if by_number is None and by_word is None:
-        raise ValueError(f"unknown target ('{word or ''}' is neither benign nor malignant)")
-    if by_number is not None and by_word is not None and by_number != by_word:
-        raise ValueError(f"target {told} contradicts '{word}'")
-    return by_word if by_number is None else by_number  # type: ignore[return-value]
+    said = [(record[c], known[record[c].lower()]) for ours, known in (("target", TARGETS), ("malignancy", WORDS)) for c in COLUMNS[ours]
+            if record.get(c, "").lower() in known]
+    by_code = tables.CLASSES.get(code, ("", code))[1]
+    if by_code in TARGETS and not (said and code in tables.CONVENTION):
+        said.append((code, TARGETS[by_code]))
+    if not said:
+        raise ValueError(f"unknown target '{by_code}' (expected 0 or 1)" if by_code else
+                         f"unknown target ('{word or ''}' is neither benign nor malignant)")
+    for value, target in said:
+        if target != said[0][1]:
+            raise ValueError(f"target {said[0][0]} contradicts '{value}'")
+    return said[0][1]
+
+
+def without_ids(table: Path | None) -> str:
+    """What to tell where no row has the id of a patient or lesion. Names the columns of the table that look like ids and are not read."""
+    names, read = next(iter(tables.read_csv(table, "metadata") if table else []), {}), {c for columns in COLUMNS.values() for c in columns}
+    like = [name for name in names if re.search("patient|lesion|subject", name) and name not in read]
+    return ("no patient or lesion ids: only identical files and listed pairs of duplicates are kept together"
+            + (f" (not read: {', '.join(like)}; what holds such ids must be called patient_id or lesion_id)" if like else ""))
 
 
 def _unique(rows: list[Row], aside: list[Aside]) -> tuple[list[Row], list[Aside]]:
@@ -151,7 +171,8 @@ def _unique(rows: list[Row], aside: list[Aside]) -> tuple[list[Row], list[Aside]
 
 
 def read_dreambooth(instance_dir: Path, class_dir: Path) -> tuple[list[Row], list[Aside]]:
-    """Two folders of images: the instances get target 1, the class images target 0; the folder's name is the diagnosis.
+    """Two folders of images: the instances get target 1, the class images target 0; the folder's name is the diagnosis. Images in folders within them
+    are set aside, but for those of the one folder where it lies within the other.
 
     Raises:
         UserError: a folder is missing or holds no image.
@@ -159,18 +180,21 @@ def read_dreambooth(instance_dir: Path, class_dir: Path) -> tuple[list[Row], lis
     label = {1: instance_dir.resolve().name, 0: class_dir.resolve().name}
     if label[0] == label[1]:
         label = {1: "instance", 0: "class"}
-    rows, aside = [], []
+    rows, aside, within = [], [], dict[Path, str]()
     for target, folder, key in ((1, instance_dir, "instance_data_dir"), (0, class_dir, "class_data_dir")):
         found = sorted(p for p in folder.iterdir() if p.suffix.lower() in FORMATS) if folder.is_dir() else []
         if not any(file.is_file() for file in found):
-            what = f"holds no image ({', '.join(FORMATS)})" if folder.is_dir() else "is not a folder"
+            what = f"holds no image ({', '.join(FORMATS)}), folders within it aside" if folder.is_dir() else "is not a folder"
             raise UserError(f"data.{key}: {folder} {what}: give a folder of images")
         for file in found:
             name = re.sub(r"[^A-Za-z0-9_-]", "_", f"{label[target]}_{file.stem}")[:120]
             if file.is_file():
                 rows.append(Row(name, target, diagnosis=label[target], file=str(file)))
             else:
-                aside.append({"key": name, "reason": "not a file (a folder, or a link to nothing)"})
+                aside.append({"key": name, "reason": NO_FILE})
+        within |= {path.resolve(): f"{label[target]}/{path.relative_to(folder).as_posix()}" for path in image_files(folder) if path.parent != folder}
+    taken = {Path(str(row.file)).resolve() for row in rows} if within else set()
+    aside += [{"key": name, "reason": WITHIN} for path, name in within.items() if path not in taken]
     return _distinct(rows), aside
 
 

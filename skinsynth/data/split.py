@@ -13,10 +13,10 @@ from skinsynth.errors import UserError
 
 
 def groups(rows: list[Row], hashes: Mapping[str, str], pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Image name -> id of the group that must not be torn apart: same patient, lesion, file content or published pair.
+    """Image name -> id of the group that must not be torn apart: same patient, lesion, file content, published pair, or group of an exported set.
 
-    The id is the smallest patient id of the group, else its smallest lesion id, else ``sha-`` and the smallest hash.
-    Found by union-find over images, patients, lesions and hashes.
+    The id is the smallest patient id of the group, else its smallest lesion id, else that of an exported group, else ``sha-`` and the smallest hash.
+    Found by union-find over images, patients, lesions, exported groups and hashes.
     """
     parent: dict[str, str] = {}
 
@@ -29,7 +29,7 @@ def groups(rows: list[Row], hashes: Mapping[str, str], pairs: Iterable[tuple[str
         return root
 
     for row in rows:
-        for kind, value in (("patient", row.patient_id), ("lesion", row.lesion_id), ("sha", hashes.get(row.image_name))):
+        for kind, value in (("patient", row.patient_id), ("lesion", row.lesion_id), ("group", row.group), ("sha", hashes.get(row.image_name))):
             if value:
                 parent[find(f"{kind} {value}")] = find(f"image {row.image_name}")
     for one, other in pairs:
@@ -46,6 +46,8 @@ def _group_id(found: list[Row], hashes: Mapping[str, str], patients: set[str | N
         return min(named)
     if lesions := [row.lesion_id for row in found if row.lesion_id]:
         return min(lesions) if min(lesions) not in patients else f"lesion-{min(lesions)}"  # "1" may be a patient and a lesion
+    if given := [row.group for row in found if row.group]:
+        return min(given)
     return min(f"sha-{hashes[row.image_name][:16]}" if row.image_name in hashes else row.image_name for row in found)
 
 

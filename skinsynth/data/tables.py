@@ -23,6 +23,8 @@ CLASSES = {  # code -> diagnosis, and 1 for malignant; actinic keratosis (with i
     "vasc": ("vascular lesion", "0"), "melanoma": ("melanoma", "1"), "seborrheic_keratosis": ("seborrheic keratosis", "0"),
     "unk": ("unknown", "UNK"),  # a target that is none, so that the row is set aside
 }
+CONVENTION = {"akiec", "ak"}  # some count it as malignant, others not: what a table says itself counts before the code
+CODE = "its code"  # where ``spelt_out`` puts it: no column's name
 ONE_HOT = (({"mel", "nv", "bcc"}, ""), ({"melanoma", "seborrheic_keratosis"}, "nv"))  # columns that tell such a table; the class where none is 1
 
 
@@ -30,7 +32,8 @@ def read_csv(path: Path, what: str) -> list[dict[str, str]]:
     """Stripped strings under lower-case column names; a byte order mark, CRLF, and semicolons or tabs for commas are fine.
 
     Raises:
-        UserError: no such file, not UTF-8, a column twice, or a quotation mark that is never closed, which would swallow the lines that follow.
+        UserError: no such file, not UTF-8, a column twice, a row with more fields than the header, whose values would stand under wrong names, or a
+            quotation mark that is never closed, which would swallow the lines that follow.
     """
     if not path.is_file():
         raise UserError(f"data.{what}: {path} does not exist or is not a file: give the path of the CSV")
@@ -39,8 +42,12 @@ def read_csv(path: Path, what: str) -> list[dict[str, str]]:
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
         header = [name.strip().lower() for name in next(lines, [])]
         _check_twice(path, what, header)
-        empty = dict.fromkeys(header, "")
-        return [empty | dict(zip(header, (sys.intern(v.strip()) for v in line), strict=False)) for line in lines if line]  # few values differ
+        empty, records = dict.fromkeys(header, ""), []
+        for line in lines:
+            _check_surplus(path, what, lines.line_num, line[len(header) :])
+            if line:
+                records.append(empty | dict(zip(header, (sys.intern(v.strip()) for v in line), strict=False)))  # few values differ
+        return records
     except UnicodeDecodeError as error:
         raise UserError(f"data.{what}: {path} is not a CSV in UTF-8 ({error}): export it as one") from None
     except csv.Error as error:
@@ -60,13 +67,17 @@ def _check_twice(path: Path, what: str, header: list[str]) -> None:
         raise UserError(f"data.{what}: {path} has more than one column '{twice[0]}' (upper and lower case are one): rename or remove all but one")
 
 
+def _check_surplus(path: Path, what: str, number: int, surplus: list[str]) -> None:
+    """Empty fields at the end of a line are as spreadsheets leave them."""
+    if any(value.strip() for value in surplus):
+        raise UserError(f"data.{what}: line {number} of {path} has more fields than the header has names, so its values may stand under wrong ones: "
+                        "put a value that holds a comma in quotation marks (\"head, neck\"), or give the header the name that it lacks")
+
+
 def spelt_out(record: dict[str, str]) -> dict[str, str]:
-    """A row with ``diagnosis`` and ``target`` of what such a table says; columns of these names that it has itself count first."""
+    """A row with ``CODE`` and ``diagnosis`` of what such a table says; a column ``diagnosis`` that it has itself counts first."""
     code = _code(record)
-    if code is None:
-        return record
-    diagnosis, target = CLASSES.get(code, ("", code))
-    return {"diagnosis": diagnosis, "target": target, **record}
+    return record if code is None else {"diagnosis": CLASSES.get(code, ("",))[0], **record, CODE: code}
 
 
 def _code(record: Mapping[str, str]) -> str | None:
@@ -79,16 +90,27 @@ def _code(record: Mapping[str, str]) -> str | None:
     return None
 
 
-def check_kind(path: Path, records: list[dict[str, str]]) -> None:
-    """One by one such rows are set aside; where all are, the whole set is of another kind."""
+def check_kind(path: Path, what: str, records: list[dict[str, str]]) -> None:
+    """One by one such rows are set aside; where all are, the whole set is of another kind. ``what``: the key of ``data``, as in ``read_csv``."""
     other = [kind for record in records if (kind := other_kind(record))]
     if len(other) == len(records):
         kinds = ", ".join(sorted(set(other))[:3])
-        raise UserError(f"data.metadata: by the column image_type of {path} no image is dermoscopic ({kinds}), and captions, prompts and limits here "
+        raise UserError(f"data.{what}: by the column image_type of {path} no image is dermoscopic ({kinds}), and captions, prompts and limits here "
                         "are for dermoscopy images: take such images (to use these all the same, remove the column)")
+    if all(other_origin(record, what) for record in records):
+        found = ", ".join(sorted({record["origin"] for record in records})[:3])
+        wanted, key = ("synthetic", "data.metadata, for real ones") if what == "synthetic" else ("real", "data.synthetic, for synthetic ones")
+        raise UserError(f"data.{what}: by the column origin of {path} no image is {wanted} ({found}): give them as {key} (where the column says "
+                        "something else, rename it)")
 
 
 def other_kind(record: Mapping[str, str]) -> str | None:
     """What ``image_type`` calls an image that is not dermoscopic."""
     kind = record.get("image_type", "")
     return kind if kind.lower() not in EMPTY and not re.search("derm(at)?oscop", kind.lower()) else None
+
+
+def other_origin(record: Mapping[str, str], what: str) -> str | None:
+    """The ``origin``, as ``export`` writes it, of an image that is not what the key of ``data`` is for. Another word may be a hospital."""
+    origin = record.get("origin", "")
+    return origin if origin.lower() == ("real" if what == "synthetic" else "synthetic") else None

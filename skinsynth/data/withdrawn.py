@@ -22,6 +22,7 @@ from skinsynth.errors import UserError
 from skinsynth.files import locked, read_json, write_json
 
 NAME, THERE = "withdrawn.json", "withdrawn-there.json"
+ASIDE = "withdrawn: see withdrawn.json beside the datasets"  # the reason of what is never read
 NOTICE = "> **Somebody withdrew"
 Marks = dict[str, dict[str, Any]]  # id -> keys, why, when, and in a home kind
 

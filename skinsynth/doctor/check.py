@@ -69,11 +69,15 @@ def data(cfg: Config) -> Iterator[Check]:
             if key == "metadata":
                 rows, aside = isic.read_metadata(path)
                 yield Check(OK, name, f"{path}: {len(rows):,} rows that can be used" + (f", {len(aside):,} that cannot" if aside else ""))
+                if not any(row.patient_id or row.lesion_id for row in rows):
+                    yield Check(WARN, name, isic.without_ids(path))
             elif key == "synthetic":
                 rows, aside = external.read(path)
                 yield Check(OK, name, f"{path}: {len(rows):,} images" + (f", {len(aside):,} that cannot be used" if aside else ""))
             else:
                 yield Check(OK, name, f"{path} is there")
+                if key == "class_data_dir":
+                    yield Check(WARN, name, isic.without_ids(None))
         except UserError as error:
             yield Check(FAIL, name, str(error).removeprefix(f"{name}: "), f"mend it, or give another {name}=...")
 

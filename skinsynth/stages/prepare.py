@@ -25,7 +25,7 @@ from skinsynth import cpu
 from skinsynth.data import cache, external, given, isic, summary, withdrawn
 from skinsynth.data.captions import caption
 from skinsynth.data.codec import encode_jpeg
-from skinsynth.data.given import MISSING
+from skinsynth.data.folders import MISSING
 from skinsynth.data.images import BadImage, Images, mislabelled, read_image
 from skinsynth.data.isic import Aside, Row
 from skinsynth.data.lesion import square
@@ -37,7 +37,6 @@ from skinsynth.knobs import Config
 from skinsynth.run import SPLITS, Progress, RunDir, Task
 
 KNOWN = ("sex", "age", "site", "diagnosis")
-WITHDRAWN = "withdrawn: see withdrawn.json beside the datasets"
 
 
 @dataclass
@@ -142,7 +141,7 @@ def _without_withdrawn(rows: list[Row], shards: Path, aside: list[Aside]) -> lis
     home = withdrawn.at_home(shards)
     lesions = home.lesions(row.patient_id for row in rows)
     gone = {row.image_name for row in rows if row.image_name in home.keys or row.patient_id in home.people or row.lesion_id in lesions}
-    aside += [{"key": name, "reason": WITHDRAWN} for name in sorted(gone)]
+    aside += [{"key": name, "reason": withdrawn.ASIDE} for name in sorted(gone)]
     return [row for row in rows if row.image_name not in gone]
 
 
@@ -263,8 +262,10 @@ def _report(cfg: Config, run: RunDir, manifests: dict[str, dict[str, Any]]) -> N
     reasons = dict(Counter(a["reason"] for a in aside).most_common())
     rows = len(aside) + sum(m["count"] for m in manifests.values())
     pairs, folder = manifests["train"].get("duplicates"), run.dataset(cfg, "train")
-    lines = _lines(rows, len(aside), reasons, pairs)
     found = list(manifests.values())
+    lines = _lines(rows, len(aside), reasons, pairs)
+    if all(group.startswith("sha-") for m in found for group in m["group_ids"]):
+        lines.append(isic.without_ids(Path(cfg.data.metadata) if cfg.data.metadata and not cfg.data.remote else None))
     write_text(folder / "split.md", summary.markdown(f"{cfg.data.name}: {cfg.prepare.size} px, seed {cfg.seed}", found, lines))
     run.finish("prepare", {**metrics, "rows": rows, "duplicates": pairs, "set_aside": {"total": len(aside), "reasons": reasons}},
                [run.dataset(cfg, s) / "manifest.json" for s in (*SPLITS, *(["synthetic"] if cfg.data.synthetic else []))])
@@ -283,7 +284,7 @@ def _facts(cfg: Config, plan: Plan, split: str, names: list[str], notes: list[di
 def _check_bad(cfg: Config, rows: int, aside: list[dict[str, str]]) -> None:
     """Stops where more of the rows are unusable than the user allows; that a patient withdrew is no fault of the data, and a row that stands there
     twice no image that is lost."""
-    listed, aside = aside, [a for a in aside if a["reason"] not in (WITHDRAWN, isic.AGAIN)]
+    listed, aside = aside, [a for a in aside if a["reason"] not in (withdrawn.ASIDE, isic.AGAIN)]
     if len(aside) <= cfg.prepare.max_bad * rows:
         return
     path = write_aside(Path(cfg.data.shards) / f"{cfg.data.name}-train", listed)
