@@ -268,10 +268,8 @@ def test_who_withdrew_is_in_no_dataset_that_is_prepared_later(broken: Path, tmp_
     new["patient_id"] = patient  # a new image of theirs
     mark(home, "IL_7", ["ISIC_7"], "withdrawn by the lesion")
     another = next(row for row in reversed(content) if row["patient_id"] != patient and row["image_name"] not in gone)
-    copy = next(row for row in reversed(content) if row is not another and row["patient_id"] != patient and row["image_name"] not in gone)
-    write_rows(broken, [{**row, "lesion_id": "IL_7" if row is another else "", "origin": "real", "group": patient if row is copy else ""}
-                        for row in content])  # as they come from an export
-    gone |= {new["image_name"], another["image_name"], copy["image_name"]}
+    write_rows(broken, [{**row, "lesion_id": "IL_7" if row is another else ""} for row in content])
+    gone |= {new["image_name"], another["image_name"]}
     for name in gone:
         (broken / f"images/{name}.jpg").write_bytes(b"not to be read")
     cfg.data.name, cfg.prepare.size, cfg.prepare.max_bad, cfg.run = "other", 48, 0.0, str(tmp_path / "other")

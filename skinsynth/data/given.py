@@ -99,7 +99,7 @@ def _tell_gone(cfg: Config, run: RunDir, tell: Callable[[str], None]) -> None:
 def tell_new(cfg: Config, missing: Iterable[str], tell: Callable[[str], None]) -> None:
     """Who added images after the first preparation expects them to be taken."""
     wanted, data = set(missing), cfg.data
-    files = image_files(Path(data.images)) if wanted and data.images else ()
+    files = image_files(Path(data.images)) if wanted and data.images and Path(data.images).is_dir() else ()
     there = sorted({file.stem for file in files} & wanted)
     if there:
         tell(f"{len(there)} images that were missing when {data.name} was prepared are there now (first: {there[0]}). They are not taken: for them, "
