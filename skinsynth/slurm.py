@@ -12,6 +12,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from skinsynth.errors import UserError
 from skinsynth.files import read_json, write_json
 from skinsynth.knobs import Config
 from skinsynth.run import RunDir, Task
+from skinsynth.signals import undisturbed
 
 JOBS_OWN = re.compile(r"(SLURM_(?!CONF|CLUSTERS$|JWT$)|SRUN_|SQUEUE_|SACCT_|SUBMITIT_)|(RANK|LOCAL_RANK|WORLD_SIZE)$")
 HELD = ("launch failed requeued held", "JobHoldMaxRequeue")  # Slurm's reasons of a job that it put on hold by itself
@@ -163,6 +165,13 @@ def note(run: RunDir, jobs: list[Submitted]) -> None:
     write_json(run.path / "jobs.json", [asdict(job) for job in jobs])
 
 
+def may_have(run: RunDir) -> bool:
+    """Whether Slurm may have jobs of the run: some are written down, or it was launched there last, and that launch may have died before it wrote
+    down any."""
+    there = shutil.which("squeue") is not None and run.config_path.is_file() and run.config().cluster.kind == "slurm"
+    return bool(submitted(run)) or there
+
+
 # ---- submitting ----
 
 def parameters(cfg: Config, run: RunDir, node: str, dependency: list[str], tasks: Sequence[int] = (0,)) -> dict[str, Any]:
@@ -241,7 +250,8 @@ def submit_chain(cfg: Config, run: RunDir, nodes: list[Node], console: Console) 
     Raises:
         SlurmError: Slurm does not answer or refuses a job; then nothing of this launch is left in the queue.
     """
-    active = _settled([job_name(run, n.name) for n in nodes], console)
+    names = [job_name(run, n.name) for n in nodes]
+    active = _settled(names, console)
     _release(active, console)
     strays = sorted(active.keys() - {job.id for job in submitted(run)})
     if strays:
@@ -264,14 +274,16 @@ def submit_chain(cfg: Config, run: RunDir, nodes: list[Node], console: Console) 
                 console.print(f"{node.name:<20} with Slurm already: {span([job.id for job in kept])}")
                 continue
             needed = [job.id for job in submitted(run) if job.node in node.needs and (job.id in active or job in new)]
-            jobs = submit(cfg, run, node.name, tasks, sorted({_whole(i, active, new) for i in needed}))
-            new += jobs
-            note(run, _merged(submitted(run), jobs))
+            with undisturbed():  # sbatch that is broken off may have submitted its job all the same
+                jobs = submit(cfg, run, node.name, tasks, sorted({_whole(i, active, new) for i in needed}))
+                new += jobs
+                note(run, _merged(submitted(run), jobs))
             after = f", after {' and '.join(n for n in node.needs if not run.is_done(n))}" if needed else ""
             share = "" if len(tasks) == tasks[0].count else f" (tasks {span([str(t.index) for t in tasks])} of {tasks[0].count})"
             console.print(f"{node.name:<20} submitted as {span([job.id for job in jobs])}{share}{after}", highlight=False, soft_wrap=True)
     except BaseException:
-        _take_back(run, new, before, console)
+        with undisturbed():
+            _take_back(run, names, new, before, active, console)
         raise
 
 
@@ -284,18 +296,22 @@ def _release(active: dict[str, Job], console: Console) -> None:
         console.print(f"released what Slurm held because it could not be started: {span(held)} ({active[held[0]].reason})", highlight=False)
 
 
-def _take_back(run: RunDir, new: list[Submitted], before: list[Submitted], console: Console) -> None:
-    """Cancels what this launch submitted; where Slurm does not hear that either, names it and keeps it written down."""
-    if not new:
-        return
+def _take_back(run: RunDir, names: list[str], new: list[Submitted], before: list[Submitted], known: Iterable[str], console: Console) -> None:
+    """Cancels what this launch submitted, also what Slurm took though sbatch said that it did not (no answer in time, killed); ``known``: what was
+    with Slurm before. Where Slurm does not hear that either, names it and keeps it written down."""
     ids = [job.id for job in new]
     try:
         cancel(ids)
+        unheard = sorted(queued(names).keys() - {*ids, *known})
+        cancel(unheard)
     except SlurmError as error:
-        console.print(f"still with Slurm: {span(ids)}, since it could not be cancelled ({error}); 'skinsynth cancel {run.path}' does it later")
+        left = f"still with Slurm: {span(ids)}, since it could not be cancelled" if ids else "whether Slurm took the job all the same is not known"
+        console.print(f"{left} ({error}); 'skinsynth cancel {run.path}' does it later", highlight=False, soft_wrap=True)
         return
-    note(run, before)
-    console.print(f"cancelled what had been submitted: {span(ids)}")
+    if ids:
+        note(run, before)
+    if ids or unheard:
+        console.print(f"cancelled what had been submitted: {span(ids + unheard)}", highlight=False, soft_wrap=True)
 
 
 def _settled(names: list[str], console: Console, patience: float = 60) -> dict[str, Job]:

@@ -112,7 +112,7 @@ class Answer:
 
 def ask_slurm(run: RunDir) -> Answer:
     nodes, jobs = chain(run.config()), slurm.submitted(run)
-    if not jobs or all(run.is_done(node.name) for node in nodes):
+    if not slurm.may_have(run) or all(run.is_done(node.name) for node in nodes):
         return Answer({}, {})
     try:
         active = slurm.queued(slurm.job_name(run, n.name) for n in nodes)
@@ -134,7 +134,8 @@ def rows(run: RunDir, answer: Answer | None = None) -> tuple[list[Row], str | No
     elsewhere = launching[0] if launching and launching[0] != platform.node() else None  # whose processes cannot be seen from here
     found: list[Row] = []
     for node in nodes:
-        mine = [job.id for job in jobs if job.node == node.name]
+        name, noted = slurm.job_name(run, node.name), [job.id for job in jobs if job.node == node.name]
+        mine = noted + sorted(job.id for job in active.values() if job.name == name and job.id not in noted)
         if run.is_done(node.name):
             found.append(described(run, node, "done"))
         elif node.name in alive:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, overrides, skinsynth
+from conftest import ROOT, overrides, skinsynth, until
 
 from skinsynth import config, slurm
 from skinsynth.chain import chain
@@ -286,3 +288,65 @@ def test_where_slurm_refuses_a_launch_jobs_read_what_they_were_submitted_with(dr
     done = run_skinsynth({**os.environ, "PATH": str(tmp_path)}, *arguments, "cluster=slurm", "cluster.partition=new")
     assert "squeue is not there" in done.stderr
     assert (tmp_path / "run/config.yaml").read_bytes() == before
+
+
+def with_sbatch(env: dict[str, str], folder: Path, script: str) -> dict[str, str]:
+    """The environment in which sbatch is a script; ``$SBATCH`` is the real one."""
+    path = folder / "bin/sbatch"
+    path.parent.mkdir()
+    path.write_text(f"#!/bin/bash\nSBATCH={shutil.which('sbatch', path=env['PATH'])}\n{script}\n")
+    path.chmod(0o755)
+    return {**env, "PATH": f"{path.parent}:{env['PATH']}"}
+
+
+def launching(env: dict[str, str], folder: Path, items: list[str]) -> tuple[dict[str, str], subprocess.Popen[str]]:
+    """A launch whose first job Slurm has accepted, and of which sbatch has not told yet."""
+    slow = with_sbatch(env, folder, f'$SBATCH "$@"; code=$?; touch {folder}/accepted; sleep 2; exit $code')
+    process = subprocess.Popen([sys.executable, "-m", "skinsynth", "launch", "configs/demo.yaml", *items], cwd=ROOT, text=True, env=slow,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # what runs in the background ignores it
+    until("sbatch has submitted", (folder / "accepted").exists, 60, process)
+    return slow, process
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("way", ["Ctrl-C", "cancel"])
+def test_what_sbatch_was_submitting_when_the_launch_was_stopped_is_taken_back(slurm: dict[str, str], drawn: Path, tmp_path: Path, way: str) -> None:
+    _, process = launching(slurm, tmp_path, [*overrides(drawn, tmp_path), "cluster=devcluster", "cluster.extra={hold: true}"])
+    run = RunDir(tmp_path / "run")
+    assert len(slurm_active(slurm, run)) == 1
+    if way == "cancel":
+        assert run_skinsynth(slurm, "cancel", str(run.path)).returncode == 0
+    else:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, said
+    assert "cancelled what had been submitted" in said
+    assert slurm_active(slurm, run) == []
+
+
+@pytest.mark.slurm
+def test_what_slurm_accepted_though_sbatch_says_no_is_taken_back(slurm: dict[str, str], drawn: Path, tmp_path: Path) -> None:
+    why = "Batch job submission failed: Socket timed out on send/recv operation"
+    env = with_sbatch(slurm, tmp_path, f'$SBATCH "$@" | tee -a {tmp_path}/accepted; echo "sbatch: error: {why}" >&2; exit 1')
+    done = run_skinsynth(env, "launch", "configs/demo.yaml", *overrides(drawn, tmp_path), "cluster=devcluster", "cluster.extra={hold: true}")
+    assert done.returncode == 1
+    assert f"prepare could not be submitted; sbatch: {why}" in done.stderr
+    assert "Submitted batch job" in (tmp_path / "accepted").read_text()
+    assert "cancelled what had been submitted" in done.stdout
+    assert slurm_active(slurm, RunDir(tmp_path / "run")) == []
+
+
+@pytest.mark.slurm
+def test_what_a_launch_that_died_had_submitted_is_seen(slurm: dict[str, str], drawn: Path, tmp_path: Path) -> None:
+    """It was killed before it could write down the job's number."""
+    items, run = overrides(drawn, tmp_path), RunDir(tmp_path / "run")
+    _, process = launching(slurm, tmp_path, [*items, "cluster=devcluster", "cluster.extra={hold: true}"])
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (run.path / "jobs.json").exists()
+    assert "JobHeldUser" in run_skinsynth(slurm, "status", str(run.path)).stdout
+    local = run_skinsynth(slurm, "launch", "configs/demo.yaml", *items, "cluster=local")
+    assert "are with Slurm: wait for them" in local.stderr
+    assert "cancelled" in run_skinsynth(slurm, "cancel", str(run.path)).stdout
+    assert slurm_active(slurm, run) == []
