@@ -78,7 +78,7 @@ def in_process(run: RunDir, nodes: list[Node]) -> None:
 def _not_with_slurm(run: RunDir, nodes: list[Node]) -> None:
     """Two writers of one stage must not meet."""
     if slurm.may_have(run):
-        active = slurm.queued(slurm.job_name(run, n.name) for n in nodes)
+        active = slurm.queued_of(run, [n.name for n in nodes])
         if active:
             raise UserError(f"jobs {', '.join(active)} of {run.path} are with Slurm: wait for them, or 'skinsynth cancel {run.path}'")
 
@@ -87,7 +87,7 @@ def _same_mode(cfg: Config, run: RunDir) -> None:
     """Jobs of an array that find themselves told to be a gang would each do all of it, and the other way round."""
     before = run.config().generate.mode if run.config_path.exists() else cfg.generate.mode
     if before != cfg.generate.mode and slurm.may_have(run):
-        active = slurm.queued([slurm.job_name(run, "generate")])
+        active = slurm.queued_of(run, ["generate"])
         if active:
             raise UserError(f"generate.mode={cfg.generate.mode}, but jobs {slurm.span(list(active))} were submitted with {before}: wait for them, "
                             f"or 'skinsynth cancel {run.path} generate' first")
@@ -126,7 +126,7 @@ def cancel(run: RunDir, stage: str | None, console: Console) -> None:
             raise UserError(f"{run.path} is being launched by another user (process {owner[1]}): ask them to stop it") from None
         console.print(f"told the launch (process {owner[1]}) to stop; it saves its state first")
     elif slurm.may_have(run):
-        active = slurm.queued(slurm.job_name(run, name) for name in chosen)
+        active = slurm.queued_of(run, chosen)
         slurm.cancel(active)
         console.print(f"cancelled {slurm.span(list(active))}" if active else "nothing of it is with Slurm")
     else:

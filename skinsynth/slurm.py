@@ -1,7 +1,7 @@
 """Slurm: what is submitted for each node of the chain, and what Slurm says of it. No torch here.
 
 Jobs are found again by their name, which is made of the run's path and the node, so a launch that died between ``sbatch`` and
-writing down what it got leaves nothing that the next one would not see.
+writing down what it got leaves nothing that the next one would not see; and by the number that was written down, wherever the run is seen from.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from skinsynth.signals import undisturbed
 
 JOBS_OWN = re.compile(r"(SLURM_(?!CONF|CLUSTERS$|JWT$)|SRUN_|SQUEUE_|SACCT_|SUBMITIT_)|(RANK|LOCAL_RANK|WORLD_SIZE)$")
 HELD = ("launch failed requeued held", "JobHoldMaxRequeue")  # Slurm's reasons of a job that it put on hold by itself
+UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "REQUEUED", "SUSPENDED")
 SCRIPTS = Path(__file__).resolve().parent.parent / "slurm"
 
 
@@ -95,9 +96,40 @@ def own_environment() -> Iterator[None]:
 
 def queued(names: Iterable[str]) -> dict[str, Job]:
     """The jobs of these names that Slurm has not finished, by id; the tasks of an array one by one."""
-    lines = ask("squeue", "--noheader", "--array", f"--name={','.join(names)}", "--format=%i|%T|%N|%j|%r").splitlines()
-    found = [Job(i, state, reason, nodes, name) for i, state, nodes, name, reason in (line.split("|", 4) for line in lines)]
-    return {job.id: job for job in found}
+    return {job.id: job for _, job in _queue(f"--name={','.join(names)}", "%i|%T|%N|%j|%r")}
+
+
+def queued_of(run: RunDir, nodes: Iterable[str]) -> dict[str, Job]:
+    """The same of a run's nodes, and with them what was submitted where the run has another path (a bind mount, another host's), and so jobs of
+    other names: the ids that are written down tell."""
+    names = {node: job_name(run, node) for node in nodes}
+    found = queued(names.values())
+    seen, undone = {i.split("_")[0] for i in found}, {node for node in names if not run.is_done(node)}
+    noted = {job.id: job.node for job in submitted(run) if job.node in undone and job.id.split("_")[0] not in seen}
+    if noted:
+        whole = ",".join(sorted({i.split("_")[0] for i in noted}))
+        try:
+            there = _queue(f"--jobs={whole}", "%o|%i|%T|%N|%j|%r")
+        except SlurmError as error:
+            if "Invalid job id" not in str(error):  # it has forgotten all of them
+                raise
+            there = []
+        found |= {job.id: job for script, job in there if job.id in noted and _submitted_here(run, noted[job.id], script, job)}
+    return found
+
+
+def _queue(chosen: str, form: str) -> list[tuple[str, Job]]:
+    """What stands in a line before the job's own columns, and the job."""
+    rows = (line.rsplit("|", 5) for line in ask("squeue", "--noheader", "--array", chosen, f"--format={form}").splitlines())
+    return [(before[0] if before else "", Job(i, state, reason, nodes, name)) for *before, i, state, nodes, name, reason in rows]
+
+
+def _submitted_here(run: RunDir, node: str, script: str, job: Job) -> bool:
+    """Not so of a copy of a run, which has its list of jobs, too, nor of another's job that Slurm has given an old number."""
+    try:
+        return Path(script).parent.stat().st_ino == (run.node(node) / "submit").stat().st_ino
+    except OSError:  # a path of another host
+        return job.name.rpartition("-")[0] == job_name(run, node).rpartition("-")[0]
 
 
 def ended(ids: Iterable[str]) -> dict[str, Job]:
@@ -124,7 +156,7 @@ def _accounting(whole: list[str]) -> list[Job]:
     except SlurmError:
         return []
     found = [Job(i, state.split()[0], reason, nodes) for i, state, nodes, reason in (line.split("|", 3) for line in lines)]
-    return [job for job in found if job.state not in ("PENDING", "RUNNING", "REQUEUED")]  # squeue, which is newer, knows better
+    return [job for job in found if job.state not in UNFINISHED]  # squeue, which is newer, knows better
 
 
 def _controller(job: str) -> list[Job]:
@@ -250,8 +282,7 @@ def submit_chain(cfg: Config, run: RunDir, nodes: list[Node], console: Console) 
     Raises:
         SlurmError: Slurm does not answer or refuses a job; then nothing of this launch is left in the queue.
     """
-    names = [job_name(run, n.name) for n in nodes]
-    active = _settled(names, console)
+    active = _settled(run, nodes, console)
     _release(active, console)
     strays = sorted(active.keys() - {job.id for job in submitted(run)})
     if strays:
@@ -283,7 +314,7 @@ def submit_chain(cfg: Config, run: RunDir, nodes: list[Node], console: Console) 
             console.print(f"{node.name:<20} submitted as {span([job.id for job in jobs])}{share}{after}", highlight=False, soft_wrap=True)
     except BaseException:
         with undisturbed():
-            _take_back(run, names, new, before, active, console)
+            _take_back(run, nodes, new, before, active, console)
         raise
 
 
@@ -296,13 +327,13 @@ def _release(active: dict[str, Job], console: Console) -> None:
         console.print(f"released what Slurm held because it could not be started: {span(held)} ({active[held[0]].reason})", highlight=False)
 
 
-def _take_back(run: RunDir, names: list[str], new: list[Submitted], before: list[Submitted], known: Iterable[str], console: Console) -> None:
+def _take_back(run: RunDir, nodes: list[Node], new: list[Submitted], before: list[Submitted], known: Iterable[str], console: Console) -> None:
     """Cancels what this launch submitted, also what Slurm took though sbatch said that it did not (no answer in time, killed); ``known``: what was
     with Slurm before. Where Slurm does not hear that either, names it and keeps it written down."""
     ids = [job.id for job in new]
     try:
         cancel(ids)
-        unheard = sorted(queued(names).keys() - {*ids, *known})
+        unheard = sorted(queued_of(run, [n.name for n in nodes]).keys() - {*ids, *known})
         cancel(unheard)
     except SlurmError as error:
         left = f"still with Slurm: {span(ids)}, since it could not be cancelled" if ids else "whether Slurm took the job all the same is not known"
@@ -314,11 +345,11 @@ def _take_back(run: RunDir, names: list[str], new: list[Submitted], before: list
         console.print(f"cancelled what had been submitted: {span(ids + unheard)}", highlight=False, soft_wrap=True)
 
 
-def _settled(names: list[str], console: Console, patience: float = 60) -> dict[str, Job]:
+def _settled(run: RunDir, nodes: list[Node], console: Console, patience: float = 60) -> dict[str, Job]:
     """What is with Slurm, once jobs that are just ending have ended: whether they did their share is known only then."""
     end, told = time.time() + patience, False
     while True:
-        active = queued(names)
+        active = queued_of(run, [n.name for n in nodes])
         ending = [job.id for job in active.values() if job.state == "COMPLETING"]
         if not ending or time.time() > end:
             return active

@@ -115,8 +115,10 @@ def ask_slurm(run: RunDir) -> Answer:
     if not slurm.may_have(run) or all(run.is_done(node.name) for node in nodes):
         return Answer({}, {})
     try:
-        active = slurm.queued(slurm.job_name(run, n.name) for n in nodes)
-        return Answer(active, slurm.ended(job.id for job in jobs if job.id not in active and not run.is_done(job.node)))
+        active = slurm.queued_of(run, [n.name for n in nodes])
+        fates = slurm.ended(job.id for job in jobs if job.id not in active and not run.is_done(job.node))
+        again = {i: job for i, job in fates.items() if job.state in slurm.UNFINISHED}  # requeued between the two questions
+        return Answer(active | again, fates)
     except slurm.SlurmError as error:
         return Answer({}, {}, str(error))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, overrides, skinsynth, until
 
-from skinsynth import config, slurm
+from skinsynth import config, slurm, status
 from skinsynth.chain import chain
 from skinsynth.files import read_json, write_json
 from skinsynth.run import RunDir, Task
@@ -350,3 +350,48 @@ def test_what_a_launch_that_died_had_submitted_is_seen(slurm: dict[str, str], dr
     assert "are with Slurm: wait for them" in local.stderr
     assert "cancelled" in run_skinsynth(slurm, "cancel", str(run.path)).stdout
     assert slurm_active(slurm, run) == []
+
+
+@pytest.mark.slurm
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+@pytest.mark.parametrize("seen", [True, False])
+def test_jobs_are_found_by_another_path_of_the_run(slurm: dict[str, str], drawn: Path, tmp_path: Path, seen: bool) -> None:
+    """``seen``: whether the path by which it was launched is there, too, or is another host's. A copy has the jobs' numbers alone."""
+    first, other = tmp_path / "first", tmp_path / "other"
+    for folder in (first, other):
+        folder.mkdir()
+    if subprocess.run(["mount", "--bind", str(other), str(first)], capture_output=True, check=False).returncode:
+        pytest.skip("a folder cannot be mounted here")
+    items = [*overrides(drawn, tmp_path), "cluster=devcluster", "cluster.extra={hold: true}"]
+    try:
+        assert run_skinsynth(slurm, "launch", "configs/demo.yaml", *items, f"run={first}/run").returncode == 0
+        jobs = slurm_active(slurm, RunDir(first / "run"))
+        if not seen:
+            subprocess.run(["umount", str(first)], check=True)
+        again = run_skinsynth(slurm, "launch", "configs/demo.yaml", *items, f"run={other}/run")
+        assert again.stdout.count("with Slurm already") == 8, again.stdout + again.stderr
+        local = run_skinsynth(slurm, "launch", "configs/demo.yaml", *items, f"run={other}/run", "cluster=local")
+        assert "are with Slurm: wait for them" in local.stderr
+        assert "JobHeldUser" in run_skinsynth(slurm, "status", f"{other}/run").stdout
+        if seen:
+            shutil.copytree(other, tmp_path / "copy")
+            assert "nothing of it is with Slurm" in run_skinsynth(slurm, "cancel", str(tmp_path / "copy/run")).stdout
+            assert slurm_active(slurm, RunDir(first / "run")) == jobs
+        assert "cancelled" in run_skinsynth(slurm, "cancel", f"{other}/run").stdout
+        assert slurm_active(slurm, RunDir(first / "run")) == []
+    finally:
+        subprocess.run(["umount", str(first)], capture_output=True, check=False)
+
+
+def test_a_job_that_the_controller_alone_knows_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was requeued after squeue had been asked."""
+    (tmp_path / "bin").mkdir()
+    for name, does in {"squeue": ":", "sacct": ":", "scontrol": "echo JobId=17 JobState=PENDING Reason=BeginTime"}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    run = RunDir(tmp_path / "run")
+    run.create(config.load("configs/demo.yaml", [f"run={run.path}", "cluster=slurm"]))
+    slurm.note(run, [slurm.Submitted("prepare", "17", 0, 1)])
+    row = status.rows(run)[0][0]
+    assert (row.state, row.detail) == ("pending", "BeginTime")
