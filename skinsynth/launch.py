@@ -49,6 +49,7 @@ def launch(cfg: Config, console: Console, earlier: RunDir | None = None, until: 
             check_names(cfg, run, earlier)
         if not run.is_done("prepare"):  # told now like a missing model; and the folder would keep a name that was misspelt
             given.check(cfg)
+        stop_processes(run, console, "stopping what an earlier launch left running:")  # two writers of one stage must not meet
         run.create(cfg)
         if earlier:
             take_over(cfg, run, earlier, console)
@@ -61,7 +62,6 @@ def launch(cfg: Config, console: Console, earlier: RunDir | None = None, until: 
                 raise
             console.print(f"see it with: skinsynth status {run.path} --watch", highlight=False, soft_wrap=True)
             return
-        stop_processes(run, console, "stopping what an earlier launch left running:")
         if cfg.cluster.kind == "debug":
             in_process(run, nodes)
         else:

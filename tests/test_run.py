@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -274,6 +275,28 @@ def test_where_jobs_are_with_slurm_a_refused_launch_changes_nothing(kind: str, t
     with pytest.raises(UserError, match=why):
         launches.launch(cfg, Console(quiet=True))
     assert run.config_path.read_bytes() == before
+
+
+@pytest.fixture
+def left_running(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A job of a local launch that was killed."""
+    process = subprocess.Popen(["sleep", "60"])
+    write_json(tmp_path / "run/processes.json", [{"node": "encode", "pid": process.pid, "born": files.birth(process.pid)}])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_launch_on_slurm_stops_what_a_local_one_left_running(drawn: Path, tmp_path: Path, left_running: subprocess.Popen[bytes],
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    alive = f"grep -q sleep /proc/{left_running.pid}/cmdline && touch {tmp_path}/both"
+    programs(tmp_path / "bin", monkeypatch, squeue="", srun="", sbatch=f"{alive}; echo Submitted batch job 7")
+    told = Console(file=io.StringIO(), width=200)
+    launches.launch(config.load("configs/demo.yaml", [*overrides(drawn, tmp_path), "cluster=slurm"]), told, until="prepare")
+    assert f"stopping what an earlier launch left running: process {left_running.pid}" in told.file.getvalue()  # type: ignore[attr-defined]
+    assert len(slurm.submitted(RunDir(tmp_path / "run"))) > 0
+    assert not (tmp_path / "both").exists()
 
 
 def test_a_task_that_is_submitted_anew_is_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
