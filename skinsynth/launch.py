@@ -125,9 +125,11 @@ def cancel(run: RunDir, stage: str | None, console: Console) -> None:
         except PermissionError:
             raise UserError(f"{run.path} is being launched by another user (process {owner[1]}): ask them to stop it") from None
         console.print(f"told the launch (process {owner[1]}) to stop; it saves its state first")
-    elif slurm.may_have(run):
+        return
+    stopped = stop_processes(run, console, "stopping what a launch that was killed left running:", chosen)
+    if slurm.may_have(run):
         active = slurm.queued_of(run, chosen)
         slurm.cancel(active)
         console.print(f"cancelled {slurm.span(list(active))}" if active else "nothing of it is with Slurm")
-    else:
+    elif not stopped:
         console.print(f"nothing of {run.path} is running")

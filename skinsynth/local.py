@@ -177,14 +177,15 @@ class Local:
             write_json(self.run.path / "processes.json", [{"node": name, "pid": pid, "born": birth(pid)} for name, pid in pids])
 
 
-def stop_processes(run: RunDir, console: Console, why: str) -> None:
-    """Ends the run's jobs that are alive, those of an earlier launch that was killed too: two writers of one stage must not meet.
-    They are given time to save their state. Ctrl-C breaks off the waiting, and not before all of them are told to stop."""
+def stop_processes(run: RunDir, console: Console, why: str, nodes: list[str] | None = None) -> bool:
+    """Ends the run's jobs that are alive, those of an earlier launch that was killed too: two writers of one stage must not meet. ``nodes``: theirs
+    alone. They are given time to save their state. Ctrl-C breaks off the waiting, and not before all of them are told to stop. Returns whether
+    there were any."""
     family: list[psutil.Process] = []
     try:
         with undisturbed():  # some wrappers signal this process and then its group, so that Ctrl-C comes twice
             for job in read_json(run.path / "processes.json") or []:
-                if job["born"] is None or birth(job["pid"]) != job["born"]:
+                if job["born"] is None or birth(job["pid"]) != job["born"] or (nodes is not None and job["node"] not in nodes):
                     continue
                 try:
                     found = [psutil.Process(job["pid"])]
@@ -203,6 +204,7 @@ def stop_processes(run: RunDir, console: Console, why: str) -> None:
         left = [str(process.pid) for process in family if process in alive and birth(process.pid)]
         if left:
             console.print(f"told to stop, but still running: process {', '.join(left)}", highlight=False, soft_wrap=True)
+    return bool(family)
 
 
 def _signal(process: psutil.Process, number: int) -> None:

@@ -299,6 +299,16 @@ def test_a_launch_on_slurm_stops_what_a_local_one_left_running(drawn: Path, tmp_
     assert not (tmp_path / "both").exists()
 
 
+def test_what_a_killed_launch_left_running_is_cancelled(tmp_path: Path, left_running: subprocess.Popen[bytes]) -> None:
+    run, told = RunDir(tmp_path / "run"), Console(file=io.StringIO(), width=200)
+    run.create(config.load("configs/demo.yaml", [f"run={run.path}"]))
+    launches.cancel(run, "finetune", told)
+    assert left_running.poll() is None, "it does encode"
+    launches.cancel(run, None, told)
+    assert left_running.poll() is not None
+    assert f"stopping what a launch that was killed left running: process {left_running.pid}" in told.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_a_task_that_is_submitted_anew_is_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It did its share once, what it made was deleted: where it is lost before it begins, the next launch must submit it again."""
     (tmp_path / "bin").mkdir()
