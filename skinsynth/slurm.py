@@ -251,7 +251,6 @@ def script(cfg: Config, run: RunDir, node: str, tasks: int, dependency: list[str
 def submit(cfg: Config, run: RunDir, node: str, tasks: list[Task], dependency: list[str]) -> list[Submitted]:
     """One job for a gang, one array for the tasks of a unit stage or the gangs of an arm's seeds."""
     for task in tasks:
-        run.failed_path(node, task.index).unlink(missing_ok=True)
         run.begin_anew(node, task.index)
     calls = [StageJob(node, str(run.path), task.index, task.count) for task in tasks]
     ids = sbatch(cfg, run.node(node) / "submit", parameters(cfg, run, node, dependency, [task.index for task in tasks]), calls, node)
@@ -289,7 +288,7 @@ def submit_chain(cfg: Config, run: RunDir, nodes: list[Node], console: Console) 
         console.print(f"cancelling what a launch that died had submitted: {', '.join(strays)}")
         cancel(strays)
     new: list[Submitted] = []
-    before = submitted(run)
+    before, told = submitted(run), _failures(run, nodes)
     try:
         for node in nodes:
             if run.is_done(node.name):
@@ -316,6 +315,19 @@ def submit_chain(cfg: Config, run: RunDir, nodes: list[Node], console: Console) 
         with undisturbed():
             _take_back(run, nodes, new, before, active, console)
         raise
+    now = _failures(run, nodes)
+    for path in (run.failed_path(job.node, job.task) for job in new):
+        if path in now and now[path] == told.get(path):  # not what the new job has told meanwhile
+            path.unlink(missing_ok=True)
+
+
+def _failures(run: RunDir, nodes: list[Node]) -> dict[Path, int]:
+    """The files that tell why a task failed, and when each was written."""
+    found = {}
+    for path in (path for node in nodes for path in run.failed_path(node.name).parent.glob("*.json")):
+        with contextlib.suppress(FileNotFoundError):  # its task begins just now
+            found[path] = path.stat().st_mtime_ns
+    return found
 
 
 def _release(active: dict[str, Job], console: Console) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -307,6 +308,20 @@ def test_what_a_killed_launch_left_running_is_cancelled(tmp_path: Path, left_run
     launches.cancel(run, None, told)
     assert left_running.poll() is not None
     assert f"stopping what a launch that was killed left running: process {left_running.pid}" in told.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_why_a_stage_failed_is_told_until_it_is_submitted_again(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool) -> None:
+    (tmp_path / "bin").mkdir()
+    sbatch = ("grep -q prepare $1 || { echo full >&2; exit 1; }; " if refused else "") + "echo Submitted batch job 7"
+    programs(tmp_path / "bin", monkeypatch, squeue="", scancel="", srun="", sbatch=sbatch)
+    run = RunDir(tmp_path / "run")
+    for node in ("prepare", "encode"):
+        write_json(run.failed_path(node), {"node": node, "message": "no room"})
+    cfg = config.load("configs/demo.yaml", [*overrides(drawn, tmp_path), "cluster=slurm"])
+    with pytest.raises(UserError, match="encode could not be submitted; sbatch: full") if refused else contextlib.nullcontext():
+        launches.launch(cfg, Console(quiet=True), until="encode")
+    assert [run.failures(node) for node in ("prepare", "encode")] == [{0: "no room"} if refused else {}] * 2
 
 
 def test_a_task_that_is_submitted_anew_is_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
