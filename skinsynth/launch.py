@@ -44,7 +44,7 @@ def launch(cfg: Config, console: Console, earlier: RunDir | None = None, until: 
         if cfg.cluster.kind != "slurm":
             _not_with_slurm(run, nodes)
         _same_mode(cfg, run)
-        before = run.config_path.read_bytes() if run.config_path.exists() else None
+        before, last = (run.config_path.read_bytes(), run.config()) if run.config_path.exists() else (None, None)
         if earlier:
             check_names(cfg, run, earlier)
         if not run.is_done("prepare"):  # told now like a missing model; and the folder would keep a name that was misspelt
@@ -55,7 +55,7 @@ def launch(cfg: Config, console: Console, earlier: RunDir | None = None, until: 
             take_over(cfg, run, earlier, console)
         if cfg.cluster.kind == "slurm":
             try:
-                slurm.submit_chain(cfg, run, nodes, console)
+                slurm.submit_chain(cfg, run, nodes, console, last)
             except BaseException:
                 if before is not None:  # what was queued before goes on with what it was submitted with
                     write_bytes(run.config_path, before)

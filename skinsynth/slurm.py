@@ -275,8 +275,8 @@ def sbatch(cfg: Config, folder: Path, wanted: dict[str, Any], calls: list[Any], 
         raise SlurmError(f"{what} could not be submitted; sbatch: {_words(str(error))}") from None
 
 
-def submit_chain(cfg: Config, run: RunDir, nodes: list[Node], console: Console) -> None:
-    """Submits what is neither done nor with Slurm already, each node after those that it needs.
+def submit_chain(cfg: Config, run: RunDir, nodes: list[Node], console: Console, last: Config | None = None) -> None:
+    """Submits what is neither done nor with Slurm already, each node after those that it needs. ``last``: the configuration of the launch before.
 
     Raises:
         SlurmError: Slurm does not answer or refuses a job; then nothing of this launch is left in the queue.
@@ -300,8 +300,9 @@ def submit_chain(cfg: Config, run: RunDir, nodes: list[Node], console: Console) 
                 cancel(job.id for job in kept)  # they wait for jobs that are no more
                 kept = []
             tasks = _missing(cfg, run, node, kept)
+            stays = f"with Slurm already: {span([job.id for job in kept])}{_unlike(cfg, last, run, node, kept)}" if kept else ""
             if not tasks:
-                console.print(f"{node.name:<20} with Slurm already: {span([job.id for job in kept])}")
+                console.print(f"{node.name:<20} {stays}", highlight=False, soft_wrap=True)
                 continue
             needed = [job.id for job in submitted(run) if job.node in node.needs and (job.id in active or job in new)]
             with undisturbed():  # sbatch that is broken off may have submitted its job all the same
@@ -310,7 +311,8 @@ def submit_chain(cfg: Config, run: RunDir, nodes: list[Node], console: Console) 
                 note(run, _merged(submitted(run), jobs))
             after = f", after {' and '.join(n for n in node.needs if not run.is_done(n))}" if needed else ""
             share = "" if len(tasks) == tasks[0].count else f" (tasks {span([str(t.index) for t in tasks])} of {tasks[0].count})"
-            console.print(f"{node.name:<20} submitted as {span([job.id for job in jobs])}{share}{after}", highlight=False, soft_wrap=True)
+            line = "; ".join(part for part in (f"submitted as {span([job.id for job in jobs])}{share}{after}", stays) if part)
+            console.print(f"{node.name:<20} {line}", highlight=False, soft_wrap=True)
     except BaseException:
         with undisturbed():
             _take_back(run, nodes, new, before, active, console)
@@ -378,6 +380,24 @@ def _missing(cfg: Config, run: RunDir, node: Node, kept: list[Submitted]) -> lis
         return []
     left = run.unfinished(node.name, count) or list(range(count))
     return [Task(i, count) for i in left if i not in {job.task for job in kept}]
+
+
+def _unlike(cfg: Config, last: Config | None, run: RunDir, node: Node, kept: list[Submitted]) -> str:
+    """In what the jobs that stay with Slurm are not those that this launch would submit."""
+    found = []
+    if last and _site_keys(cfg, node.stage) != _site_keys(last, node.stage):
+        found.append(f"submitted with other cluster keys: 'skinsynth cancel {run.path}' first")
+    count = kept[0].tasks
+    missing = len(set(run.unfinished(node.name, count)) - {job.task for job in kept})
+    if count != node.tasks(cfg) and missing:
+        found.append(f"{missing} of its {count} tasks {'is' if missing == 1 else 'are'} missing: launch again once these have ended")
+    return f" ({'; '.join(found)})" if found else ""
+
+
+def _site_keys(cfg: Config, stage: str) -> tuple[object, ...]:
+    """The cluster's keys that a stage's jobs are submitted with."""
+    cluster = cfg.cluster
+    return cluster.of(stage), cluster.site(stage), cluster.env, cluster.python, cluster.signal_seconds
 
 
 def _merged(old: list[Submitted], new: list[Submitted]) -> list[Submitted]:

@@ -278,6 +278,30 @@ def test_where_jobs_are_with_slurm_a_refused_launch_changes_nothing(kind: str, t
     assert run.config_path.read_bytes() == before
 
 
+OTHER_KEYS = "submitted with other cluster keys: 'skinsynth cancel RUN' first"
+
+
+@pytest.mark.parametrize(("keys", "queue", "told"), [
+    ([], [1, 2, 3], "with Slurm already: 17_1, 17_2, 17_3"),
+    (["cluster.partition=new"], [1, 2, 3], f"with Slurm already: 17_1, 17_2, 17_3 ({OTHER_KEYS})"),
+    (["cluster.partition=new"], [3], f"submitted as 18_0, 18_1 (tasks 1, 2 of 4); with Slurm already: 17_3 ({OTHER_KEYS})"),
+    (["cluster.stages.prepare.array=2"], [3],
+     f"with Slurm already: 17_3 ({OTHER_KEYS}; 2 of its 4 tasks are missing: launch again once these have ended)")])
+def test_what_is_with_slurm_and_unlike_what_would_be_submitted_is_told(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: list[str],
+                                                                      queue: list[int], told: str) -> None:
+    (tmp_path / "bin").mkdir()
+    run, items = RunDir(tmp_path / "run"), [*overrides(drawn, tmp_path), "cluster=slurm", "cluster.stages.prepare.array=4"]
+    run.create(config.load("configs/demo.yaml", items))
+    slurm.note(run, [slurm.Submitted("prepare", f"17_{n}", n, 4) for n in range(4)])
+    run.finish_task("prepare", Task(0, 4))
+    lines = [f"echo '17_{n}|PENDING||{slurm.job_name(run, 'prepare')}|None'" for n in queue]
+    programs(tmp_path / "bin", monkeypatch, squeue="\n".join(lines), srun="", sbatch="echo Submitted batch job 18")
+    console = Console(file=io.StringIO(), width=300)
+    launches.launch(config.load("configs/demo.yaml", [*items, *keys]), console, until="prepare")
+    said = console.file.getvalue().splitlines()[0]  # type: ignore[attr-defined]
+    assert said == f"{'prepare':<20} {told.replace('RUN', str(run.path))}"
+
+
 @pytest.fixture
 def left_running(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A job of a local launch that was killed."""
