@@ -30,6 +30,8 @@ def launch(cfg: Config, console: Console, earlier: RunDir | None = None, until: 
             message, its log).
     """
     run, nodes = RunDir(Path(cfg.run)), chain(cfg, until)
+    if cfg.cluster.kind == "slurm":
+        slurm.check_path(run)
     run.check(cfg)
     given.check_unchanged(cfg, run, lambda line: console.print(line, highlight=False, soft_wrap=True))
     if all(run.is_done(node.name) for node in nodes):

@@ -206,8 +206,17 @@ def may_have(run: RunDir) -> bool:
 
 # ---- submitting ----
 
+def check_path(run: RunDir) -> None:
+    """Raises ``UserError`` where Slurm would make other names of logs out of the run's path: what is a pattern in them cannot be quoted there."""
+    path = str(run.path.resolve())
+    for sign in "%\\":
+        if sign in path:
+            raise UserError(f"run: there is a '{sign}' in {path}, which Slurm does not take as it is in the names of logs: give a path without it")
+
+
 def parameters(cfg: Config, run: RunDir, node: str, dependency: list[str], tasks: Sequence[int] = (0,)) -> dict[str, Any]:
     """What submitit turns into ``#SBATCH`` lines and the commands around ``srun``. ``tasks``: the numbers of the node's tasks that are submitted."""
+    check_path(run)
     stage, cluster = node.split("/")[0], cfg.cluster
     wanted, site, gang = cluster.of(stage), cluster.site(stage), stages.is_gang(cfg, stage)
     extra, memory = site.pop("extra"), site.pop("mem_gb", None)

@@ -266,6 +266,15 @@ def test_a_controller_that_does_not_answer_at_once_is_asked_again(tmp_path: Path
     assert told == ["requeue 7"] * 2 * turns, "the first of them failed"
 
 
+@pytest.mark.parametrize("more", [["--dry-run"], []])
+def test_a_path_that_slurm_would_change_is_refused(tmp_path: Path, more: list[str]) -> None:
+    for name, sign in (("50%", "%"), ("a\\b", "\\")):
+        done = skinsynth("launch", "configs/demo.yaml", "cluster=slurm", f"run={tmp_path / name / 'run'}", *more)
+        assert done.returncode == 1
+        assert f"run: there is a '{sign}' in {tmp_path / name}/run" in done.stderr
+        assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slurm
 def test_a_launch_that_is_refused_changes_nothing_that_queued_jobs_read(slurm: dict[str, str], drawn: Path, tmp_path: Path) -> None:
     arguments = ["launch", "configs/demo.yaml", *overrides(drawn, tmp_path)]
