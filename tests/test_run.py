@@ -278,6 +278,18 @@ def test_where_jobs_are_with_slurm_a_refused_launch_changes_nothing(kind: str, t
     assert run.config_path.read_bytes() == before
 
 
+def test_what_was_cancelled_while_what_it_needs_goes_on_does_not_blame_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    run = RunDir(tmp_path / "run")
+    run.create(config.load("configs/demo.yaml", [f"run={run.path}", "cluster=slurm"]))
+    slurm.note(run, [slurm.Submitted(node, str(17 + n), 0, 1) for n, node in enumerate(("prepare", "encode", "finetune"))])
+    programs(tmp_path / "bin", monkeypatch, squeue=f"echo '17|PENDING||{slurm.job_name(run, 'prepare')}|Resources'",
+             sacct="echo '18|CANCELLED by 0||'; echo '19|CANCELLED by 0||'")
+    found = [(row.node, row.state, row.detail) for row in status.rows(run)[0]]
+    assert found[:3] == [("prepare", "pending", "Resources"), ("encode", "stopped", "Slurm: CANCELLED"),
+                         ("finetune", "stopped", "cancelled, since encode did not finish")]
+
+
 OTHER_KEYS = "submitted with other cluster keys: 'skinsynth cancel RUN' first"
 
 
