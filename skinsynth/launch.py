@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import signal
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -127,7 +128,10 @@ def cancel(run: RunDir, stage: str | None, console: Console) -> None:
         except PermissionError:
             raise UserError(f"{run.path} is being launched by another user (process {owner[1]}): ask them to stop it") from None
         console.print(f"told the launch (process {owner[1]}) to stop; it saves its state first")
-        return
+        if run.config().cluster.kind != "slurm":
+            return
+        while run.lock_owner() == owner:  # it takes back what it submitted; what was with Slurm before it is left
+            time.sleep(0.2)
     stopped = stop_processes(run, console, "stopping what a launch that was killed left running:", chosen)
     if slurm.may_have(run):
         active = slurm.queued_of(run, chosen)

@@ -198,10 +198,11 @@ def note(run: RunDir, jobs: list[Submitted]) -> None:
 
 
 def may_have(run: RunDir) -> bool:
-    """Whether Slurm may have jobs of the run: some are written down, or it was launched there last, and that launch may have died before it wrote
-    down any."""
-    there = shutil.which("squeue") is not None and run.config_path.is_file() and run.config().cluster.kind == "slurm"
-    return bool(submitted(run)) or there
+    """Whether Slurm may have jobs of the run: some are written down; or it was launched there last, or sbatch did not say which job it submitted
+    (submitit leaves the script of that under its first name), and that launch died before it wrote down any."""
+    if submitted(run) or not shutil.which("squeue") or not run.config_path.is_file():
+        return bool(submitted(run))
+    return run.config().cluster.kind == "slurm" or any(next(run.path.glob(f"{node}/submit/.submission_file_*"), None) for node in ("*", "*/*"))
 
 
 # ---- submitting ----

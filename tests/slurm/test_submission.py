@@ -299,31 +299,34 @@ def test_where_slurm_refuses_a_launch_jobs_read_what_they_were_submitted_with(dr
     assert (tmp_path / "run/config.yaml").read_bytes() == before
 
 
-def with_sbatch(env: dict[str, str], folder: Path, script: str) -> dict[str, str]:
-    """The environment in which sbatch is a script; ``$SBATCH`` is the real one."""
-    path = folder / "bin/sbatch"
-    path.parent.mkdir()
-    path.write_text(f"#!/bin/bash\nSBATCH={shutil.which('sbatch', path=env['PATH'])}\n{script}\n")
-    path.chmod(0o755)
-    return {**env, "PATH": f"{path.parent}:{env['PATH']}"}
+def with_programs(env: dict[str, str], folder: Path, **scripts: str) -> dict[str, str]:
+    """The environment in which Slurm's programs are scripts; ``$REAL`` is the real one."""
+    (folder / "bin").mkdir()
+    for name, script in scripts.items():
+        (folder / "bin" / name).write_text(f"#!/bin/bash\nREAL={shutil.which(name, path=env['PATH'])}\n{script}\n")
+        (folder / "bin" / name).chmod(0o755)
+    return {**env, "PATH": f"{folder}/bin:{env['PATH']}"}
 
 
-def launching(env: dict[str, str], folder: Path, items: list[str]) -> tuple[dict[str, str], subprocess.Popen[str]]:
+def launching(env: dict[str, str], folder: Path, items: list[str]) -> subprocess.Popen[str]:
     """A launch whose first job Slurm has accepted, and of which sbatch has not told yet."""
-    slow = with_sbatch(env, folder, f'$SBATCH "$@"; code=$?; touch {folder}/accepted; sleep 2; exit $code')
+    slow = with_programs(env, folder, sbatch=f'$REAL "$@"; code=$?; touch {folder}/accepted; sleep 2; exit $code')
     process = subprocess.Popen([sys.executable, "-m", "skinsynth", "launch", "configs/demo.yaml", *items], cwd=ROOT, text=True, env=slow,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # what runs in the background ignores it
     until("sbatch has submitted", (folder / "accepted").exists, 60, process)
-    return slow, process
+    return process
 
 
 @pytest.mark.slurm
 @pytest.mark.parametrize("way", ["Ctrl-C", "cancel"])
 def test_what_sbatch_was_submitting_when_the_launch_was_stopped_is_taken_back(slurm: dict[str, str], drawn: Path, tmp_path: Path, way: str) -> None:
-    _, process = launching(slurm, tmp_path, [*overrides(drawn, tmp_path), "cluster=devcluster", "cluster.extra={hold: true}"])
-    run = RunDir(tmp_path / "run")
-    assert len(slurm_active(slurm, run)) == 1
+    """What an earlier launch submitted is for cancel alone."""
+    run, items = RunDir(tmp_path / "run"), [*overrides(drawn, tmp_path), "cluster=devcluster", "cluster.extra={hold: true}"]
+    assert run_skinsynth(slurm, "launch", "configs/demo.yaml", *items, "--until", "prepare").returncode == 0
+    before = slurm_active(slurm, run)
+    process = launching(slurm, tmp_path, items)
+    assert len(slurm_active(slurm, run)) == len(before) + 1
     if way == "cancel":
         assert run_skinsynth(slurm, "cancel", str(run.path)).returncode == 0
     else:
@@ -331,26 +334,47 @@ def test_what_sbatch_was_submitting_when_the_launch_was_stopped_is_taken_back(sl
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 130, said
     assert "cancelled what had been submitted" in said
-    assert slurm_active(slurm, run) == []
+    assert slurm_active(slurm, run) == ([] if way == "cancel" else before)
+
+
+TIMED_OUT = "Batch job submission failed: Socket timed out on send/recv operation"
+
+
+def unconfirmed(folder: Path) -> str:
+    """An sbatch that waits in vain for the answer to what it submitted."""
+    return f'$REAL "$@" | tee {folder}/accepted; echo "sbatch: error: {TIMED_OUT}" >&2; exit 1'
 
 
 @pytest.mark.slurm
 def test_what_slurm_accepted_though_sbatch_says_no_is_taken_back(slurm: dict[str, str], drawn: Path, tmp_path: Path) -> None:
-    why = "Batch job submission failed: Socket timed out on send/recv operation"
-    env = with_sbatch(slurm, tmp_path, f'$SBATCH "$@" | tee -a {tmp_path}/accepted; echo "sbatch: error: {why}" >&2; exit 1')
+    env = with_programs(slurm, tmp_path, sbatch=unconfirmed(tmp_path))
     done = run_skinsynth(env, "launch", "configs/demo.yaml", *overrides(drawn, tmp_path), "cluster=devcluster", "cluster.extra={hold: true}")
     assert done.returncode == 1
-    assert f"prepare could not be submitted; sbatch: {why}" in done.stderr
+    assert f"prepare could not be submitted; sbatch: {TIMED_OUT}" in done.stderr
     assert "Submitted batch job" in (tmp_path / "accepted").read_text()
     assert "cancelled what had been submitted" in done.stdout
     assert slurm_active(slurm, RunDir(tmp_path / "run")) == []
 
 
 @pytest.mark.slurm
+def test_what_could_not_be_taken_back_is_cancelled_later(slurm: dict[str, str], drawn: Path, tmp_path: Path) -> None:
+    """Slurm took a job, sbatch did not hear of it, and then nobody heard anything any more. The run was a local one before."""
+    run, items = RunDir(tmp_path / "run"), overrides(drawn, tmp_path)
+    run.create(config.load("configs/demo.yaml", items))
+    env = with_programs(slurm, tmp_path, sbatch=unconfirmed(tmp_path), squeue=f'[ ! -e {tmp_path}/accepted ] && exec $REAL "$@"; exit 1')
+    done = run_skinsynth(env, "launch", "configs/demo.yaml", *items, "cluster=devcluster", "cluster.extra={hold: true}")
+    assert f"whether Slurm took the job all the same is not known (squeue: exit status 1); 'skinsynth cancel {run.path}' does it later" in done.stdout
+    assert run.config().cluster.kind == "local"
+    assert len(slurm_active(slurm, run)) == 1
+    assert "cancelled" in run_skinsynth(slurm, "cancel", str(run.path)).stdout
+    assert slurm_active(slurm, run) == []
+
+
+@pytest.mark.slurm
 def test_what_a_launch_that_died_had_submitted_is_seen(slurm: dict[str, str], drawn: Path, tmp_path: Path) -> None:
     """It was killed before it could write down the job's number."""
     items, run = overrides(drawn, tmp_path), RunDir(tmp_path / "run")
-    _, process = launching(slurm, tmp_path, [*items, "cluster=devcluster", "cluster.extra={hold: true}"])
+    process = launching(slurm, tmp_path, [*items, "cluster=devcluster", "cluster.extra={hold: true}"])
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (run.path / "jobs.json").exists()
