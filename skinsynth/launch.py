@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import signal
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -30,6 +31,8 @@ def launch(cfg: Config, console: Console, earlier: RunDir | None = None, until: 
             message, its log).
     """
     run, nodes = RunDir(Path(cfg.run)), chain(cfg, until)
+    if cfg.cluster.kind == "slurm":
+        slurm.check_path(run)
     run.check(cfg)
     given.check_unchanged(cfg, run, lambda line: console.print(line, highlight=False, soft_wrap=True))
     if all(run.is_done(node.name) for node in nodes):
@@ -44,24 +47,24 @@ def launch(cfg: Config, console: Console, earlier: RunDir | None = None, until: 
         if cfg.cluster.kind != "slurm":
             _not_with_slurm(run, nodes)
         _same_mode(cfg, run)
-        before = run.config_path.read_bytes() if run.config_path.exists() else None
+        before, last = (run.config_path.read_bytes(), run.config()) if run.config_path.exists() else (None, None)
         if earlier:
             check_names(cfg, run, earlier)
         if not run.is_done("prepare"):  # told now like a missing model; and the folder would keep a name that was misspelt
             given.check(cfg)
+        stop_processes(run, console, "stopping what an earlier launch left running:")  # two writers of one stage must not meet
         run.create(cfg)
         if earlier:
             take_over(cfg, run, earlier, console)
         if cfg.cluster.kind == "slurm":
             try:
-                slurm.submit_chain(cfg, run, nodes, console)
+                slurm.submit_chain(cfg, run, nodes, console, last)
             except BaseException:
                 if before is not None:  # what was queued before goes on with what it was submitted with
                     write_bytes(run.config_path, before)
                 raise
             console.print(f"see it with: skinsynth status {run.path} --watch", highlight=False, soft_wrap=True)
             return
-        stop_processes(run, console, "stopping what an earlier launch left running:")
         if cfg.cluster.kind == "debug":
             in_process(run, nodes)
         else:
@@ -77,8 +80,8 @@ def in_process(run: RunDir, nodes: list[Node]) -> None:
 
 def _not_with_slurm(run: RunDir, nodes: list[Node]) -> None:
     """Two writers of one stage must not meet."""
-    if slurm.submitted(run):
-        active = slurm.queued(slurm.job_name(run, n.name) for n in nodes)
+    if slurm.may_have(run):
+        active = slurm.queued_of(run, [n.name for n in nodes])
         if active:
             raise UserError(f"jobs {', '.join(active)} of {run.path} are with Slurm: wait for them, or 'skinsynth cancel {run.path}'")
 
@@ -86,8 +89,8 @@ def _not_with_slurm(run: RunDir, nodes: list[Node]) -> None:
 def _same_mode(cfg: Config, run: RunDir) -> None:
     """Jobs of an array that find themselves told to be a gang would each do all of it, and the other way round."""
     before = run.config().generate.mode if run.config_path.exists() else cfg.generate.mode
-    if before != cfg.generate.mode and slurm.submitted(run):
-        active = slurm.queued([slurm.job_name(run, "generate")])
+    if before != cfg.generate.mode and slurm.may_have(run):
+        active = slurm.queued_of(run, ["generate"])
         if active:
             raise UserError(f"generate.mode={cfg.generate.mode}, but jobs {slurm.span(list(active))} were submitted with {before}: wait for them, "
                             f"or 'skinsynth cancel {run.path} generate' first")
@@ -125,9 +128,14 @@ def cancel(run: RunDir, stage: str | None, console: Console) -> None:
         except PermissionError:
             raise UserError(f"{run.path} is being launched by another user (process {owner[1]}): ask them to stop it") from None
         console.print(f"told the launch (process {owner[1]}) to stop; it saves its state first")
-    elif slurm.submitted(run):
-        active = slurm.queued(slurm.job_name(run, name) for name in chosen)
+        if run.config().cluster.kind != "slurm":
+            return
+        while run.lock_owner() == owner:  # it takes back what it submitted; what was with Slurm before it is left
+            time.sleep(0.2)
+    stopped = stop_processes(run, console, "stopping what a launch that was killed left running:", chosen)
+    if slurm.may_have(run):
+        active = slurm.queued_of(run, chosen)
         slurm.cancel(active)
         console.print(f"cancelled {slurm.span(list(active))}" if active else "nothing of it is with Slurm")
-    else:
+    elif not stopped:
         console.print(f"nothing of {run.path} is running")

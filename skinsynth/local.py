@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +21,7 @@ from skinsynth.errors import UserError
 from skinsynth.files import birth, read_json, write_json
 from skinsynth.knobs import Config
 from skinsynth.run import RunDir, Task
+from skinsynth.signals import undisturbed
 from skinsynth.status import LiveTable, newest_log
 
 GRACE = 30  # seconds that a job has to save its state when the launch is stopped
@@ -165,7 +165,7 @@ class Local:
         # minutes are Slurm's: nobody starts a job anew here that was stopped for having taken its time
         executor.update_parameters(timeout_min=10**6, tasks_per_node=wanted.tasks_per_node if gang else 1, stderr_to_stdout=True)
         mine = self._free_gpus()[:self._gpus(node)]
-        with _undisturbed():  # no job may run that is not on the list
+        with undisturbed():  # no job may run that is not on the list
             started = {task.index: executor.submit(StageJob(node.name, str(self.run.path), task.index, task.count, ",".join(mine)))
                        for task in tasks}
             self.held |= {job.job_id: mine for job in started.values()}
@@ -177,14 +177,15 @@ class Local:
             write_json(self.run.path / "processes.json", [{"node": name, "pid": pid, "born": birth(pid)} for name, pid in pids])
 
 
-def stop_processes(run: RunDir, console: Console, why: str) -> None:
-    """Ends the run's jobs that are alive, those of an earlier launch that was killed too: two writers of one stage must not meet.
-    They are given time to save their state. Ctrl-C breaks off the waiting, and not before all of them are told to stop."""
+def stop_processes(run: RunDir, console: Console, why: str, nodes: list[str] | None = None) -> bool:
+    """Ends the run's jobs that are alive, those of an earlier launch that was killed too: two writers of one stage must not meet. ``nodes``: theirs
+    alone. They are given time to save their state. Ctrl-C breaks off the waiting, and not before all of them are told to stop. Returns whether
+    there were any."""
     family: list[psutil.Process] = []
     try:
-        with _undisturbed():  # some wrappers signal this process and then its group, so that Ctrl-C comes twice
+        with undisturbed():  # some wrappers signal this process and then its group, so that Ctrl-C comes twice
             for job in read_json(run.path / "processes.json") or []:
-                if job["born"] is None or birth(job["pid"]) != job["born"]:
+                if job["born"] is None or birth(job["pid"]) != job["born"] or (nodes is not None and job["node"] not in nodes):
                     continue
                 try:
                     found = [psutil.Process(job["pid"])]
@@ -203,23 +204,7 @@ def stop_processes(run: RunDir, console: Console, why: str) -> None:
         left = [str(process.pid) for process in family if process in alive and birth(process.pid)]
         if left:
             console.print(f"told to stop, but still running: process {', '.join(left)}", highlight=False, soft_wrap=True)
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait for the end of the block. From a process that is started inside, Ctrl-C is held back for good: it is for the
-    launch, which then stops its jobs in order."""
-    came: list[int] = []
-    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # for the processes, which inherit it, but no handler
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for heard in dict.fromkeys(came):
-            signal.raise_signal(heard)
+    return bool(family)
 
 
 def _signal(process: psutil.Process, number: int) -> None:

@@ -1,7 +1,7 @@
 """Slurm: what is submitted for each node of the chain, and what Slurm says of it. No torch here.
 
 Jobs are found again by their name, which is made of the run's path and the node, so a launch that died between ``sbatch`` and
-writing down what it got leaves nothing that the next one would not see.
+writing down what it got leaves nothing that the next one would not see; and by the number that was written down, wherever the run is seen from.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -28,9 +29,11 @@ from skinsynth.errors import UserError
 from skinsynth.files import read_json, write_json
 from skinsynth.knobs import Config
 from skinsynth.run import RunDir, Task
+from skinsynth.signals import undisturbed
 
 JOBS_OWN = re.compile(r"(SLURM_(?!CONF|CLUSTERS$|JWT$)|SRUN_|SQUEUE_|SACCT_|SUBMITIT_)|(RANK|LOCAL_RANK|WORLD_SIZE)$")
 HELD = ("launch failed requeued held", "JobHoldMaxRequeue")  # Slurm's reasons of a job that it put on hold by itself
+UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "REQUEUED", "SUSPENDED")
 SCRIPTS = Path(__file__).resolve().parent.parent / "slurm"
 
 
@@ -93,9 +96,40 @@ def own_environment() -> Iterator[None]:
 
 def queued(names: Iterable[str]) -> dict[str, Job]:
     """The jobs of these names that Slurm has not finished, by id; the tasks of an array one by one."""
-    lines = ask("squeue", "--noheader", "--array", f"--name={','.join(names)}", "--format=%i|%T|%N|%j|%r").splitlines()
-    found = [Job(i, state, reason, nodes, name) for i, state, nodes, name, reason in (line.split("|", 4) for line in lines)]
-    return {job.id: job for job in found}
+    return {job.id: job for _, job in _queue(f"--name={','.join(names)}", "%i|%T|%N|%j|%r")}
+
+
+def queued_of(run: RunDir, nodes: Iterable[str]) -> dict[str, Job]:
+    """The same of a run's nodes, and with them what was submitted where the run has another path (a bind mount, another host's), and so jobs of
+    other names: the ids that are written down tell."""
+    names = {node: job_name(run, node) for node in nodes}
+    found = queued(names.values())
+    seen, undone = {i.split("_")[0] for i in found}, {node for node in names if not run.is_done(node)}
+    noted = {job.id: job.node for job in submitted(run) if job.node in undone and job.id.split("_")[0] not in seen}
+    if noted:
+        whole = ",".join(sorted({i.split("_")[0] for i in noted}))
+        try:
+            there = _queue(f"--jobs={whole}", "%o|%i|%T|%N|%j|%r")
+        except SlurmError as error:
+            if "Invalid job id" not in str(error):  # it has forgotten all of them
+                raise
+            there = []
+        found |= {job.id: job for script, job in there if job.id in noted and _submitted_here(run, noted[job.id], script, job)}
+    return found
+
+
+def _queue(chosen: str, form: str) -> list[tuple[str, Job]]:
+    """What stands in a line before the job's own columns, and the job."""
+    rows = (line.rsplit("|", 5) for line in ask("squeue", "--noheader", "--array", chosen, f"--format={form}").splitlines())
+    return [(before[0] if before else "", Job(i, state, reason, nodes, name)) for *before, i, state, nodes, name, reason in rows]
+
+
+def _submitted_here(run: RunDir, node: str, script: str, job: Job) -> bool:
+    """Not so of a copy of a run, which has its list of jobs, too, nor of another's job that Slurm has given an old number."""
+    try:
+        return Path(script).parent.stat().st_ino == (run.node(node) / "submit").stat().st_ino
+    except OSError:  # a path of another host
+        return job.name.rpartition("-")[0] == job_name(run, node).rpartition("-")[0]
 
 
 def ended(ids: Iterable[str]) -> dict[str, Job]:
@@ -122,7 +156,7 @@ def _accounting(whole: list[str]) -> list[Job]:
     except SlurmError:
         return []
     found = [Job(i, state.split()[0], reason, nodes) for i, state, nodes, reason in (line.split("|", 3) for line in lines)]
-    return [job for job in found if job.state not in ("PENDING", "RUNNING", "REQUEUED")]  # squeue, which is newer, knows better
+    return [job for job in found if job.state not in UNFINISHED]  # squeue, which is newer, knows better
 
 
 def _controller(job: str) -> list[Job]:
@@ -163,10 +197,27 @@ def note(run: RunDir, jobs: list[Submitted]) -> None:
     write_json(run.path / "jobs.json", [asdict(job) for job in jobs])
 
 
+def may_have(run: RunDir) -> bool:
+    """Whether Slurm may have jobs of the run: some are written down; or it was launched there last, or sbatch did not say which job it submitted
+    (submitit leaves the script of that under its first name), and that launch died before it wrote down any."""
+    if submitted(run) or not shutil.which("squeue") or not run.config_path.is_file():
+        return bool(submitted(run))
+    return run.config().cluster.kind == "slurm" or any(next(run.path.glob(f"{node}/submit/.submission_file_*"), None) for node in ("*", "*/*"))
+
+
 # ---- submitting ----
+
+def check_path(run: RunDir) -> None:
+    """Raises ``UserError`` where Slurm would make other names of logs out of the run's path: what is a pattern in them cannot be quoted there."""
+    path = str(run.path.resolve())
+    for sign in "%\\":
+        if sign in path:
+            raise UserError(f"run: there is a '{sign}' in {path}, which Slurm does not take as it is in the names of logs: give a path without it")
+
 
 def parameters(cfg: Config, run: RunDir, node: str, dependency: list[str], tasks: Sequence[int] = (0,)) -> dict[str, Any]:
     """What submitit turns into ``#SBATCH`` lines and the commands around ``srun``. ``tasks``: the numbers of the node's tasks that are submitted."""
+    check_path(run)
     stage, cluster = node.split("/")[0], cfg.cluster
     wanted, site, gang = cluster.of(stage), cluster.site(stage), stages.is_gang(cfg, stage)
     extra, memory = site.pop("extra"), site.pop("mem_gb", None)
@@ -210,7 +261,6 @@ def script(cfg: Config, run: RunDir, node: str, tasks: int, dependency: list[str
 def submit(cfg: Config, run: RunDir, node: str, tasks: list[Task], dependency: list[str]) -> list[Submitted]:
     """One job for a gang, one array for the tasks of a unit stage or the gangs of an arm's seeds."""
     for task in tasks:
-        run.failed_path(node, task.index).unlink(missing_ok=True)
         run.begin_anew(node, task.index)
     calls = [StageJob(node, str(run.path), task.index, task.count) for task in tasks]
     ids = sbatch(cfg, run.node(node) / "submit", parameters(cfg, run, node, dependency, [task.index for task in tasks]), calls, node)
@@ -235,20 +285,20 @@ def sbatch(cfg: Config, folder: Path, wanted: dict[str, Any], calls: list[Any], 
         raise SlurmError(f"{what} could not be submitted; sbatch: {_words(str(error))}") from None
 
 
-def submit_chain(cfg: Config, run: RunDir, nodes: list[Node], console: Console) -> None:
-    """Submits what is neither done nor with Slurm already, each node after those that it needs.
+def submit_chain(cfg: Config, run: RunDir, nodes: list[Node], console: Console, last: Config | None = None) -> None:
+    """Submits what is neither done nor with Slurm already, each node after those that it needs. ``last``: the configuration of the launch before.
 
     Raises:
         SlurmError: Slurm does not answer or refuses a job; then nothing of this launch is left in the queue.
     """
-    active = _settled([job_name(run, n.name) for n in nodes], console)
+    active = _settled(run, nodes, console)
     _release(active, console)
     strays = sorted(active.keys() - {job.id for job in submitted(run)})
     if strays:
         console.print(f"cancelling what a launch that died had submitted: {', '.join(strays)}")
         cancel(strays)
     new: list[Submitted] = []
-    before = submitted(run)
+    before, told = submitted(run), _failures(run, nodes)
     try:
         for node in nodes:
             if run.is_done(node.name):
@@ -260,19 +310,36 @@ def submit_chain(cfg: Config, run: RunDir, nodes: list[Node], console: Console) 
                 cancel(job.id for job in kept)  # they wait for jobs that are no more
                 kept = []
             tasks = _missing(cfg, run, node, kept)
+            stays = f"with Slurm already: {span([job.id for job in kept])}{_unlike(cfg, last, run, node, kept)}" if kept else ""
             if not tasks:
-                console.print(f"{node.name:<20} with Slurm already: {span([job.id for job in kept])}")
+                console.print(f"{node.name:<20} {stays}", highlight=False, soft_wrap=True)
                 continue
             needed = [job.id for job in submitted(run) if job.node in node.needs and (job.id in active or job in new)]
-            jobs = submit(cfg, run, node.name, tasks, sorted({_whole(i, active, new) for i in needed}))
-            new += jobs
-            note(run, _merged(submitted(run), jobs))
+            with undisturbed():  # sbatch that is broken off may have submitted its job all the same
+                jobs = submit(cfg, run, node.name, tasks, sorted({_whole(i, active, new) for i in needed}))
+                new += jobs
+                note(run, _merged(submitted(run), jobs))
             after = f", after {' and '.join(n for n in node.needs if not run.is_done(n))}" if needed else ""
             share = "" if len(tasks) == tasks[0].count else f" (tasks {span([str(t.index) for t in tasks])} of {tasks[0].count})"
-            console.print(f"{node.name:<20} submitted as {span([job.id for job in jobs])}{share}{after}", highlight=False, soft_wrap=True)
+            line = "; ".join(part for part in (f"submitted as {span([job.id for job in jobs])}{share}{after}", stays) if part)
+            console.print(f"{node.name:<20} {line}", highlight=False, soft_wrap=True)
     except BaseException:
-        _take_back(run, new, before, console)
+        with undisturbed():
+            _take_back(run, nodes, new, before, active, console)
         raise
+    now = _failures(run, nodes)
+    for path in (run.failed_path(job.node, job.task) for job in new):
+        if path in now and now[path] == told.get(path):  # not what the new job has told meanwhile
+            path.unlink(missing_ok=True)
+
+
+def _failures(run: RunDir, nodes: list[Node]) -> dict[Path, int]:
+    """The files that tell why a task failed, and when each was written."""
+    found = {}
+    for path in (path for node in nodes for path in run.failed_path(node.name).parent.glob("*.json")):
+        with contextlib.suppress(FileNotFoundError):  # its task begins just now
+            found[path] = path.stat().st_mtime_ns
+    return found
 
 
 def _release(active: dict[str, Job], console: Console) -> None:
@@ -284,25 +351,29 @@ def _release(active: dict[str, Job], console: Console) -> None:
         console.print(f"released what Slurm held because it could not be started: {span(held)} ({active[held[0]].reason})", highlight=False)
 
 
-def _take_back(run: RunDir, new: list[Submitted], before: list[Submitted], console: Console) -> None:
-    """Cancels what this launch submitted; where Slurm does not hear that either, names it and keeps it written down."""
-    if not new:
-        return
+def _take_back(run: RunDir, nodes: list[Node], new: list[Submitted], before: list[Submitted], known: Iterable[str], console: Console) -> None:
+    """Cancels what this launch submitted, also what Slurm took though sbatch said that it did not (no answer in time, killed); ``known``: what was
+    with Slurm before. Where Slurm does not hear that either, names it and keeps it written down."""
     ids = [job.id for job in new]
     try:
         cancel(ids)
+        unheard = sorted(queued_of(run, [n.name for n in nodes]).keys() - {*ids, *known})
+        cancel(unheard)
     except SlurmError as error:
-        console.print(f"still with Slurm: {span(ids)}, since it could not be cancelled ({error}); 'skinsynth cancel {run.path}' does it later")
+        left = f"still with Slurm: {span(ids)}, since it could not be cancelled" if ids else "whether Slurm took the job all the same is not known"
+        console.print(f"{left} ({error}); 'skinsynth cancel {run.path}' does it later", highlight=False, soft_wrap=True)
         return
-    note(run, before)
-    console.print(f"cancelled what had been submitted: {span(ids)}")
+    if ids:
+        note(run, before)
+    if ids or unheard:
+        console.print(f"cancelled what had been submitted: {span(ids + unheard)}", highlight=False, soft_wrap=True)
 
 
-def _settled(names: list[str], console: Console, patience: float = 60) -> dict[str, Job]:
+def _settled(run: RunDir, nodes: list[Node], console: Console, patience: float = 60) -> dict[str, Job]:
     """What is with Slurm, once jobs that are just ending have ended: whether they did their share is known only then."""
     end, told = time.time() + patience, False
     while True:
-        active = queued(names)
+        active = queued_of(run, [n.name for n in nodes])
         ending = [job.id for job in active.values() if job.state == "COMPLETING"]
         if not ending or time.time() > end:
             return active
@@ -319,6 +390,24 @@ def _missing(cfg: Config, run: RunDir, node: Node, kept: list[Submitted]) -> lis
         return []
     left = run.unfinished(node.name, count) or list(range(count))
     return [Task(i, count) for i in left if i not in {job.task for job in kept}]
+
+
+def _unlike(cfg: Config, last: Config | None, run: RunDir, node: Node, kept: list[Submitted]) -> str:
+    """In what the jobs that stay with Slurm are not those that this launch would submit."""
+    found = []
+    if last and _site_keys(cfg, node.stage) != _site_keys(last, node.stage):
+        found.append(f"submitted with other cluster keys: 'skinsynth cancel {run.path}' first")
+    count = kept[0].tasks
+    missing = len(set(run.unfinished(node.name, count)) - {job.task for job in kept})
+    if count != node.tasks(cfg) and missing:
+        found.append(f"{missing} of its {count} tasks {'is' if missing == 1 else 'are'} missing: launch again once these have ended")
+    return f" ({'; '.join(found)})" if found else ""
+
+
+def _site_keys(cfg: Config, stage: str) -> tuple[object, ...]:
+    """The cluster's keys that a stage's jobs are submitted with."""
+    cluster = cfg.cluster
+    return cluster.of(stage), cluster.site(stage), cluster.env, cluster.python, cluster.signal_seconds
 
 
 def _merged(old: list[Submitted], new: list[Submitted]) -> list[Submitted]:

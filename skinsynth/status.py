@@ -112,11 +112,13 @@ class Answer:
 
 def ask_slurm(run: RunDir) -> Answer:
     nodes, jobs = chain(run.config()), slurm.submitted(run)
-    if not jobs or all(run.is_done(node.name) for node in nodes):
+    if not slurm.may_have(run) or all(run.is_done(node.name) for node in nodes):
         return Answer({}, {})
     try:
-        active = slurm.queued(slurm.job_name(run, n.name) for n in nodes)
-        return Answer(active, slurm.ended(job.id for job in jobs if job.id not in active and not run.is_done(job.node)))
+        active = slurm.queued_of(run, [n.name for n in nodes])
+        fates = slurm.ended(job.id for job in jobs if job.id not in active and not run.is_done(job.node))
+        again = {i: job for i, job in fates.items() if job.state in slurm.UNFINISHED}  # requeued between the two questions
+        return Answer(active | again, fates)
     except slurm.SlurmError as error:
         return Answer({}, {}, str(error))
 
@@ -134,7 +136,8 @@ def rows(run: RunDir, answer: Answer | None = None) -> tuple[list[Row], str | No
     elsewhere = launching[0] if launching and launching[0] != platform.node() else None  # whose processes cannot be seen from here
     found: list[Row] = []
     for node in nodes:
-        mine = [job.id for job in jobs if job.node == node.name]
+        name, noted = slurm.job_name(run, node.name), [job.id for job in jobs if job.node == node.name]
+        mine = noted + sorted(job.id for job in active.values() if job.name == name and job.id not in noted)
         if run.is_done(node.name):
             found.append(described(run, node, "done"))
         elif node.name in alive:
@@ -144,7 +147,9 @@ def rows(run: RunDir, answer: Answer | None = None) -> tuple[list[Row], str | No
         elif mine and complaint:
             found.append(described(run, node, "unknown", "Slurm does not answer"))
         elif mine:
-            found.append(_with_slurm(run, node, [active.get(i) or ended.get(i) for i in mine], active))
+            going = {job.node for job in jobs if job.id in active}
+            lost = [need for need in node.needs if not run.is_done(need) and need not in going]
+            found.append(_with_slurm(run, node, [active.get(i) or ended.get(i) for i in mine], active, lost))
         else:
             found.append(_idle(run, node))
     return found, complaint
@@ -168,8 +173,9 @@ def _idle(run: RunDir, node: Node) -> Row:
     return described(run, node, "stopped" if progress_of(run, node.name) else "waiting")
 
 
-def _with_slurm(run: RunDir, node: Node, jobs: list[slurm.Job | None], active: dict[str, slurm.Job]) -> Row:
-    """Running before pending before how it ended; the reason in Slurm's words, or in the job's own where it failed."""
+def _with_slurm(run: RunDir, node: Node, jobs: list[slurm.Job | None], active: dict[str, slurm.Job], lost: list[str]) -> Row:
+    """Running before pending before how it ended; the reason in Slurm's words, or in the job's own where it failed. ``lost``: what it needs and what
+    ended without being done."""
     present, failures = [job for job in jobs if job], run.failures(node.name)
     live = [job for job in present if job.id in active]
     running = [job for job in live if job.state != "PENDING"]
@@ -180,18 +186,18 @@ def _with_slurm(run: RunDir, node: Node, jobs: list[slurm.Job | None], active: d
     elif failures:
         row = described(run, node, "failed", _first(failures))
     else:
-        row = described(run, node, *_ending(run, node, present))
+        row = described(run, node, *_ending(run, node, present, lost))
     row.tasks = dict(Counter(job.state for job in present))
     row.nodes = ",".join(sorted({job.nodes for job in running if job.nodes}))
     return row
 
 
-def _ending(run: RunDir, node: Node, jobs: list[slurm.Job]) -> tuple[str, str]:
-    missing, begun = [need for need in node.needs if not run.is_done(need)], (run.node(node.name) / "progress").exists()
+def _ending(run: RunDir, node: Node, jobs: list[slurm.Job], lost: list[str]) -> tuple[str, str]:
+    begun = (run.node(node.name) / "progress").exists()
     bad = [job for job in jobs if job.state != "COMPLETED"]
     cancelled = all(job.state == "CANCELLED" for job in bad)
-    if missing and not begun and cancelled:
-        return "stopped", f"cancelled, since {' and '.join(missing)} did not finish"
+    if lost and not begun and cancelled:
+        return "stopped", f"cancelled, since {' and '.join(lost)} did not finish"
     if not bad:
         return "stopped", "its jobs ended, but it is not complete: launch again"
     return ("stopped" if cancelled else "failed"), f"Slurm: {', '.join(sorted({job.state for job in bad}))}"

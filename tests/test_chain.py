@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import psutil
@@ -69,6 +71,19 @@ def kill_alone_and_stop(arguments: list[str], folder: Path) -> None:
     assert "the same command goes on" in output
     assert "stopping what an earlier launch left running" in output
     assert jobs_alive(folder) == []
+
+
+def test_a_terminal_that_is_closed_stops_the_launch_and_its_jobs(drawn: Path, tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    launch = subprocess.Popen([sys.executable, "-m", "skinsynth", "launch", "configs/demo.yaml", *overrides(drawn, tmp_path)], cwd=ROOT,
+                              stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+                              preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(theirs)
+    until("a job of its own", lambda: jobs_alive(tmp_path, launch.pid), 60)
+    os.close(ours)
+    assert launch.wait(60) == 130
+    assert jobs_alive(tmp_path) == []
+    assert not (tmp_path / "run/processes.json").exists(), "it stopped them in order"
 
 
 @pytest.mark.timeout(600)

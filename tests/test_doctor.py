@@ -20,7 +20,7 @@ from skinsynth.data import isic
 from skinsynth.data.shards import ShardWriter, write_manifest
 from skinsynth.doctor import check, cluster, login, node
 from skinsynth.doctor.check import Check
-from skinsynth.doctor.submit import job_parameters, together
+from skinsynth.doctor.submit import job_parameters, look, together
 from skinsynth.estimate import Stage
 from skinsynth.run import RunDir
 
@@ -83,6 +83,18 @@ def test_slurm_is_wanted_and_not_there(tmp_path: Path) -> None:
                           text=True, timeout=60, check=False, env={**os.environ, "PATH": str(tmp_path)})
     assert done.returncode == 1
     assert "fail  slurm              sbatch is not there" in done.stdout
+
+
+def test_a_ctrl_c_while_the_job_is_submitted_cancels_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submits = "kill -INT $PPID; sleep 0.2; echo Submitted batch job 7"
+    for name, does in {"sbatch": submits, "srun": "", "scancel": f'echo "$@" > {tmp_path}/told'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    cfg = config.load("configs/demo.yaml", ["cluster=slurm", f"run={tmp_path / 'run'}", f"data.shards={tmp_path / 'shards'}"])
+    with pytest.raises(KeyboardInterrupt):
+        look(cfg, 60, print)
+    assert (tmp_path / "told").read_text() == "7\n"
 
 
 def test_submit_needs_a_configuration_and_slurm() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, overrides
 
-LAYERS = [{"errors", "cpu"}, {"files", "knobs"}, {"config"}, {"run"}, {"world", "reuse"}, {"data"}, {"models"}, {"quality", "train"}, {"pages"},
-          {"stages"}, {"withdraw"}, {"chain"}, {"slurm"}, {"status"}, {"speeds", "counts"}, {"estimate"}, {"doctor"}, {"local"},
+LAYERS = [{"errors", "cpu", "signals"}, {"files", "knobs"}, {"config"}, {"run"}, {"world", "reuse"}, {"data"}, {"models"}, {"quality", "train"},
+          {"pages"}, {"stages"}, {"withdraw"}, {"chain"}, {"slurm"}, {"status"}, {"speeds", "counts"}, {"estimate"}, {"doctor"}, {"local"},
           {"launch"}, {"cli"}, {"__main__"}]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = [p for p in sorted((ROOT / "skinsynth").rglob("*.py")) if p != ROOT / "skinsynth/__init__.py"]

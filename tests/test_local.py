@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -73,6 +75,20 @@ def test_a_second_ctrl_c_leaves_the_list_to_the_next_launch(launch: Local, start
     assert [job["pid"] for job in read_json(launch.run.path / "processes.json")] == [int(started[0].job_id)]
     stop_processes(launch.run, Console(quiet=True), "stopping")
     assert birth(int(started[0].job_id)) is None
+
+
+def test_under_nohup_neither_the_launch_nor_its_jobs_heed_a_terminal_that_is_closed() -> None:
+    code = """
+import signal, subprocess
+from skinsynth import signals
+signals.listen()
+with signals.undisturbed():
+    print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, flush=True)
+    subprocess.run(["sh", "-c", "kill -HUP $$; echo alive"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    assert done.stdout.split() == ["True", "alive"]
 
 
 class Pressing(Console):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -274,6 +276,88 @@ def test_where_jobs_are_with_slurm_a_refused_launch_changes_nothing(kind: str, t
     with pytest.raises(UserError, match=why):
         launches.launch(cfg, Console(quiet=True))
     assert run.config_path.read_bytes() == before
+
+
+def test_what_was_cancelled_while_what_it_needs_goes_on_does_not_blame_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    run = RunDir(tmp_path / "run")
+    run.create(config.load("configs/demo.yaml", [f"run={run.path}", "cluster=slurm"]))
+    slurm.note(run, [slurm.Submitted(node, str(17 + n), 0, 1) for n, node in enumerate(("prepare", "encode", "finetune"))])
+    programs(tmp_path / "bin", monkeypatch, squeue=f"echo '17|PENDING||{slurm.job_name(run, 'prepare')}|Resources'",
+             sacct="echo '18|CANCELLED by 0||'; echo '19|CANCELLED by 0||'")
+    found = [(row.node, row.state, row.detail) for row in status.rows(run)[0]]
+    assert found[:3] == [("prepare", "pending", "Resources"), ("encode", "stopped", "Slurm: CANCELLED"),
+                         ("finetune", "stopped", "cancelled, since encode did not finish")]
+
+
+OTHER_KEYS = "submitted with other cluster keys: 'skinsynth cancel RUN' first"
+
+
+@pytest.mark.parametrize(("keys", "queue", "told"), [
+    ([], [1, 2, 3], "with Slurm already: 17_1, 17_2, 17_3"),
+    (["cluster.partition=new"], [1, 2, 3], f"with Slurm already: 17_1, 17_2, 17_3 ({OTHER_KEYS})"),
+    (["cluster.partition=new"], [3], f"submitted as 18_0, 18_1 (tasks 1, 2 of 4); with Slurm already: 17_3 ({OTHER_KEYS})"),
+    (["cluster.stages.prepare.array=2"], [3],
+     f"with Slurm already: 17_3 ({OTHER_KEYS}; 2 of its 4 tasks are missing: launch again once these have ended)")])
+def test_what_is_with_slurm_and_unlike_what_would_be_submitted_is_told(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: list[str],
+                                                                      queue: list[int], told: str) -> None:
+    (tmp_path / "bin").mkdir()
+    run, items = RunDir(tmp_path / "run"), [*overrides(drawn, tmp_path), "cluster=slurm", "cluster.stages.prepare.array=4"]
+    run.create(config.load("configs/demo.yaml", items))
+    slurm.note(run, [slurm.Submitted("prepare", f"17_{n}", n, 4) for n in range(4)])
+    run.finish_task("prepare", Task(0, 4))
+    lines = [f"echo '17_{n}|PENDING||{slurm.job_name(run, 'prepare')}|None'" for n in queue]
+    programs(tmp_path / "bin", monkeypatch, squeue="\n".join(lines), srun="", sbatch="echo Submitted batch job 18")
+    console = Console(file=io.StringIO(), width=300)
+    launches.launch(config.load("configs/demo.yaml", [*items, *keys]), console, until="prepare")
+    said = console.file.getvalue().splitlines()[0]  # type: ignore[attr-defined]
+    assert said == f"{'prepare':<20} {told.replace('RUN', str(run.path))}"
+
+
+@pytest.fixture
+def left_running(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A job of a local launch that was killed."""
+    process = subprocess.Popen(["sleep", "60"])
+    write_json(tmp_path / "run/processes.json", [{"node": "encode", "pid": process.pid, "born": files.birth(process.pid)}])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_launch_on_slurm_stops_what_a_local_one_left_running(drawn: Path, tmp_path: Path, left_running: subprocess.Popen[bytes],
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    alive = f"grep -q sleep /proc/{left_running.pid}/cmdline && touch {tmp_path}/both"
+    programs(tmp_path / "bin", monkeypatch, squeue="", srun="", sbatch=f"{alive}; echo Submitted batch job 7")
+    told = Console(file=io.StringIO(), width=200)
+    launches.launch(config.load("configs/demo.yaml", [*overrides(drawn, tmp_path), "cluster=slurm"]), told, until="prepare")
+    assert f"stopping what an earlier launch left running: process {left_running.pid}" in told.file.getvalue()  # type: ignore[attr-defined]
+    assert len(slurm.submitted(RunDir(tmp_path / "run"))) > 0
+    assert not (tmp_path / "both").exists()
+
+
+def test_what_a_killed_launch_left_running_is_cancelled(tmp_path: Path, left_running: subprocess.Popen[bytes]) -> None:
+    run, told = RunDir(tmp_path / "run"), Console(file=io.StringIO(), width=200)
+    run.create(config.load("configs/demo.yaml", [f"run={run.path}"]))
+    launches.cancel(run, "finetune", told)
+    assert left_running.poll() is None, "it does encode"
+    launches.cancel(run, None, told)
+    assert left_running.poll() is not None
+    assert f"stopping what a launch that was killed left running: process {left_running.pid}" in told.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_why_a_stage_failed_is_told_until_it_is_submitted_again(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool) -> None:
+    (tmp_path / "bin").mkdir()
+    sbatch = ("grep -q prepare $1 || { echo full >&2; exit 1; }; " if refused else "") + "echo Submitted batch job 7"
+    programs(tmp_path / "bin", monkeypatch, squeue="", scancel="", srun="", sbatch=sbatch)
+    run = RunDir(tmp_path / "run")
+    for node in ("prepare", "encode"):
+        write_json(run.failed_path(node), {"node": node, "message": "no room"})
+    cfg = config.load("configs/demo.yaml", [*overrides(drawn, tmp_path), "cluster=slurm"])
+    with pytest.raises(UserError, match="encode could not be submitted; sbatch: full") if refused else contextlib.nullcontext():
+        launches.launch(cfg, Console(quiet=True), until="encode")
+    assert [run.failures(node) for node in ("prepare", "encode")] == [{0: "no room"} if refused else {}] * 2
 
 
 def test_a_task_that_is_submitted_anew_is_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

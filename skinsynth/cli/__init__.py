@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-
 import typer
 
+from skinsynth import signals
 from skinsynth.cli import datasets, runs  # noqa: F401  their commands
 from skinsynth.cli.app import app
 
@@ -16,7 +15,7 @@ def main() -> None:
     from skinsynth.errors import UserError
 
     red = None if os.environ.get("NO_COLOR") else "red"
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is a Ctrl-C
+    signals.listen()
     try:
         app()
     except UserError as error:

@@ -18,6 +18,7 @@ from skinsynth.errors import UserError
 from skinsynth.files import read_json, write_json, write_text
 from skinsynth.knobs import Config
 from skinsynth.run import RunDir
+from skinsynth.signals import undisturbed
 from skinsynth.world import place
 
 MINUTES = 10  # the job's time limit
@@ -55,7 +56,8 @@ def look(cfg: Config, wait: float, say: Callable[[str], None]) -> list[Check]:
     write_text(folder / "config.yaml", configs.dump(cfg))
     job = ""
     try:
-        job, name = _submit(cfg, run, folder)
+        with undisturbed():  # or the job's number would be lost
+            job, name = _submit(cfg, run, folder)
         say(f"job {job} is submitted: {wanted.nodes} nodes with {wanted.tasks_per_node} ranks each, for at most {MINUTES} minutes")
         found = _collect(job, name, folder, wanted.nodes * wanted.tasks_per_node, wait, say)
     except slurm.SlurmError as error:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, overrides, skinsynth
+from conftest import ROOT, overrides, skinsynth, until
 
-from skinsynth import config, slurm
+from skinsynth import config, slurm, status
 from skinsynth.chain import chain
 from skinsynth.files import read_json, write_json
 from skinsynth.run import RunDir, Task
@@ -264,6 +266,15 @@ def test_a_controller_that_does_not_answer_at_once_is_asked_again(tmp_path: Path
     assert told == ["requeue 7"] * 2 * turns, "the first of them failed"
 
 
+@pytest.mark.parametrize("more", [["--dry-run"], []])
+def test_a_path_that_slurm_would_change_is_refused(tmp_path: Path, more: list[str]) -> None:
+    for name, sign in (("50%", "%"), ("a\\b", "\\")):
+        done = skinsynth("launch", "configs/demo.yaml", "cluster=slurm", f"run={tmp_path / name / 'run'}", *more)
+        assert done.returncode == 1
+        assert f"run: there is a '{sign}' in {tmp_path / name}/run" in done.stderr
+        assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slurm
 def test_a_launch_that_is_refused_changes_nothing_that_queued_jobs_read(slurm: dict[str, str], drawn: Path, tmp_path: Path) -> None:
     arguments = ["launch", "configs/demo.yaml", *overrides(drawn, tmp_path)]
@@ -286,3 +297,134 @@ def test_where_slurm_refuses_a_launch_jobs_read_what_they_were_submitted_with(dr
     done = run_skinsynth({**os.environ, "PATH": str(tmp_path)}, *arguments, "cluster=slurm", "cluster.partition=new")
     assert "squeue is not there" in done.stderr
     assert (tmp_path / "run/config.yaml").read_bytes() == before
+
+
+def with_programs(env: dict[str, str], folder: Path, **scripts: str) -> dict[str, str]:
+    """The environment in which Slurm's programs are scripts; ``$REAL`` is the real one."""
+    (folder / "bin").mkdir()
+    for name, script in scripts.items():
+        (folder / "bin" / name).write_text(f"#!/bin/bash\nREAL={shutil.which(name, path=env['PATH'])}\n{script}\n")
+        (folder / "bin" / name).chmod(0o755)
+    return {**env, "PATH": f"{folder}/bin:{env['PATH']}"}
+
+
+def launching(env: dict[str, str], folder: Path, items: list[str]) -> subprocess.Popen[str]:
+    """A launch whose first job Slurm has accepted, and of which sbatch has not told yet."""
+    slow = with_programs(env, folder, sbatch=f'$REAL "$@"; code=$?; touch {folder}/accepted; sleep 2; exit $code')
+    process = subprocess.Popen([sys.executable, "-m", "skinsynth", "launch", "configs/demo.yaml", *items], cwd=ROOT, text=True, env=slow,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # what runs in the background ignores it
+    until("sbatch has submitted", (folder / "accepted").exists, 60, process)
+    return process
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("way", ["Ctrl-C", "cancel"])
+def test_what_sbatch_was_submitting_when_the_launch_was_stopped_is_taken_back(slurm: dict[str, str], drawn: Path, tmp_path: Path, way: str) -> None:
+    """What an earlier launch submitted is for cancel alone."""
+    run, items = RunDir(tmp_path / "run"), [*overrides(drawn, tmp_path), "cluster=devcluster", "cluster.extra={hold: true}"]
+    assert run_skinsynth(slurm, "launch", "configs/demo.yaml", *items, "--until", "prepare").returncode == 0
+    before = slurm_active(slurm, run)
+    process = launching(slurm, tmp_path, items)
+    assert len(slurm_active(slurm, run)) == len(before) + 1
+    if way == "cancel":
+        assert run_skinsynth(slurm, "cancel", str(run.path)).returncode == 0
+    else:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, said
+    assert "cancelled what had been submitted" in said
+    assert slurm_active(slurm, run) == ([] if way == "cancel" else before)
+
+
+TIMED_OUT = "Batch job submission failed: Socket timed out on send/recv operation"
+
+
+def unconfirmed(folder: Path) -> str:
+    """An sbatch that waits in vain for the answer to what it submitted."""
+    return f'$REAL "$@" | tee {folder}/accepted; echo "sbatch: error: {TIMED_OUT}" >&2; exit 1'
+
+
+@pytest.mark.slurm
+def test_what_slurm_accepted_though_sbatch_says_no_is_taken_back(slurm: dict[str, str], drawn: Path, tmp_path: Path) -> None:
+    env = with_programs(slurm, tmp_path, sbatch=unconfirmed(tmp_path))
+    done = run_skinsynth(env, "launch", "configs/demo.yaml", *overrides(drawn, tmp_path), "cluster=devcluster", "cluster.extra={hold: true}")
+    assert done.returncode == 1
+    assert f"prepare could not be submitted; sbatch: {TIMED_OUT}" in done.stderr
+    assert "Submitted batch job" in (tmp_path / "accepted").read_text()
+    assert "cancelled what had been submitted" in done.stdout
+    assert slurm_active(slurm, RunDir(tmp_path / "run")) == []
+
+
+@pytest.mark.slurm
+def test_what_could_not_be_taken_back_is_cancelled_later(slurm: dict[str, str], drawn: Path, tmp_path: Path) -> None:
+    """Slurm took a job, sbatch did not hear of it, and then nobody heard anything any more. The run was a local one before."""
+    run, items = RunDir(tmp_path / "run"), overrides(drawn, tmp_path)
+    run.create(config.load("configs/demo.yaml", items))
+    env = with_programs(slurm, tmp_path, sbatch=unconfirmed(tmp_path), squeue=f'[ ! -e {tmp_path}/accepted ] && exec $REAL "$@"; exit 1')
+    done = run_skinsynth(env, "launch", "configs/demo.yaml", *items, "cluster=devcluster", "cluster.extra={hold: true}")
+    assert f"whether Slurm took the job all the same is not known (squeue: exit status 1); 'skinsynth cancel {run.path}' does it later" in done.stdout
+    assert run.config().cluster.kind == "local"
+    assert len(slurm_active(slurm, run)) == 1
+    assert "cancelled" in run_skinsynth(slurm, "cancel", str(run.path)).stdout
+    assert slurm_active(slurm, run) == []
+
+
+@pytest.mark.slurm
+def test_what_a_launch_that_died_had_submitted_is_seen(slurm: dict[str, str], drawn: Path, tmp_path: Path) -> None:
+    """It was killed before it could write down the job's number."""
+    items, run = overrides(drawn, tmp_path), RunDir(tmp_path / "run")
+    process = launching(slurm, tmp_path, [*items, "cluster=devcluster", "cluster.extra={hold: true}"])
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (run.path / "jobs.json").exists()
+    assert "JobHeldUser" in run_skinsynth(slurm, "status", str(run.path)).stdout
+    local = run_skinsynth(slurm, "launch", "configs/demo.yaml", *items, "cluster=local")
+    assert "are with Slurm: wait for them" in local.stderr
+    assert "cancelled" in run_skinsynth(slurm, "cancel", str(run.path)).stdout
+    assert slurm_active(slurm, run) == []
+
+
+@pytest.mark.slurm
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+@pytest.mark.parametrize("seen", [True, False])
+def test_jobs_are_found_by_another_path_of_the_run(slurm: dict[str, str], drawn: Path, tmp_path: Path, seen: bool) -> None:
+    """``seen``: whether the path by which it was launched is there, too, or is another host's. A copy has the jobs' numbers alone."""
+    first, other = tmp_path / "first", tmp_path / "other"
+    for folder in (first, other):
+        folder.mkdir()
+    if subprocess.run(["mount", "--bind", str(other), str(first)], capture_output=True, check=False).returncode:
+        pytest.skip("a folder cannot be mounted here")
+    items = [*overrides(drawn, tmp_path), "cluster=devcluster", "cluster.extra={hold: true}"]
+    try:
+        assert run_skinsynth(slurm, "launch", "configs/demo.yaml", *items, f"run={first}/run").returncode == 0
+        jobs = slurm_active(slurm, RunDir(first / "run"))
+        if not seen:
+            subprocess.run(["umount", str(first)], check=True)
+        again = run_skinsynth(slurm, "launch", "configs/demo.yaml", *items, f"run={other}/run")
+        assert again.stdout.count("with Slurm already") == 8, again.stdout + again.stderr
+        local = run_skinsynth(slurm, "launch", "configs/demo.yaml", *items, f"run={other}/run", "cluster=local")
+        assert "are with Slurm: wait for them" in local.stderr
+        assert "JobHeldUser" in run_skinsynth(slurm, "status", f"{other}/run").stdout
+        if seen:
+            shutil.copytree(other, tmp_path / "copy")
+            assert "nothing of it is with Slurm" in run_skinsynth(slurm, "cancel", str(tmp_path / "copy/run")).stdout
+            assert slurm_active(slurm, RunDir(first / "run")) == jobs
+        assert "cancelled" in run_skinsynth(slurm, "cancel", f"{other}/run").stdout
+        assert slurm_active(slurm, RunDir(first / "run")) == []
+    finally:
+        subprocess.run(["umount", str(first)], capture_output=True, check=False)
+
+
+def test_a_job_that_the_controller_alone_knows_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was requeued after squeue had been asked."""
+    (tmp_path / "bin").mkdir()
+    for name, does in {"squeue": ":", "sacct": ":", "scontrol": "echo JobId=17 JobState=PENDING Reason=BeginTime"}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    run = RunDir(tmp_path / "run")
+    run.create(config.load("configs/demo.yaml", [f"run={run.path}", "cluster=slurm"]))
+    slurm.note(run, [slurm.Submitted("prepare", "17", 0, 1)])
+    row = status.rows(run)[0][0]
+    assert (row.state, row.detail) == ("pending", "BeginTime")
