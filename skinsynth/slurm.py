@@ -30,6 +30,8 @@ from skinsynth.knobs import Config
 from skinsynth.run import RunDir, Task
 
 JOBS_OWN = re.compile(r"(SLURM_(?!CONF|CLUSTERS$|JWT$)|SRUN_|SQUEUE_|SACCT_|SUBMITIT_)|(RANK|LOCAL_RANK|WORLD_SIZE)$")
+# What a launch says of every job. sbatch heeds SBATCH_* before the #SBATCH lines. CLUSTERS: squeue would look for the jobs elsewhere
+LAUNCHS_OWN = re.compile("SBATCH_(ARRAY_INX|CLUSTERS|DEPENDENCY|ERROR|INPUT|JOB_NAME|NO_REQUEUE|OPEN_MODE|OUTPUT|REQUEUE|SIGNAL|TIMELIMIT|WAIT)$")
 HELD = ("launch failed requeued held", "JobHoldMaxRequeue")  # Slurm's reasons of a job that it put on hold by itself
 SCRIPTS = Path(__file__).resolve().parent.parent / "slurm"
 
@@ -80,15 +82,27 @@ def ask(*command: str) -> str:
 
 
 @contextlib.contextmanager
-def own_environment() -> Iterator[None]:
+def own_environment(wanted: dict[str, Any] | None = None) -> Iterator[None]:
     """Without what an interactive job, in which the command may be typed, says of itself (its memory, GPUs, binding: jobs that are submitted from it
-    would inherit them, and be refused or misplaced), and without what changes the answers of Slurm's programs. ``SBATCH_*`` and ``MASTER_ADDR``
-    stay: the defaults of a site or a person."""
-    gone = {name: os.environ.pop(name) for name in [*os.environ] if JOBS_OWN.match(name)}
+    would inherit them, and be refused or misplaced), and without what changes the answers of Slurm's programs. ``MASTER_ADDR`` stays, and of
+    ``SBATCH_*``, the defaults of a site or a person, what the parameters of a job that is submitted (``wanted``) leave open."""
+    asked = {_kind(key) for key, value in {**wanted, **wanted["additional_parameters"]}.items() if value is not None} if wanted else set()
+
+    def settled(name: str) -> bool:
+        return bool(LAUNCHS_OWN.match(name)) or (name.startswith("SBATCH_") and _kind(name.removeprefix("SBATCH_")) in asked)
+
+    gone = {name: os.environ.pop(name) for name in [*os.environ] if JOBS_OWN.match(name) or settled(name)}
     try:
         yield
     finally:
         os.environ.update(gone)
+
+
+def _kind(option: str) -> str:
+    """What an option of sbatch is about: GPUs, memory and CPUs may each be asked for in several ways, of which one goes."""
+    name = option.lower().replace("_", "-")
+    several = re.fullmatch("(gpus|mem|cpus)(-per-.*)?", "gpus" if name == "gres" else name)
+    return several[1] if several else name
 
 
 def queued(names: Iterable[str]) -> dict[str, Job]:
@@ -229,7 +243,7 @@ def sbatch(cfg: Config, folder: Path, wanted: dict[str, Any], calls: list[Any], 
     executor = SlurmExecutor(folder, max_num_timeout=10**6, python=cfg.cluster.python)
     executor.update_parameters(**wanted)
     try:
-        with own_environment(), contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+        with own_environment(wanted), contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
             return [job.job_id for job in executor.submit_array(calls)]
     except FailedJobError as error:
         raise SlurmError(f"{what} could not be submitted; sbatch: {_words(str(error))}") from None

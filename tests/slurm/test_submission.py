@@ -250,6 +250,41 @@ def test_an_interactive_jobs_own_variables_reach_neither_jobs_nor_questions(monk
     assert os.environ["SLURM_JOB_ID"] == "7"
 
 
+def test_defaults_of_the_environment_stay_where_the_launch_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch itself lets them go before what a script says."""
+    settled = ("JOB_NAME", "ARRAY_INX", "WAIT", "PARTITION", "MEM_PER_CPU", "GPUS_PER_TASK", "CPUS_PER_GPU", "RESERVATION")
+    left = ("ACCOUNT", "QOS", "EXPORT", "GPU_BIND", "MEM_BIND", "WAIT_ALL_NODES", "WCKEY")
+    for name in settled + left:
+        monkeypatch.setenv(f"SBATCH_{name}", "1")
+    cfg = config.load("configs/demo.yaml", ["cluster=slurm", "cluster.partition=gpu", "cluster.extra={reservation: skin}"])
+    with slurm.own_environment(slurm.parameters(cfg, RunDir(Path("runs/golden")), "finetune", [])):
+        assert {name for name in settled + left if f"SBATCH_{name}" in os.environ} == set(left)
+    cfg.cluster.stages["finetune"].gpus_per_node, cfg.cluster.stages["finetune"].gres = 0, "gpu:a100:4"
+    with slurm.own_environment(slurm.parameters(cfg, RunDir(Path("runs/golden")), "finetune", [])):
+        assert "SBATCH_GPUS_PER_TASK" not in os.environ
+    cfg.cluster.stages["finetune"].gres = None
+    with slurm.own_environment(slurm.parameters(cfg, RunDir(Path("runs/golden")), "finetune", [])):
+        assert "SBATCH_GPUS_PER_TASK" in os.environ
+    assert os.environ["SBATCH_PARTITION"] == "1"
+
+
+@pytest.mark.slurm
+def test_defaults_of_the_environment_do_not_go_before_the_cluster_file(slurm: dict[str, str], drawn: Path, tmp_path: Path) -> None:
+    env = {**slurm, "SBATCH_TIMELIMIT": "1", "SBATCH_PARTITION": "short", "SBATCH_NO_REQUEUE": "1", "SBATCH_OUTPUT": "/dev/null",
+           "SBATCH_ARRAY_INX": "0-5", "SBATCH_JOB_NAME": "mine"}
+    arguments = ["launch", "configs/demo.yaml", *overrides(drawn, tmp_path), "cluster=devcluster", "cluster.extra={hold: true}", "--until", "encode"]
+    first, again = run_skinsynth(env, *arguments), run_skinsynth(env, *arguments)
+    assert first.returncode == 0, first.stderr
+    assert again.stdout.count("with Slurm already") == 2, "jobs are found by their names"
+    run = RunDir(tmp_path / "run")
+    jobs = slurm_jobs(run)
+    assert [job["node"] for job in jobs] == ["prepare", "prepare", "encode"]
+    shown = subprocess.run(["scontrol", "show", "job", str(jobs[0]["id"]), "--oneliner"], env=slurm, capture_output=True, text=True, check=True)
+    for pair in ("Partition=main", "TimeLimit=01:00:00", "Requeue=1", f"StdOut={run.node('prepare')}/submit/"):
+        assert pair in shown.stdout
+    assert run_skinsynth(slurm, "cancel", str(run.path)).returncode == 0
+
+
 @pytest.mark.parametrize(("failures", "turns"), [(2, 1), (9, 0)])
 def test_a_controller_that_does_not_answer_at_once_is_asked_again(tmp_path: Path, failures: int, turns: int) -> None:
     """At the time limit of a thousand tasks. A controller that is overloaded cannot be had at will, so squeue and scontrol are scripts here."""
