@@ -33,7 +33,7 @@ JOBS_OWN = re.compile(r"(SLURM_(?!CONF|CLUSTERS$|JWT$)|SRUN_|SQUEUE_|SACCT_|SUBM
 # What a launch says of every job. sbatch heeds SBATCH_* before the #SBATCH lines. CLUSTERS: squeue would look for the jobs elsewhere
 LAUNCHS_OWN = re.compile("SBATCH_(ARRAY_INX|CLUSTERS|DEPENDENCY|ERROR|INPUT|JOB_NAME|NO_REQUEUE|OPEN_MODE|OUTPUT|REQUEUE|SIGNAL|TIMELIMIT|WAIT)$")
 HELD = ("launch failed requeued held", "JobHoldMaxRequeue")  # Slurm's reasons of a job that it put on hold by itself
-SCRIPTS = Path(__file__).resolve().parent.parent / "slurm"
+SCRIPTS = (Path(__file__).parent / "scripts").resolve()  # a link to slurm/, which a wheel has two files of
 
 
 class SlurmError(UserError):
@@ -187,6 +187,8 @@ def parameters(cfg: Config, run: RunDir, node: str, dependency: list[str], tasks
     env = Path(cluster.env).resolve() if cluster.env else SCRIPTS / "env.sh"
     if not env.is_file():  # bash would go on without it, and the jobs without modules and caches
         raise UserError(f"cluster.env: {env} is not there: give the path of the script that jobs source, or leave it out for slurm/env.sh")
+    if not (SCRIPTS / "requeue.sh").is_file():
+        raise UserError(f"{SCRIPTS}/requeue.sh is not there, which every job ends with: install skinsynth anew")
     found = {
         "job_name": job_name(run, node), "time": wanted.minutes, "nodes": wanted.nodes if gang else 1,
         "ntasks_per_node": wanted.tasks_per_node if gang else 1, "cpus_per_task": wanted.threads or None,
@@ -204,12 +206,13 @@ def parameters(cfg: Config, run: RunDir, node: str, dependency: list[str], tasks
 
 def _after(run: RunDir, node: str, tasks: Sequence[int]) -> list[str]:
     """Has the job ask for another turn where that makes sense, which a gang that failed by itself says in a file of its task's number; in an
-    array that number is not the array's, since a launch submits only the tasks that are left."""
+    array that number is not the array's, since a launch submits only the tasks that are left. Where the script is gone (the checkout was moved), the
+    job ends as its work did."""
     requeue = f"source {shlex.quote(str(SCRIPTS / 'requeue.sh'))}"
     if len(tasks) < 2:
-        return [f"{requeue} {shlex.quote(str(run.failed_path(node, tasks[0]).resolve())) if tasks else '-'}"]
+        return [f"{requeue} {shlex.quote(str(run.failed_path(node, tasks[0]).resolve())) if tasks else '-'} || exit $code"]
     folder = shlex.quote(str(run.failed_path(node).resolve().parent))
-    return [f"tasks=({' '.join(map(str, tasks))})", f"{requeue} {folder}/\"${{tasks[$SLURM_ARRAY_TASK_ID]}}\".json"]
+    return [f"tasks=({' '.join(map(str, tasks))})", f"{requeue} {folder}/\"${{tasks[$SLURM_ARRAY_TASK_ID]}}\".json || exit $code"]
 
 
 def script(cfg: Config, run: RunDir, node: str, tasks: int, dependency: list[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -248,6 +249,21 @@ def test_an_interactive_jobs_own_variables_reach_neither_jobs_nor_questions(monk
     assert not [name for name in own if f"\n{name}=" in f"\n{told}"]
     assert all(f"\n{name}=" in f"\n{told}" for name in kept)
     assert os.environ["SLURM_JOB_ID"] == "7"
+
+
+@pytest.mark.parametrize(("node", "tasks"), [("prepare", 4), ("finetune", 1), ("classify/hybrid", 3)])
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_checkout_that_was_moved_does_not_change_how_a_job_ends(node: str, tasks: int, status: int, tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    scripts = shutil.copytree(ROOT / "slurm", tmp_path / "slurm", ignore=shutil.ignore_patterns("devcluster"))
+    monkeypatch.setattr(slurm, "SCRIPTS", scripts)
+    text = slurm.script(config.load("configs/demo.yaml", ["cluster=slurm"]), RunDir(tmp_path / "run"), node, tasks, [])
+    work = next(line for line in text.splitlines() if line.startswith("srun "))
+    scripts.rename(tmp_path / "moved")
+    done = subprocess.run(["bash", "-c", text.replace(work, f"(exit {status})")], env={**os.environ, "SLURM_ARRAY_TASK_ID": "0"},
+                          capture_output=True, text=True, check=False)
+    assert "requeue.sh: No such file" in done.stderr
+    assert done.returncode == status
 
 
 def test_defaults_of_the_environment_stay_where_the_launch_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
