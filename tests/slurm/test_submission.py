@@ -266,6 +266,25 @@ def test_a_checkout_that_was_moved_does_not_change_how_a_job_ends(node: str, tas
     assert done.returncode == status
 
 
+@pytest.mark.parametrize(("index", "least", "most", "count", "right"), [
+    (1, 1, 2, 2, "0-1"), (1, 1, 1, 1, "0-0"), (2, 0, 4, 3, "0-2"), (3, 0, 3, 4, ""), ("", "", "", "", "")])
+def test_an_array_by_hand_that_leaves_shares_out_is_refused(index: object, least: object, most: object, count: object, right: str,
+                                                            tmp_path: Path) -> None:
+    """Share 0 would never be done. What srun would be given is printed here."""
+    (tmp_path / "srun").write_text('#!/bin/bash\necho "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    array = {"SLURM_ARRAY_TASK_ID": index, "SLURM_ARRAY_TASK_MIN": least, "SLURM_ARRAY_TASK_MAX": most, "SLURM_ARRAY_TASK_COUNT": count}
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT)}
+    env |= {name: str(value) for name, value in array.items() if value != ""}
+    done = subprocess.run(["bash", ROOT / "slurm/stage.sbatch", "prepare", "runs/x"], env=env, capture_output=True, text=True, check=False)
+    if right:
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"take --array={right}." in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith(f"-m jobs.prepare runs/x --task {index or 0}/{count or 1}\n")
+
+
 def test_defaults_of_the_environment_stay_where_the_launch_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """sbatch itself lets them go before what a script says."""
     settled = ("JOB_NAME", "ARRAY_INX", "WAIT", "PARTITION", "MEM_PER_CPU", "GPUS_PER_TASK", "CPUS_PER_GPU", "RESERVATION")
