@@ -215,6 +215,35 @@ def test_tasks_that_did_their_share_are_remembered(tmp_path: Path) -> None:
     assert run.unfinished("generate", 3) == [0, 1, 2], "cut in another way"
 
 
+@pytest.mark.slurm
+def test_the_chain_by_hand_is_not_submitted_twice(slurm: dict[str, str], tmp_path: Path) -> None:
+    """sbatch asks for less here than the script says, since the development cluster is small."""
+    sbatch = shutil.which("sbatch", path=slurm["PATH"])
+    small = ('for word; do case $word in --gpus*|--nodes*|--ntasks*) ;; *) kept+=("$word");; esac; done\n'
+             f'exec {sbatch} --hold --cpus-per-task=1 "${{kept[@]}}"')
+    for name, does in {"sbatch": small, "skinsynth": f'exec {sys.executable} -m skinsynth "$@"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {**slurm, "PATH": f"{tmp_path}:{slurm['PATH']}"}
+
+    def pipeline(run: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["slurm/pipeline.sh", "configs/demo.yaml", str(tmp_path / run)], cwd=ROOT, env=env, capture_output=True, text=True,
+                              check=False)
+
+    first = pipeline("a,b")
+    assert first.returncode == 0, first.stderr
+    jobs = re.findall(r"\d+", first.stdout.splitlines()[-2])
+    assert len(jobs) == 8
+    again, other = pipeline("a,b"), pipeline("other/a,b")
+    assert again.returncode == 1
+    assert f"are in the queue already: {' '.join(jobs)}. Wait for them, or take them back" in again.stderr
+    assert other.returncode == 0, "another run of that name"
+    for told in (again, pipeline("other/a,b")):
+        subprocess.run(["scancel", told.stderr.split()[-1]], env=slurm, check=True)
+    assert pipeline("a,b").returncode == 0
+    subprocess.run(["scancel", again.stderr.split()[-1]], env=slurm, check=True)
+
+
 def slurm_jobs(run: RunDir) -> list[dict[str, object]]:
 
     found: list[dict[str, object]] = read_json(run.path / "jobs.json")
