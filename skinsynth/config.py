@@ -39,7 +39,7 @@ PATHS = ("metadata", "images", "duplicates", "instance_data_dir", "class_data_di
 COMMAND_LINE = "command line"
 FINITE, NOT_USED = "expected a finite number", "the configuration cannot be used:\n  "
 NAME = re.compile(r"\w[\w.-]*")
-CLUSTERS = Path(__file__).resolve().parent.parent / "configs" / "cluster"
+CLUSTERS = Path(__file__).resolve().parent / "clusters"  # a link to configs/cluster, which a wheel has the files of
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:

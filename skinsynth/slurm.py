@@ -32,9 +32,11 @@ from skinsynth.run import RunDir, Task
 from skinsynth.signals import undisturbed
 
 JOBS_OWN = re.compile(r"(SLURM_(?!CONF|CLUSTERS$|JWT$)|SRUN_|SQUEUE_|SACCT_|SUBMITIT_)|(RANK|LOCAL_RANK|WORLD_SIZE)$")
+# What a launch says of every job. sbatch heeds SBATCH_* before the #SBATCH lines. CLUSTERS: squeue would look for the jobs elsewhere
+LAUNCHS_OWN = re.compile("SBATCH_(ARRAY_INX|CLUSTERS|DEPENDENCY|ERROR|INPUT|JOB_NAME|NO_REQUEUE|OPEN_MODE|OUTPUT|REQUEUE|SIGNAL|TIMELIMIT|WAIT)$")
 HELD = ("launch failed requeued held", "JobHoldMaxRequeue")  # Slurm's reasons of a job that it put on hold by itself
 UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "REQUEUED", "SUSPENDED")
-SCRIPTS = Path(__file__).resolve().parent.parent / "slurm"
+SCRIPTS = (Path(__file__).parent / "scripts").resolve()  # a link to slurm/, which a wheel has two files of
 
 
 class SlurmError(UserError):
@@ -83,15 +85,27 @@ def ask(*command: str) -> str:
 
 
 @contextlib.contextmanager
-def own_environment() -> Iterator[None]:
+def own_environment(wanted: dict[str, Any] | None = None) -> Iterator[None]:
     """Without what an interactive job, in which the command may be typed, says of itself (its memory, GPUs, binding: jobs that are submitted from it
-    would inherit them, and be refused or misplaced), and without what changes the answers of Slurm's programs. ``SBATCH_*`` and ``MASTER_ADDR``
-    stay: the defaults of a site or a person."""
-    gone = {name: os.environ.pop(name) for name in [*os.environ] if JOBS_OWN.match(name)}
+    would inherit them, and be refused or misplaced), and without what changes the answers of Slurm's programs. ``MASTER_ADDR`` stays, and of
+    ``SBATCH_*``, the defaults of a site or a person, what the parameters of a job that is submitted (``wanted``) leave open."""
+    asked = {_kind(key) for key, value in {**wanted, **wanted["additional_parameters"]}.items() if value is not None} if wanted else set()
+
+    def settled(name: str) -> bool:
+        return bool(LAUNCHS_OWN.match(name)) or (name.startswith("SBATCH_") and _kind(name.removeprefix("SBATCH_")) in asked)
+
+    gone = {name: os.environ.pop(name) for name in [*os.environ] if JOBS_OWN.match(name) or settled(name)}
     try:
         yield
     finally:
         os.environ.update(gone)
+
+
+def _kind(option: str) -> str:
+    """What an option of sbatch is about: GPUs, memory and CPUs may each be asked for in several ways, of which one goes."""
+    name = option.lower().replace("_", "-")
+    several = re.fullmatch("(gpus|mem|cpus)(-per-.*)?", "gpus" if name == "gres" else name)
+    return several[1] if several else name
 
 
 def queued(names: Iterable[str]) -> dict[str, Job]:
@@ -224,6 +238,8 @@ def parameters(cfg: Config, run: RunDir, node: str, dependency: list[str], tasks
     env = Path(cluster.env).resolve() if cluster.env else SCRIPTS / "env.sh"
     if not env.is_file():  # bash would go on without it, and the jobs without modules and caches
         raise UserError(f"cluster.env: {env} is not there: give the path of the script that jobs source, or leave it out for slurm/env.sh")
+    if not (SCRIPTS / "requeue.sh").is_file():
+        raise UserError(f"{SCRIPTS}/requeue.sh is not there, which every job ends with: install skinsynth anew")
     found = {
         "job_name": job_name(run, node), "time": wanted.minutes, "nodes": wanted.nodes if gang else 1,
         "ntasks_per_node": wanted.tasks_per_node if gang else 1, "cpus_per_task": wanted.threads or None,
@@ -241,12 +257,13 @@ def parameters(cfg: Config, run: RunDir, node: str, dependency: list[str], tasks
 
 def _after(run: RunDir, node: str, tasks: Sequence[int]) -> list[str]:
     """Has the job ask for another turn where that makes sense, which a gang that failed by itself says in a file of its task's number; in an
-    array that number is not the array's, since a launch submits only the tasks that are left."""
+    array that number is not the array's, since a launch submits only the tasks that are left. Where the script is gone (the checkout was moved), the
+    job ends as its work did."""
     requeue = f"source {shlex.quote(str(SCRIPTS / 'requeue.sh'))}"
     if len(tasks) < 2:
-        return [f"{requeue} {shlex.quote(str(run.failed_path(node, tasks[0]).resolve())) if tasks else '-'}"]
+        return [f"{requeue} {shlex.quote(str(run.failed_path(node, tasks[0]).resolve())) if tasks else '-'} || exit $code"]
     folder = shlex.quote(str(run.failed_path(node).resolve().parent))
-    return [f"tasks=({' '.join(map(str, tasks))})", f"{requeue} {folder}/\"${{tasks[$SLURM_ARRAY_TASK_ID]}}\".json"]
+    return [f"tasks=({' '.join(map(str, tasks))})", f"{requeue} {folder}/\"${{tasks[$SLURM_ARRAY_TASK_ID]}}\".json || exit $code"]
 
 
 def script(cfg: Config, run: RunDir, node: str, tasks: int, dependency: list[str]) -> str:
@@ -274,14 +291,14 @@ def sbatch(cfg: Config, folder: Path, wanted: dict[str, Any], calls: list[Any], 
         SlurmError: sbatch refused ``what``.
     """
     from submitit import SlurmExecutor
-    from submitit.core.utils import FailedJobError
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     executor = SlurmExecutor(folder, max_num_timeout=10**6, python=cfg.cluster.python)
     executor.update_parameters(**wanted)
     try:
-        with own_environment(), contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+        with own_environment(wanted), contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
             return [job.job_id for job in executor.submit_array(calls)]
-    except FailedJobError as error:
+    except (FailedJobError, FailedSubmissionError) as error:  # the latter: it said no job's number
         raise SlurmError(f"{what} could not be submitted; sbatch: {_words(str(error))}") from None
 
 

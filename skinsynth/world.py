@@ -36,7 +36,7 @@ def leave(signum: int, frame: Any) -> None:
 
 
 @contextmanager
-def on_stop(handler: Callable[[int, Any], None]) -> Iterator[None]:
+def on_stop(handler: Callable[[int, Any], None] | signal.Handlers) -> Iterator[None]:
     """SIGTERM, SIGUSR1 and SIGUSR2 go to the handler inside the block."""
     before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
     try:
@@ -120,8 +120,9 @@ def place() -> tuple[World, dict[str, str]]:
     if "SUBMITIT_LOCAL_GLOBALID" in env:
         world = World(int(env["SUBMITIT_LOCAL_GLOBALID"]), int(env["SUBMITIT_LOCAL_NTASKS"]), int(env["SUBMITIT_LOCAL_LOCALID"]))
         return world, _variables(world, "127.0.0.1", env["SUBMITIT_LOCAL_JOB_ID"])
-    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
-        world = World(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"]))
+    # The step's tasks, which srun started: a batch script has the job's SLURM_NTASKS and a SLURM_PROCID, too, and is alone.
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        world = World(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]))
         from submitit.slurm.slurm import SlurmJobEnvironment  # reads the list itself: a container has no scontrol
 
         hosts = SlurmJobEnvironment().hostnames
@@ -152,9 +153,24 @@ def join(world: World, variables: dict[str, str]) -> Iterator[None]:
     import torch.distributed as dist
 
     _take_gpu(world)
-    dist.init_process_group(_backend(), timeout=timedelta(minutes=30))
+    with _waiting(world):
+        dist.init_process_group(_backend(), timeout=timedelta(minutes=30))
     yield
     dist.destroy_process_group()
+
+
+@contextmanager
+def _waiting(world: World) -> Iterator[None]:
+    """For the other ranks. A stop signal ends the process: nothing is to be saved yet, and as long as torch waits for ranks that may never come,
+    no handler of ours would run.
+
+    Raises:
+        Stopped: a signal came before.
+    """
+    with on_stop(signal.SIG_DFL):
+        if world.stop:
+            raise Stopped("stopped before it began; the same command goes on")
+        yield
 
 
 def join_alone(world: World) -> None:
@@ -196,7 +212,8 @@ def take_turns(world: World, variables: dict[str, str]) -> Iterator[Callable[[],
     from torch.distributed import rendezvous
 
     _take_gpu(world)
-    store, _, _ = next(rendezvous("env://", world.rank, world.size))
+    with _waiting(world):
+        store, _, _ = next(rendezvous("env://", world.rank, world.size))
     yield lambda: store.add("turn", 1) - 1
     ended = store.add("ended", 1)
     while world.is_main and ended < world.size:

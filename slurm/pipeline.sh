@@ -2,8 +2,17 @@
 # The whole chain as plain sbatch calls: what `skinsynth launch cluster=slurm` does, told as a story. Read it, copy it, change it.
 #
 #   slurm/pipeline.sh configs/isic2020-sd15.yaml runs/isic
+#
+# All its jobs have one name, made of the run's path. While one of them is in the queue, the script refuses to submit them again.
 set -euo pipefail
 config=$1 run=$2
+
+name="$(basename "${run//,/-}")-$(realpath -m "$run" | cksum | cut -d ' ' -f 1)"
+queued=$(squeue --noheader --name="$name" --format=%A | sort -nu | xargs)
+if [ -n "$queued" ]; then
+  echo "jobs of $run are in the queue already: $queued. Wait for them, or take them back first: scancel --name=$name" >&2
+  exit 1
+fi
 
 # The run folder with the resolved configuration; the jobs read that and nothing else.
 skinsynth config "$config" run="$run" --write
@@ -11,7 +20,7 @@ skinsynth config "$config" run="$run" --write
 # Each call prints the job's number. A stage starts when those it needs ended well; if one fails, Slurm cancels what waits for it.
 # Start the script again after mending: a stage that is done ends at once, one that was begun goes on.
 submit() {
-  sbatch --parsable --kill-on-invalid-dep=yes "$@"
+  sbatch --parsable --job-name="$name" --kill-on-invalid-dep=yes "$@"
 }
 
 # Unit stages: independent tasks, each with its share of the output shards; any number gives the same files.

@@ -1,6 +1,6 @@
-# Sourced by a batch script after its srun: `code=$?; source slurm/requeue.sh FAILED`. Asks Slurm for another turn of this job when the work was
-# stopped by a signal and saved (75), or when a process was killed (128 and more: a lost rank, no memory). A stage that failed by itself
-# has written the file FAILED (- for a stage of one process, whose status 1 says it), and gets no other turn.
+# Sourced by a batch script after its srun: `code=$?; source slurm/requeue.sh FAILED || exit $code`. Asks Slurm for another turn of this job
+# when the work was stopped by a signal and saved (75), or when a process was killed (128 and more: a lost rank, no memory). A stage that
+# failed by itself has written the file FAILED (- for a stage of one process, whose status 1 says it), and gets no other turn.
 another_turn() { # a controller that a thousand tasks ask at once, at their time limit, may not answer the first time
   for pause in 5 10 20 30 0; do
     if state=$(squeue --noheader --jobs="$1" --format=%T); then

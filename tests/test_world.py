@@ -3,13 +3,16 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT, free_port
 
 from skinsynth import world
 from skinsynth.data import codec, dataset, images
@@ -24,7 +27,7 @@ def test_a_gang_finds_its_first_node_in_a_container_that_has_no_slurm(nodes: str
     for name in os.environ:
         if name.startswith(("SLURM_", "SUBMITIT_", "MASTER_", "RANK", "WORLD_SIZE")):
             monkeypatch.delenv(name)
-    slurm = {"NTASKS": "8", "PROCID": "5", "LOCALID": "1", "JOB_ID": "77", "JOB_NODELIST": nodes, "RESTART_COUNT": "2"}
+    slurm = {"STEP_NUM_TASKS": "8", "PROCID": "5", "LOCALID": "1", "JOB_ID": "77", "JOB_NODELIST": nodes, "RESTART_COUNT": "2"}
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("PATH", "/nowhere")
@@ -35,6 +38,50 @@ def test_a_gang_finds_its_first_node_in_a_container_that_has_no_slurm(nodes: str
     assert place()[1]["MASTER_PORT"] == variables["MASTER_PORT"]
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
     assert place()[1]["MASTER_PORT"] != variables["MASTER_PORT"], "ranks of the last life may still hold it"
+
+
+def test_a_batch_script_of_several_tasks_is_no_rank_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait for ranks that nobody started."""
+    for name in ("RANK", "SUBMITIT_LOCAL_GLOBALID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"NTASKS": "2", "PROCID": "0", "LOCALID": "0", "JOB_ID": "77", "JOB_NODELIST": "node1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert place() == (World(), {})
+
+
+@pytest.mark.parametrize("enter", ["join", "take_turns"])
+def test_a_signal_ends_a_rank_that_waits_for_the_others(enter: str) -> None:
+    code = f"""
+from skinsynth.world import World, join, leave, on_stop, take_turns
+import torch.distributed as dist
+def said(function):
+    def call(*args, **keys):
+        print("waits", flush=True)
+        return function(*args, **keys)
+    return call
+dist.init_process_group, dist.rendezvous = said(dist.init_process_group), said(dist.rendezvous)
+here = World(0, 2)
+with on_stop({"here.note_stop" if enter == "join" else "leave"}), {enter}(here, {{}}):
+    pass
+"""
+    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as rank:
+        assert rank.stdout
+        assert rank.stdout.readline() == "waits\n"
+        time.sleep(0.5)  # now it is in torch's own code
+        rank.terminate()
+        try:
+            assert rank.wait(10) == -signal.SIGTERM
+        finally:
+            rank.kill()
+
+
+def test_a_signal_that_came_before_the_gang_was_entered(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = World(0, 2)
+    here.note_stop(signal.SIGTERM, None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: pytest.fail("it would wait"))
+    with pytest.raises(Stopped, match="stopped before it began"), join(here, {}):
+        pass
 
 
 def test_a_rank_whose_site_says_nothing_of_its_place_on_the_node_takes_slurms(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,6 +152,14 @@ def test_a_stage_by_hand(slurm: Environment, drawn: Path, chain: Path, tmp_path:
     assert restarts(env, job) == 1, "a cancelled job asks for no other turn"
 
 
+def test_only_what_srun_starts_is_one_of_many_ranks(slurm: Environment, tmp_path: Path) -> None:
+    """A stage or a launch in a batch script of several tasks, without srun, is alone; in the step that it starts it is not."""
+    python = f'{sys.executable} -c "from skinsynth.world import place; here = place()[0]; print(here.rank, here.size)"'
+    command(slurm, "sbatch", "--wait", "--ntasks=2", f"--output={tmp_path}/out", "--wrap", f"{python}; srun --label {python}")
+    alone, *ranks = (tmp_path / "out").read_text().splitlines()
+    assert (alone, sorted(ranks)) == ("0 1", ["0: 0 2", "1: 1 2"])
+
+
 def test_what_slurm_holds_since_it_could_not_start_is_released_by_the_next_launch(slurm: Environment, drawn: Path, tmp_path: Path) -> None:
     """No node can make the job's folder, as when its disk is full: Slurm requeues it and holds it, for an administrator to look."""
     if "SKINSYNTH_DEVCLUSTER" not in slurm:

@@ -216,6 +216,35 @@ def test_tasks_that_did_their_share_are_remembered(tmp_path: Path) -> None:
     assert run.unfinished("generate", 3) == [0, 1, 2], "cut in another way"
 
 
+@pytest.mark.slurm
+def test_the_chain_by_hand_is_not_submitted_twice(slurm: dict[str, str], tmp_path: Path) -> None:
+    """sbatch asks for less here than the script says, since the development cluster is small."""
+    sbatch = shutil.which("sbatch", path=slurm["PATH"])
+    small = ('for word; do case $word in --gpus*|--nodes*|--ntasks*) ;; *) kept+=("$word");; esac; done\n'
+             f'exec {sbatch} --hold --cpus-per-task=1 "${{kept[@]}}"')
+    for name, does in {"sbatch": small, "skinsynth": f'exec {sys.executable} -m skinsynth "$@"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {**slurm, "PATH": f"{tmp_path}:{slurm['PATH']}"}
+
+    def pipeline(run: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["slurm/pipeline.sh", "configs/demo.yaml", str(tmp_path / run)], cwd=ROOT, env=env, capture_output=True, text=True,
+                              check=False)
+
+    first = pipeline("a,b")
+    assert first.returncode == 0, first.stderr
+    jobs = re.findall(r"\d+", first.stdout.splitlines()[-2])
+    assert len(jobs) == 8
+    again, other = pipeline("a,b"), pipeline("other/a,b")
+    assert again.returncode == 1
+    assert f"are in the queue already: {' '.join(jobs)}. Wait for them, or take them back" in again.stderr
+    assert other.returncode == 0, "another run of that name"
+    for told in (again, pipeline("other/a,b")):
+        subprocess.run(["scancel", told.stderr.split()[-1]], env=slurm, check=True)
+    assert pipeline("a,b").returncode == 0
+    subprocess.run(["scancel", again.stderr.split()[-1]], env=slurm, check=True)
+
+
 def slurm_jobs(run: RunDir) -> list[dict[str, object]]:
 
     found: list[dict[str, object]] = read_json(run.path / "jobs.json")
@@ -250,6 +279,75 @@ def test_an_interactive_jobs_own_variables_reach_neither_jobs_nor_questions(monk
     assert not [name for name in own if f"\n{name}=" in f"\n{told}"]
     assert all(f"\n{name}=" in f"\n{told}" for name in kept)
     assert os.environ["SLURM_JOB_ID"] == "7"
+
+
+@pytest.mark.parametrize(("node", "tasks"), [("prepare", 4), ("finetune", 1), ("classify/hybrid", 3)])
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_checkout_that_was_moved_does_not_change_how_a_job_ends(node: str, tasks: int, status: int, tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    scripts = shutil.copytree(ROOT / "slurm", tmp_path / "slurm", ignore=shutil.ignore_patterns("devcluster"))
+    monkeypatch.setattr(slurm, "SCRIPTS", scripts)
+    text = slurm.script(config.load("configs/demo.yaml", ["cluster=slurm"]), RunDir(tmp_path / "run"), node, tasks, [])
+    work = next(line for line in text.splitlines() if line.startswith("srun "))
+    scripts.rename(tmp_path / "moved")
+    done = subprocess.run(["bash", "-c", text.replace(work, f"(exit {status})")], env={**os.environ, "SLURM_ARRAY_TASK_ID": "0"},
+                          capture_output=True, text=True, check=False)
+    assert "requeue.sh: No such file" in done.stderr
+    assert done.returncode == status
+
+
+@pytest.mark.parametrize(("index", "least", "most", "count", "right"), [
+    (1, 1, 2, 2, "0-1"), (1, 1, 1, 1, "0-0"), (2, 0, 4, 3, "0-2"), (3, 0, 3, 4, ""), ("", "", "", "", "")])
+def test_an_array_by_hand_that_leaves_shares_out_is_refused(index: object, least: object, most: object, count: object, right: str,
+                                                            tmp_path: Path) -> None:
+    """Share 0 would never be done. What srun would be given is printed here."""
+    (tmp_path / "srun").write_text('#!/bin/bash\necho "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    array = {"SLURM_ARRAY_TASK_ID": index, "SLURM_ARRAY_TASK_MIN": least, "SLURM_ARRAY_TASK_MAX": most, "SLURM_ARRAY_TASK_COUNT": count}
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT)}
+    env |= {name: str(value) for name, value in array.items() if value != ""}
+    done = subprocess.run(["bash", ROOT / "slurm/stage.sbatch", "prepare", "runs/x"], env=env, capture_output=True, text=True, check=False)
+    if right:
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"take --array={right}." in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith(f"-m jobs.prepare runs/x --task {index or 0}/{count or 1}\n")
+
+
+def test_defaults_of_the_environment_stay_where_the_launch_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch itself lets them go before what a script says."""
+    settled = ("JOB_NAME", "ARRAY_INX", "WAIT", "PARTITION", "MEM_PER_CPU", "GPUS_PER_TASK", "CPUS_PER_GPU", "RESERVATION")
+    left = ("ACCOUNT", "QOS", "EXPORT", "GPU_BIND", "MEM_BIND", "WAIT_ALL_NODES", "WCKEY")
+    for name in settled + left:
+        monkeypatch.setenv(f"SBATCH_{name}", "1")
+    cfg = config.load("configs/demo.yaml", ["cluster=slurm", "cluster.partition=gpu", "cluster.extra={reservation: skin}"])
+    with slurm.own_environment(slurm.parameters(cfg, RunDir(Path("runs/golden")), "finetune", [])):
+        assert {name for name in settled + left if f"SBATCH_{name}" in os.environ} == set(left)
+    cfg.cluster.stages["finetune"].gpus_per_node, cfg.cluster.stages["finetune"].gres = 0, "gpu:a100:4"
+    with slurm.own_environment(slurm.parameters(cfg, RunDir(Path("runs/golden")), "finetune", [])):
+        assert "SBATCH_GPUS_PER_TASK" not in os.environ
+    cfg.cluster.stages["finetune"].gres = None
+    with slurm.own_environment(slurm.parameters(cfg, RunDir(Path("runs/golden")), "finetune", [])):
+        assert "SBATCH_GPUS_PER_TASK" in os.environ
+    assert os.environ["SBATCH_PARTITION"] == "1"
+
+
+@pytest.mark.slurm
+def test_defaults_of_the_environment_do_not_go_before_the_cluster_file(slurm: dict[str, str], drawn: Path, tmp_path: Path) -> None:
+    env = {**slurm, "SBATCH_TIMELIMIT": "1", "SBATCH_PARTITION": "short", "SBATCH_NO_REQUEUE": "1", "SBATCH_OUTPUT": "/dev/null",
+           "SBATCH_ARRAY_INX": "0-5", "SBATCH_JOB_NAME": "mine"}
+    arguments = ["launch", "configs/demo.yaml", *overrides(drawn, tmp_path), "cluster=devcluster", "cluster.extra={hold: true}", "--until", "encode"]
+    first, again = run_skinsynth(env, *arguments), run_skinsynth(env, *arguments)
+    assert first.returncode == 0, first.stderr
+    assert again.stdout.count("with Slurm already") == 2, "jobs are found by their names"
+    run = RunDir(tmp_path / "run")
+    jobs = slurm_jobs(run)
+    assert [job["node"] for job in jobs] == ["prepare", "prepare", "encode"]
+    shown = subprocess.run(["scontrol", "show", "job", str(jobs[0]["id"]), "--oneliner"], env=slurm, capture_output=True, text=True, check=True)
+    for pair in ("Partition=main", "TimeLimit=01:00:00", "Requeue=1", f"StdOut={run.node('prepare')}/submit/"):
+        assert pair in shown.stdout
+    assert run_skinsynth(slurm, "cancel", str(run.path)).returncode == 0
 
 
 @pytest.mark.parametrize(("failures", "turns"), [(2, 1), (9, 0)])
@@ -343,6 +441,17 @@ TIMED_OUT = "Batch job submission failed: Socket timed out on send/recv operatio
 def unconfirmed(folder: Path) -> str:
     """An sbatch that waits in vain for the answer to what it submitted."""
     return f'$REAL "$@" | tee {folder}/accepted; echo "sbatch: error: {TIMED_OUT}" >&2; exit 1'
+
+
+@pytest.mark.slurm
+def test_an_sbatch_that_tells_no_number_is_an_error_and_its_job_taken_back(slurm: dict[str, str], drawn: Path, tmp_path: Path) -> None:
+    env = with_programs(slurm, tmp_path, sbatch='$REAL "$@" > /dev/null; echo "welcome to the site"')
+    done = run_skinsynth(env, "launch", "configs/demo.yaml", *overrides(drawn, tmp_path), "cluster=devcluster", "cluster.extra={hold: true}")
+    assert done.returncode == 1
+    assert "prepare could not be submitted; sbatch: " in done.stderr
+    assert "welcome to the site" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert slurm_active(slurm, RunDir(tmp_path / "run")) == []
 
 
 @pytest.mark.slurm
