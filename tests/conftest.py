@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from skinsynth.knobs import Config
     from skinsynth.run import RunDir
 
-# Before torch comes: other work on the cores must not make the tests crawl. Where workers share the cores, a thread each is fastest.
+# Before torch comes: other work on the cores must not make the tests crawl. Where workers share the cores, a thread each is fastest; and pixels are
+# compared with those of jobs, which have one.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What tests/gpu may use; the others run on CPUs everywhere, or none could compare bytes. xdist's workers find it as their parent left it.
 GPUS = os.environ.setdefault("SKINSYNTH_TESTS_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
