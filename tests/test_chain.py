@@ -75,9 +75,13 @@ def kill_alone_and_stop(arguments: list[str], folder: Path) -> None:
 
 def test_a_terminal_that_is_closed_stops_the_launch_and_its_jobs(drawn: Path, tmp_path: Path) -> None:
     ours, theirs = os.openpty()
+
+    def in_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     launch = subprocess.Popen([sys.executable, "-m", "skinsynth", "launch", "configs/demo.yaml", *overrides(drawn, tmp_path)], cwd=ROOT,
-                              stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-                              preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+                              stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=in_terminal)
     os.close(theirs)
     until("a job of its own", lambda: jobs_alive(tmp_path, launch.pid), 60)
     os.close(ours)

@@ -519,7 +519,7 @@ def test_the_best_weights_do_not_pile_up(make: Setup, monkeypatch: pytest.Monkey
     assert read_json(folder / "metrics.json")["chosen_step"] == 16, "that of the checkpoint which was gone on from"
 
 
-def test_the_seeds_of_an_arm_are_tasks_and_by_hand_a_seed_is_named(make: Setup, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_seeds_of_an_arm_are_tasks_and_by_hand_a_seed_is_named(make: Setup) -> None:
     import argparse
 
     from skinsynth.chain import chain as nodes
@@ -527,10 +527,8 @@ def test_the_seeds_of_an_arm_are_tasks_and_by_hand_a_seed_is_named(make: Setup, 
     cfg, run = make(seeds="[3, 5, 8]")
     assert {n.name: n.tasks(cfg) for n in nodes(cfg)}["classify/hybrid"] == 3
     parser = argparse.ArgumentParser()
-    assert stages._task_of(parser, str(run.path), 5) == Task(1, 3)
-    with pytest.raises(SystemExit):
-        stages._task_of(parser, str(run.path), 4)
-    assert "--seed 4: classify.seeds of" in capsys.readouterr().err
+    for seed, task in ((5, Task(1, 3)), (None, Task(2, 3))):
+        assert stages._arms_task(parser, argparse.Namespace(run=str(run.path), arm="hybrid", seed=seed), Task(2, 3)) == task
 
 
 def test_views_are_averaged(make: Setup) -> None:
