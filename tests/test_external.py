@@ -197,6 +197,35 @@ def test_a_folder_that_cannot_be_used_is_told(drawn: Path, tmp_path: Path) -> No
         external.make_units(cfg, RunDir(Path(cfg.run)), Task())
 
 
+@pytest.mark.parametrize("when", ["planned", "read"])
+def test_too_many_bad_images_stop_it(when: str, drawn: Path, tmp_path: Path) -> None:
+    """Those that a table does not list are left out on purpose."""
+    write_files(tmp_path / "source", [f"{n}.png" for n in range(10)], {})
+    bad = ["8", "9"]
+    for name in bad:
+        if when == "read":
+            (tmp_path / f"source/{name}.png").write_bytes(b"no image")
+        else:
+            (tmp_path / f"source/{name}.png").unlink()
+    (tmp_path / "source/metadata.csv").write_text("\n".join(["file_name,label", *(f"{n}.png,{n % 2}" for n in range(4, 10))]))
+    items = {"data.synthetic": tmp_path / "source", "prepare.max_bad": 0.3}
+    cfg = config.load("configs/demo.yaml", overrides(drawn, tmp_path, **items))
+    run = RunDir(Path(cfg.run))
+    run.create(cfg)
+    folder = run.dataset(cfg, "synthetic")
+
+    def make() -> bool:
+        external.make_units(cfg, run, Task())
+        return external.finish(cfg, run)
+
+    with pytest.raises(UserError, match=rf"^2 of 6 images cannot be used, more than prepare.max_bad=0.3 .* delete {folder} and prepare again"):
+        make()
+    assert all(name in (folder / "set_aside.csv").read_text() for name in bad)
+    cfg.prepare.max_bad = 0.4  # the same folder goes on
+    assert make()
+    assert Dataset.open(folder).manifest["count"] == 4
+
+
 def test_an_image_that_changes_after_the_plan_stops_the_task(drawn: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     write_files(source, ["benign/1.png", "malignant/1.png"], {})

@@ -525,6 +525,10 @@ def test_data_that_changed_since_they_were_prepared_stop_the_next_launch(drawn: 
     removed.rename(tmp_path / names[3])
     assert f"1 of 4 images of data.synthetic are gone since it was prepared (first: {removed}). They are used all the same" in said()
     (tmp_path / names[3]).rename(removed)
+    added = source / "synthetic/malignant" / names[4]
+    shutil.copy(source / "images" / names[4], added)
+    assert f"1 images of data.synthetic are new since it was prepared (first: {added}). They are not taken: for them, prepare in another" in said()
+    added.unlink()
     for name in ("metadata", "duplicates"):
         table = source / f"{name}.csv"
         before = table.read_bytes()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -22,13 +23,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from skinsynth import cpu
-from skinsynth.data import isic, tables, withdrawn
+from skinsynth.data import isic, set_aside, tables, withdrawn
 from skinsynth.data.codec import encode_jpeg
 from skinsynth.data.folders import FORMATS, image_files
 from skinsynth.data.images import BadImage, read_image
 from skinsynth.data.isic import Aside, Row
 from skinsynth.data.lesion import square
-from skinsynth.data.shards import ShardWriter, claim, missing_parts, write_manifest
+from skinsynth.data.shards import ShardWriter, claim, missing_parts, part_path, write_manifest
 from skinsynth.data.split import random_key
 from skinsynth.errors import UserError
 from skinsynth.files import locked, read_json, sha256_file, write_text
@@ -40,6 +41,7 @@ LABELS = {"benign": 0, "malignant": 1, "0": 0, "1": 1}  # names of folders -> ta
 TABLES = ("metadata.csv", "metadata.jsonl")
 NAMES = ("file_name", *isic.COLUMNS["image_name"])  # columns that name an image, the first that is filled counts
 ENDINGS = tuple(FORMATS)
+NOT_LISTED = "not listed in"
 SHOWN = 5  # entries of a folder that is refused
 KNOWN = ("sex", "age", "site", "diagnosis")
 LINEAGE = {"base": "elsewhere", "weights_sha256": None, "train": None, "group_ids": None, "trained_group_ids": None}
@@ -97,7 +99,7 @@ def _read_table(table: Path) -> tuple[list[Row], list[Aside]]:
     keys = _keys(root, [file for file, _ in found])
     files = {keys[file]: file for file, _ in found}
     listed = {file.parent.resolve() / file.name for file in files.values()}
-    aside += [{"key": path.relative_to(root).as_posix(), "reason": f"not listed in {table.name}"} for path in image_files(root)
+    aside += [{"key": path.relative_to(root).as_posix(), "reason": f"{NOT_LISTED} {table.name}"} for path in image_files(root)
               if path.parent.resolve() / path.name not in listed]
     if not found and records:
         return [], aside
@@ -154,7 +156,7 @@ def make_units(cfg: Config, run: RunDir, task: Task) -> None:
     """Makes this task's shards.
 
     Raises:
-        UserError: a folder that cannot be used, no image in it, or a dataset that was begun from other images.
+        UserError: a folder that cannot be used, no image in it, too many bad ones, or a dataset that was begun from other images.
     """
     folder = run.dataset(cfg, "synthetic")
     rows, size = [Row(**row) for row in _plan(cfg, folder)["rows"]], cfg.prepare.shard_size
@@ -171,7 +173,7 @@ def make_units(cfg: Config, run: RunDir, task: Task) -> None:
 
 
 def finish(cfg: Config, run: RunDir) -> bool:
-    """Whether nothing is left to do; the first to find all shards there writes the manifest."""
+    """Whether nothing is left to do; the first to find all shards there writes the manifest. Raises ``UserError`` where too many images are bad."""
     if not cfg.data.synthetic:
         return True
     folder = run.dataset(cfg, "synthetic")
@@ -181,11 +183,19 @@ def finish(cfg: Config, run: RunDir) -> bool:
     if missing_parts(folder, units):
         return False
     if not (folder / "manifest.json").exists():
+        _check_bad(cfg, folder, rows, [*plan["aside"], *(a for unit in range(units) for a in read_json(part_path(folder, unit))["set_aside"])])
         manifest = write_manifest(folder, units, kind="synthetic", lineage=LINEAGE, settings={"size": cfg.prepare.size, "source": cfg.data.synthetic},
                                   class_names=_class_names(rows), not_used=plan["aside"])
         unused = len(plan["aside"]) + len(manifest["set_aside"])
         print(f"synthetic images from {cfg.data.synthetic}: {manifest['count']:,}, of unknown lineage; {unused:,} could not be used")
     return True
+
+
+def _check_bad(cfg: Config, folder: Path, rows: list[Row], aside: list[Aside]) -> None:
+    """As of real images. That a table does not list an image is no fault of that."""
+    listed = [a for a in aside if not a["reason"].startswith(NOT_LISTED)]
+    wanted = {row.image_name for row in rows} | {a["key"] for a in listed}
+    set_aside.check(cfg, folder, len(wanted), listed, str(folder))
 
 
 def _plan(cfg: Config, folder: Path) -> dict[str, Any]:
@@ -200,10 +210,13 @@ def _locked_plan(cfg: Config, folder: Path) -> dict[str, Any]:
         rows, aside = _without_withdrawn(*read(Path(cfg.data.synthetic or "")), Path(cfg.data.shards))
         if not rows:
             raise UserError(f"data.synthetic: {cfg.data.synthetic} holds no image that can be used" + (f" ({aside[0]['reason']})" if aside else ""))
+        _check_bad(cfg, folder, rows, aside)
         rows.sort(key=lambda row: random_key(cfg.seed, "external", row.image_name))  # classes mixed in every shard
         rows = list(cpu.in_threads(lambda row: replace(row, sha256=sha256_file(Path(str(row.file)))), rows))
         content = hashlib.sha256("".join(f"{row.image_name} {row.sha256}\n" for row in rows).encode()).hexdigest()
-        found = {"rows": [vars(row) for row in rows], "aside": aside, "content": content}
+        used = {os.path.normpath(str(row.file)) for row in rows}
+        unused = [path for path in map(os.path.normpath, image_files(Path(cfg.data.synthetic or ""))) if path not in used]
+        found = {"rows": [vars(row) for row in rows], "aside": aside, "unused": unused, "content": content}
     knobs = {k: v for k, v in asdict(cfg.prepare).items() if k not in ("max_bad", "split")}
     claim(folder, {"stage": "prepare", "prepare": knobs, "seed": cfg.seed, "folder": cfg.data.synthetic, "content": found["content"]})
     if not (folder / "plan.json").exists():

@@ -56,7 +56,7 @@ def _real(cfg: Config) -> Iterator[tuple[str, str]]:
 
 def check_unchanged(cfg: Config, run: RunDir, tell: Callable[[str], None]) -> None:
     """Whether what was prepared is what is given now, as far as tables and names of files say: no image is read. What is not there (any more) is not
-    asked about, since a run may be moved. ``tell`` hears of images that were missing and are there now, and of synthetic ones that are gone.
+    asked about, since a run may be moved. ``tell`` hears of images that were missing and are there now, and of synthetic ones that are gone or new.
 
     Raises:
         UserError: a table has changed.
@@ -67,7 +67,7 @@ def check_unchanged(cfg: Config, run: RunDir, tell: Callable[[str], None]) -> No
         raise UserError(f"{folder} was made from other data than there are now:\n  " + "\n  ".join(changes) +
                         "\nput back what it was made from; or take another data.name and run; or delete "
                         f"{shards}/{cfg.data.name}-*, {shards}/{run.name}-* and {run.path}, and launch again")
-    _tell_gone(cfg, run, tell)
+    _tell_synthetic(cfg, run, tell)
     if run.is_done("prepare") and not cfg.data.remote:
         tell_new(cfg, (a["key"] for a in read_json(folder / "manifest.json")["set_aside"] if a["reason"] == MISSING), tell)
 
@@ -82,18 +82,26 @@ def _changed_tables(cfg: Config, run: RunDir) -> Iterator[str]:
                 yield f"data.{key}: {path} has changed since (its sha256 was {before[:12]}, now {now[:12]})"
 
 
-def _tell_gone(cfg: Config, run: RunDir, tell: Callable[[str], None]) -> None:
-    """Who took some images out expects them to be used no more; who took all saves room."""
-    if not cfg.data.synthetic or cfg.data.remote:
-        return
+def _tell_synthetic(cfg: Config, run: RunDir, tell: Callable[[str], None]) -> None:
+    """Who took some images out expects them to be used no more, who added some that they are; who took all saves room."""
     folder = run.dataset(cfg, "synthetic")
-    files = [os.path.split(row["file"]) for row in (read_json(folder / "plan.json") or {"rows": []})["rows"]]
+    plan = read_json(folder / "plan.json") if cfg.data.synthetic and not cfg.data.remote else None
+    if not plan or not cfg.data.synthetic:
+        return
+    files = [os.path.split(row["file"]) for row in plan["rows"]]
     places = {place for place, _ in files}  # listed, since to ask for each of their files takes long on a network's file system
     there = {place: set(os.listdir(place)) if os.path.isdir(place) else set() for place in places}
     gone = [os.path.join(place, name) for place, name in files if name not in there[place]]
+    anew = f"in another run, or delete {folder} and {run.path}, and launch again"
     if 0 < len(gone) < len(files):
         tell(f"{len(gone)} of {len(files)} images of data.synthetic are gone since it was prepared (first: {gone[0]}). They are used all the same; "
-             f"to do without, prepare in another run, or delete {folder} and {run.path}, and launch again")
+             f"to do without, prepare {anew}")
+    if "unused" not in plan or not Path(cfg.data.synthetic).is_dir():  # a plan of an earlier version does not say what else was there
+        return
+    known = {*(os.path.normpath(row["file"]) for row in plan["rows"]), *plan["unused"]}
+    new = [path for path in map(os.path.normpath, image_files(Path(cfg.data.synthetic))) if path not in known]
+    if new:
+        tell(f"{len(new)} images of data.synthetic are new since it was prepared (first: {new[0]}). They are not taken: for them, prepare {anew}")
 
 
 def tell_new(cfg: Config, missing: Iterable[str], tell: Callable[[str], None]) -> None:

@@ -7,9 +7,7 @@ is one output shard of one split. The task that sees all shards present writes t
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from skinsynth import cpu
-from skinsynth.data import cache, external, given, isic, summary, withdrawn
+from skinsynth.data import cache, external, given, isic, set_aside, summary, withdrawn
 from skinsynth.data.captions import caption
 from skinsynth.data.codec import encode_jpeg
 from skinsynth.data.folders import MISSING
@@ -126,7 +124,7 @@ def make_plan(cfg: Config, request: dict[str, Any]) -> Plan:
     rows = _without_withdrawn(rows, Path(data.shards), aside)
     rows, hashes = _hash_images(rows, data.images, aside)
     rows = _contradictions(rows, hashes, aside)
-    _check_bad(cfg, count, [{"split": "", **a} for a in aside])
+    _check_bad(cfg, count, aside)
     pairs = isic.read_pairs(Path(data.duplicates), hashes) if data.duplicates else []
     group_of = groups(rows, hashes, pairs)
     split_of = split_groups(group_of, {r.image_name: r.target for r in rows}, asdict(cfg.prepare.split), cfg.seed)
@@ -249,7 +247,7 @@ def _finish(cfg: Config, run: RunDir, plan: Plan, folders: dict[str, Path]) -> N
     facts["train"]["set_aside"] = [a for a in aside if a["split"] in ("", "train")]  # what never reached a split stands here
     check_disjoint(list(facts.values()))
     _check_classes(facts)
-    write_aside(run.dataset(cfg, "train"), aside)
+    set_aside.write(run.dataset(cfg, "train"), aside)
     _report(cfg, run, {s: write_manifest(folders[s], plan.shards(s), **facts[s]) for s in SPLITS})
 
 
@@ -281,30 +279,9 @@ def _facts(cfg: Config, plan: Plan, split: str, names: list[str], notes: list[di
             "statistics": {str(t): summary.statistics([s for s in samples if s["target"] == t]) for t in sorted({s["target"] for s in samples})}}
 
 
-def _check_bad(cfg: Config, rows: int, aside: list[dict[str, str]]) -> None:
-    """Stops where more of the rows are unusable than the user allows; that a patient withdrew is no fault of the data, and a row that stands there
-    twice no image that is lost."""
-    listed, aside = aside, [a for a in aside if a["reason"] not in (withdrawn.ASIDE, isic.AGAIN)]
-    if len(aside) <= cfg.prepare.max_bad * rows:
-        return
-    path = write_aside(Path(cfg.data.shards) / f"{cfg.data.name}-train", listed)
-    reasons = "; ".join(f"{n} x {reason}" for reason, n in Counter(a["reason"] for a in aside).most_common(6))
-    first = ", ".join(a["key"] for a in aside[:5])
-    raise UserError(f"{len(aside)} of {rows} images cannot be used, more than prepare.max_bad={cfg.prepare.max_bad:g} allows: {reasons}. "
-                    f"The first: {first}. All are listed in {path}. Mend them, delete {cfg.data.shards}/{cfg.data.name}-* and prepare again, "
-                    "or raise prepare.max_bad")
-
-
-def write_aside(folder: Path, aside: list[dict[str, str]]) -> Path:
-    """``set_aside.csv``: split (empty: it never reached one), key, reason. No file where there is nothing to list."""
-    path = folder / "set_aside.csv"
-    if aside:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, ("split", "key", "reason"), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(aside)
-        write_text(path, text.getvalue())
-    return path
+def _check_bad(cfg: Config, rows: int, aside: list[Aside]) -> None:
+    shards = Path(cfg.data.shards)
+    set_aside.check(cfg, shards / f"{cfg.data.name}-train", rows, aside, f"{shards}/{cfg.data.name}-*")
 
 
 def check_disjoint(manifests: list[dict[str, Any]]) -> None:
