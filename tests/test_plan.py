@@ -103,6 +103,20 @@ def test_images_to_start_from_are_used_equally_often(train: Dataset) -> None:
     assert "train_sha256" in Plan(cfg, train).request()
 
 
+def test_prompts_share_the_images_to_start_from(train: Dataset) -> None:
+    """As many images as there are sources: none is passed over, whatever the number of prompts."""
+    cfg = counted(benign=(0, ["p", "q", "{caption}", "s"], 24))
+    cfg.generate.method = "inpaint"
+    images = [image for n in range(24) for image in [Plan(cfg, train).image(n)]]
+    for start in (0, 8, 16):
+        assert {i.source for i in images[start:start + 8]} == set(range(8))
+    assert len({i.source for i in images if i.prompt == "p"}) > 2
+    cfg.generate.classes["benign"].prompts = ["p", "a mole {site}", "q"]  # of two of the eight the site is not known
+    images = [image for n in range(24) for image in [Plan(cfg, train).image(n)]]
+    assert Counter(i.source for i in images if i.prompt in ("p", "q")) == dict.fromkeys(range(8), 2)
+    assert {i.source for i in images if "mole" in i.prompt} == {0, 1, 2, 3, 4, 7}
+
+
 def test_misspelt_fields_are_told_at_once(drawn: Path, tmp_path: Path) -> None:
     for prompt, message in (("a {diagnose}", "there is no {diagnose}, only {diagnosis}"), ("a {site", "expected '}'")):
         items = overrides(drawn, tmp_path)

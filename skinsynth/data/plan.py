@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from string import Formatter
 from typing import Any
 
@@ -55,6 +56,18 @@ class PlannedClass:
     count: int
     prompts: tuple[str, ...]
     samples: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def sharing(self) -> list[tuple[int, int]]:
+        """For each prompt how many have the same samples as it, and how many of these come before it."""
+        return [(self.samples.count(mine), self.samples[:which].count(mine)) for which, mine in enumerate(self.samples)]
+
+    def turn_of_samples(self, turn: int) -> int:
+        """The how manieth of the class's images that are made from the same samples: prompts go through what they share together, or all of them
+        would be given the same few images."""
+        rounds, which = divmod(turn, len(self.prompts))
+        together, before = self.sharing[which]
+        return rounds * together + before
 
 
 def needs_train(cfg: Config) -> bool:
@@ -101,7 +114,7 @@ class Plan:
         c = self.classes[place]
         seed = int(np.random.SeedSequence([self.cfg.seed, number, attempt]).generate_state(1, np.uint64)[0] >> np.uint64(12))  # exact in JSON
         which = turn % len(c.prompts)
-        source = self._source(c.samples[which], place, turn // len(c.prompts), seed, attempt)
+        source = self._source(c.samples[which], place, c.turn_of_samples(turn), seed, attempt)
         attributes = {name: None if source is None else self.train.columns[name][source] for name in ATTRIBUTES} if self.train else {}
         made_from = source if self.cfg.generate.method != "text-to-image" else None
         return Planned(number, key(number), c.name, c.target, _filled(c.prompts[which], self.train, source), seed, attempt, attributes, made_from)
