@@ -304,6 +304,26 @@ def test_a_withdrawal_before_the_end_is_not_gone_on_over(chain: Path, drawn: Pat
         generate(cfg, run, Task(1, 2))
 
 
+def test_nothing_is_drawn_again_from_other_images_than_before(chain: Path, drawn: Path, tmp_path: Path) -> None:
+    """Since a withdrawal, or by a version that gave each prompt the same few sources."""
+    shutil.copytree(chain / "shards/small-train", tmp_path / "shards/small-train", copy_function=os.link)
+    cfg, run = begin(chain, drawn, tmp_path, **{"generate.method": "image-to-image", "generate.weights": "base", "generate.shard_size": 5,
+                                                "generate.classes.benign.count": 5, "generate.classes.malignant.count": 5})
+    generate(cfg, run, Task())
+    train, folder = Dataset.open(tmp_path / "shards/small-train"), run.dataset(cfg, "synthetic")
+    assert encode_jpeg(regenerate(cfg, run, ["syn-00000003"])["syn-00000003"], cfg.generate.quality) == show(folder, "syn-00000003")[1]
+    part = folder / "parts/00000.json"
+    facts = read_json(part)
+    made_from, other = facts["columns"]["source"][3], next(key for key in train.keys if key not in facts["columns"]["source"])
+    facts["columns"]["source"][3] = other
+    part.write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=f"syn-00000003 of .* was made from {other} by another version of skinsynth, this one would take {made_from}"):
+        regenerate(cfg, run, ["syn-00000003"])
+    mark(train.folder, train.columns["group"][0], [train.keys[0]], "images of theirs")
+    with pytest.raises(UserError, match=r"(?s)run-synthetic cannot be drawn again, since .* plans others .*:\n  train_withdrawn: None -> 1$"):
+        regenerate(cfg, run, ["syn-00000003"])
+
+
 def test_straight_from_a_published_model(drawn: Path, tmp_path: Path) -> None:
     """Without fine-tuning: the chain has neither encode nor finetune, and the descent of the images is said to be unknown."""
     shutil.copytree(hub.find_base(knobs.Model()).weights, tmp_path / "published")

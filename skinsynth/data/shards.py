@@ -158,16 +158,20 @@ def claim(folder: Path, request: dict[str, Any]) -> None:
     Raises:
         UserError: the folder holds, or is being made into, something else; the differing keys are listed.
     """
-    found = read_json(folder / "request.json")
-    request = json.loads(json.dumps(request))  # as it will be read back: tuples become lists
-    if found is None:
+    if not (folder / "request.json").exists():
         if (folder / "manifest.json").exists():
             raise UserError(f"{folder} holds a dataset of unknown origin (no request.json): choose another data.name or run")
         write_json(folder / "request.json", request)
-    elif found != request:
-        old, new = dict(_leaves(found)), dict(_leaves(request))
-        lines = [f"{k}: {_short(old.get(k))} -> {_short(new.get(k))}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    lines = changes(folder, request)
+    if lines:
         raise UserError(f"{folder} was made from another request:\n  " + "\n  ".join(lines) + "\ntake another data.name or run, or delete the folder")
+
+
+def changes(folder: Path, request: dict[str, Any]) -> list[str]:
+    """Lines ``key: theirs -> mine`` for all that the folder's own request has otherwise."""
+    found, request = read_json(folder / "request.json") or {}, json.loads(json.dumps(request))  # as it is read back: tuples become lists
+    old, new = dict(_leaves(found)), dict(_leaves(request))
+    return [f"{k}: {_short(old.get(k))} -> {_short(new.get(k))}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
 
 
 def _leaves(request: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -27,7 +27,7 @@ from skinsynth.data.codec import encode_jpeg
 from skinsynth.data.dataset import Dataset
 from skinsynth.data.plan import Plan, Planned, key, needs_train
 from skinsynth.data.resumable import ResumableWriter
-from skinsynth.data.shards import claim, missing_parts, part_path, write_manifest
+from skinsynth.data.shards import changes, claim, missing_parts, part_path, write_manifest
 from skinsynth.errors import UserError
 from skinsynth.files import write_bytes, write_json
 from skinsynth.knobs import Config
@@ -51,7 +51,7 @@ def generate(cfg: Config, run: RunDir, task: Task, turns: Callable[[], int] | No
     """
     train = open_dataset(cfg, run, "train") if needs_train(cfg) else None
     plan, weights, folder = Plan(cfg, train), Weights(cfg, run), run.dataset(cfg, "synthetic")
-    claim(folder, {**plan.request(), "weights_sha256": weights.sha256, "settings": _settings(cfg)})
+    claim(folder, _request(plan, weights))
     if not (folder / "provenance.json").exists():
         write_json(folder / "provenance.json", {"run": str(run.path), **provenance()})
     make = Maker(cfg, run, plan, weights, train, task)
@@ -67,6 +67,10 @@ def _units(plan: Plan, task: Task, turns: Callable[[], int] | None) -> Iterable[
     if turns is None:
         return task.mine(list(range(plan.units)))
     return takewhile(lambda unit: unit < plan.units, iter(turns, None))
+
+
+def _request(plan: Plan, weights: Weights) -> dict[str, Any]:
+    return {**plan.request(), "weights_sha256": weights.sha256, "settings": _settings(plan.cfg)}
 
 
 def _settings(cfg: Config) -> dict[str, Any]:
@@ -191,13 +195,18 @@ def regenerate(cfg: Config, run: RunDir, keys: list[str]) -> dict[str, np.ndarra
     drawn in, since the last bits depend on that.
 
     Raises:
-        UserError: no such image, other weights than they were made with, or an image that was left out.
+        UserError: no such image, other weights than they were made with, another plan (since a withdrawal its images are made from others), or
+            an image that was left out.
     """
     train = open_dataset(cfg, run, "train") if needs_train(cfg) else None
     plan, weights = Plan(cfg, train), Weights(cfg, run)
     dataset = Dataset.open(run.dataset(cfg, "synthetic"))
     if dataset.manifest["lineage"]["weights_sha256"] != weights.sha256:
         raise UserError(f"{dataset.folder} was made with weights {dataset.manifest['lineage']['weights_sha256']}, these are {weights.sha256}")
+    changed = changes(dataset.folder, _request(plan, weights))
+    if changed:
+        raise UserError(f"images of {dataset.folder} cannot be drawn again, since {run.path} plans others now than it was made from:\n  "
+                        + "\n  ".join(changed))
     painter, found = Painter(cfg, weights, World().device, train), {}
     for name in keys:
         if name not in dataset.keys:
@@ -222,5 +231,9 @@ def _redraw(plan: Plan, painter: Painter, dataset: Dataset, name: str, size: int
     todo = [n for n in plan.numbers(unit) if attempts.get(key(n), attempt) >= attempt]  # those left out were drawn in every round
     index = [key(n) for n in todo].index(name)
     images = [plan.image(n, attempt) for n in todo[index - index % size:][:size]]
+    source = images[index % size].source
+    if source is not None and plan.train is not None and plan.train.keys[source] != dataset.columns["source"][place]:
+        raise UserError(f"{name} of {dataset.folder} cannot be drawn again: it was made from {dataset.columns['source'][place]} by another version "
+                        f"of skinsynth, this one would take {plan.train.keys[source]}")
     batch, _ = next(padded(images, size))
     return painter.draw(batch)[0][index % size].cpu().numpy()
