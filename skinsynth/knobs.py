@@ -160,7 +160,7 @@ PROMPT_FIELDS = ("diagnosis", "site", "person", "caption")  # what a prompt of g
 class GeneratedClass:
     """One class of the synthetic set; its prompts are used in turn. They may have fields: see ``data.plan``."""
 
-    target: int = at_least(0, 0)
+    target: int = at_least(0, 0, 1)  # 1: malignant
     prompts: list[str] = field(default_factory=list)
     count: int = at_least(100, 0)  # with another generate.amount than "counts": its share among the classes of its target
     where: dict[str, Any] = field(default_factory=dict)  # of the training images that fields are filled from and images made from

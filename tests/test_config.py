@@ -153,6 +153,7 @@ def test_what_stands_for_nothing_or_for_no_number_is_told(override: str, words: 
 @pytest.mark.parametrize(("overrides", "words"), [
     (["screen.copy_least=0.8"], "screen.copy_least=0.8 is above screen.copy_most=0.75"),
     (["finetune.optimizer=adamw8bit", "finetune.zero=0", "finetune.ema_decay=0.9"], "finetune.optimizer=adamw8bit keeps no moving average"),
+    (["generate.classes.malignant.target=2"], "generate.classes.malignant.target is 2, expected 0 to 1"),
     (["cluster.stages.classify.tasks_per_node=4", "cluster.stages.classify.gpus_per_node=2"],
      "cluster.stages.classify has tasks_per_node=4 and gpus_per_node=2: each rank of a training needs a GPU of its own"),
 ])
