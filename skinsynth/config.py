@@ -180,6 +180,13 @@ def check(config: Config) -> None:
     if config.screen.copy_least > config.screen.copy_most:
         problems.append(f"screen.copy_least={config.screen.copy_least} is above screen.copy_most={config.screen.copy_most}: the limit of copies lies "
                         "between them")
+    if config.screen.max_kid_ratio is not None and config.screen.kid_subsets < 2:
+        problems.append(f"screen.max_kid_ratio={config.screen.max_kid_ratio} needs screen.kid_subsets=2 or more: KID is judged by its spread over "
+                        "them")
+    side, own = config.classify.image_size or config.prepare.size, config.classify.model == "small" and config.classify.arms
+    if own and side % config.classify.patch:
+        problems.append(f"classify.patch={config.classify.patch} does not divide the image side of {side} pixels: choose another patch, or "
+                        "classify.image_size")
     for stage in config.cluster.stages:
         if stage not in ("default", *STAGES):
             near = difflib.get_close_matches(stage, STAGES, 1)

@@ -41,6 +41,7 @@ def launch(cfg: Config, console: Console, earlier: RunDir | None = None, until: 
         return
     for _, find in hub.models(cfg).values():
         find()  # a missing model is told now, not by a job that has waited for its turn
+    hub.check_images(cfg, hub.find_base(cfg.model))
     run.make()
     with run.lock():
         # queued jobs read the configuration when they begin, so it is written only once it is known that this launch may be

@@ -153,6 +153,9 @@ def test_what_stands_for_nothing_or_for_no_number_is_told(override: str, words: 
 @pytest.mark.parametrize(("overrides", "words"), [
     (["screen.copy_least=0.8"], "screen.copy_least=0.8 is above screen.copy_most=0.75"),
     (["finetune.optimizer=adamw8bit", "finetune.zero=0", "finetune.ema_decay=0.9"], "finetune.optimizer=adamw8bit keeps no moving average"),
+    (["screen.max_kid_ratio=3", "screen.kid_subsets=1"], "screen.max_kid_ratio=3.0 needs screen.kid_subsets=2 or more"),
+    (["classify.patch=7"], "classify.patch=7 does not divide the image side of 64 pixels: choose another patch, or classify.image_size"),
+    (["classify.patch=16", "classify.image_size=72"], "classify.patch=16 does not divide the image side of 72 pixels"),
     (["generate.classes.malignant.target=2"], "generate.classes.malignant.target is 2, expected 0 to 1"),
     (["cluster.stages.classify.tasks_per_node=4", "cluster.stages.classify.gpus_per_node=2"],
      "cluster.stages.classify has tasks_per_node=4 and gpus_per_node=2: each rank of a training needs a GPU of its own"),

@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, free_port, overrides, until
+from rich.console import Console
 
 from skinsynth import config, knobs
+from skinsynth import launch as launches
 from skinsynth.data import descent
 from skinsynth.data.codec import from_npy
 from skinsynth.data.dataset import Dataset
+from skinsynth.doctor import check
 from skinsynth.errors import UserError
 from skinsynth.files import read_json, write_json
 from skinsynth.knobs import Model
@@ -151,6 +154,18 @@ def test_a_base_that_is_not_there(tmp_path: Path) -> None:
 def test_an_image_size_that_the_base_cannot_take() -> None:
     with pytest.raises(UserError, match="multiple of 16"):
         diffusion.latent_shape(diffusion.load_pipeline(hub.find_base(Model()).weights), 72)
+
+
+def test_it_is_told_before_anything_is_begun(drawn: Path, tmp_path: Path) -> None:
+    items = overrides(drawn, tmp_path, **{"prepare.size": 72})
+    cfg = config.load("configs/demo.yaml", items)
+    with pytest.raises(UserError, match=r"prepare\.size=72 does not fit the base model: it must be a multiple of 16"):
+        launches.launch(cfg, Console(quiet=True))
+    assert not (tmp_path / "run").exists()
+    [told] = check.size(cfg)
+    assert (told.state, told.name) == ("fail", "prepare.size")
+    assert list(check.size(config.load("configs/demo.yaml", [*items, "model.base=nobody/nothing"]))) == [], "which is told as such"
+    assert list(check.size(config.load("configs/demo.yaml", [*items, f"data.synthetic={tmp_path}"]))) == [], "nothing is drawn then"
 
 
 def test_ranks_that_do_not_divide_the_global_batch() -> None:

@@ -51,6 +51,18 @@ def models(cfg: Config, pull: str = "skinsynth pull CONFIG") -> Iterator[Check]:
             yield Check(FAIL, key, str(error), f"{pull} (where there is internet)")
 
 
+def size(cfg: Config) -> Iterator[Check]:
+    """Whether the base, where it is here, takes images of the configuration's size."""
+    try:
+        base = hub.find_base(cfg.model)
+    except UserError:  # as ``models`` tells
+        return
+    try:
+        hub.check_images(cfg, base)
+    except UserError as error:
+        yield Check(FAIL, "prepare.size", str(error), "give such a prepare.size=...")
+
+
 def data(cfg: Config) -> Iterator[Check]:
     """Tables and folders are read as ``prepare`` would, images are not."""
     from skinsynth.data import external, isic

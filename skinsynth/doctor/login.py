@@ -16,7 +16,7 @@ from pathlib import Path
 from skinsynth import config as configs
 from skinsynth import estimate
 from skinsynth.doctor import cluster
-from skinsynth.doctor.check import FAIL, OK, WARN, Check, data, existing, guarded, models, writable
+from skinsynth.doctor.check import FAIL, OK, WARN, Check, data, existing, guarded, models, size, writable
 from skinsynth.errors import UserError
 from skinsynth.knobs import Config
 from skinsynth.run import RunDir
@@ -37,6 +37,7 @@ def login(path: str | None, overrides: list[str] | None, checksums: bool) -> tup
     if cfg:
         found += guarded("slurm", lambda: cluster.fits(cfg))
         found += guarded("models", lambda: models(cfg, shlex.join(["skinsynth", "pull", str(path), *(overrides or [])])))
+        found += guarded("prepare.size", lambda: size(cfg))
         found += guarded("data", lambda: data(cfg))
         found += guarded("disk", lambda: _disk(cfg))
         found += guarded("run folder", lambda: _run_folder(cfg))

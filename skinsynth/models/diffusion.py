@@ -158,9 +158,7 @@ def latent_shape(pipe: Any, size: int) -> tuple[int, int, int]:
     Raises:
         UserError: the side is no multiple of what the model needs.
     """
-    step = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
-    if size % step:
-        raise UserError(f"prepare.size={size} does not fit the base model: it must be a multiple of {step}")
+    hub.check_size(size, *(len(getattr(pipe, part).config.block_out_channels) for part in hub.LEVELS))
     return pipe.unet.config.in_channels, size // pipe.vae_scale_factor, size // pipe.vae_scale_factor
 
 

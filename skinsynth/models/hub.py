@@ -23,6 +23,7 @@ PARTS = {"unet": "config.json", "vae": "config.json", "text_encoder": "config.js
 PIPELINES = {"StableDiffusionPipeline": PARTS,  # what model_index.json says -> part: the file that it must have
              "StableDiffusionXLPipeline": {**PARTS, "text_encoder_2": "config.json", "tokenizer_2": "tokenizer_config.json"}}
 TENSORS = (".pth", ".safetensors")  # files of FID's Inception
+LEVELS = ("vae", "unet")  # the networks whose levels each halve the image
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")  # those of the parts that have weights
 PREFIXES = {"unet": ("model.diffusion_model.",), "vae": ("first_stage_model.",), "text_encoder_2": ("conditioner.embedders.1.",),
             "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.")}  # of the names in one file (LDM layout)
@@ -68,6 +69,19 @@ def models(cfg: Config) -> dict[str, tuple[str, Callable[[], Path | None]]]:
     if cfg.screen.features not in ("vae", "classifier"):
         found["screen.features"] = cfg.screen.features, lambda: resolve_features(cfg.screen.features)
     return found
+
+
+def check_images(cfg: Config, base: Base) -> None:
+    """Raises ``UserError`` where a base cannot take images of the configuration's size, if it is to learn or draw any."""
+    if not cfg.data.synthetic:
+        check_size(cfg.prepare.size, *(len(json.loads((base.config / part / "config.json").read_text())["block_out_channels"]) for part in LEVELS))
+
+
+def check_size(size: int, vae: int, unet: int) -> None:
+    """Raises ``UserError`` where images of ``size`` pixels cannot be halved between all levels of the networks, of which these have so many."""
+    step = 2 ** (vae - 1 + unet - 1)
+    if size % step:
+        raise UserError(f"prepare.size={size} does not fit the base model: it must be a multiple of {step}")
 
 
 def find_base(model: Model) -> Base:
