@@ -86,6 +86,25 @@ def test_processing_is_read_from_the_models_own_file(tmp_path: Path) -> None:
         features.Processing.read(path)
 
 
+@pytest.mark.parametrize("found", [
+    {"feature_extractor_type": "ConvNextFeatureExtractor", "size": 28, "crop_pct": 0.875},  # as the hub's are written
+    {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 30}, "crop_pct": 0.95},
+    {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 384}, "crop_pct": 0.875},
+    {"image_processor_type": "PoolFormerImageProcessor", "size": {"shortest_edge": 32}, "crop_pct": 0.9, "do_center_crop": True,
+     "crop_size": {"height": 28, "width": 28}}, PROCESSOR | {"image_processor_type": "CLIPImageProcessor"}], ids=str)
+def test_processing_is_that_of_transformers(found: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import AutoImageProcessor
+
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"resample": 3, "image_mean": PROCESSOR["image_mean"],
+                                                                   "image_std": PROCESSOR["image_std"], **found}))
+    images = IMAGES // 2 + 64  # bicubic overshoots the scale's ends otherwise, which PIL cuts after each of its two passes
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    mine = features.Processing.read(tmp_path / "preprocessor_config.json")(pixels.float() / 255)
+    theirs = AutoImageProcessor.from_pretrained(tmp_path)(list(images), return_tensors="pt")["pixel_values"]
+    assert mine.shape == theirs.shape
+    assert (mine - theirs).abs().max() < 0.04, "but for the rounding to whole grey levels, which is done twice"
+
+
 def test_what_is_not_whole_or_not_of_images_is_refused(tmp_path: Path) -> None:
     folder = save(network("vit"), tmp_path / "vit")
     (folder / "preprocessor_config.json").unlink()

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from skinsynth.data.withdrawn import withdrawn_keys
 from skinsynth.errors import UserError
-from skinsynth.files import sha256_file, sha256_folder, sha256_of
+from skinsynth.files import read_json, sha256_file, sha256_folder, sha256_of
 from skinsynth.knobs import Config, Model
 from skinsynth.models import hub, inception
 from skinsynth.models.diffusion import at_once, base_sha256, load_vae
@@ -29,6 +29,7 @@ from skinsynth.run import RunDir
 
 PROCESSOR = "preprocessor_config.json"
 MODES = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers of the ways to resize, as processors' files have them
+UNCROPPED = 384  # pixels from which on ConvNeXt's processors leave crop_pct alone
 
 
 class Extractor:
@@ -79,7 +80,8 @@ class VaeFeatures(Extractor):
 
 @dataclass(frozen=True)
 class Processing:
-    """What a vision model wants done to its pictures: the short side brought to ``resize``, the middle ``crop`` of it, mean and deviation."""
+    """What a vision model wants done to its pictures: the short side brought to ``resize``, the middle ``crop`` of it, mean and deviation.
+    ``crop_pct`` in its file: the share of the side that the crop is."""
 
     resize: int
     crop: int
@@ -99,6 +101,9 @@ class Processing:
         found = json.loads(path.read_text())
         resize = _side(found.get("size")) if found.get("do_resize", True) else None
         crop = _side(found.get("crop_size")) if found.get("do_center_crop") else None
+        share, kind = found.get("crop_pct"), found.get("image_processor_type") or found.get("feature_extractor_type") or ""
+        if share and resize and (resize < UNCROPPED or not kind.startswith("ConvNext")):
+            resize, crop = int(resize / share), crop or resize
         if not (resize or crop):
             raise UserError(f"{path} gives no size that is known (expected size: a number, height and width, or shortest_edge)")
         normal = found.get("do_normalize", True)
@@ -233,7 +238,8 @@ def network_sha256(cfg: Config, run: RunDir) -> str:
     place = own_classifier(cfg, run) if cfg.screen.features == "classifier" else hub.resolve_features(cfg.screen.features)
     if place.is_file():
         return sha256_file(place)
-    return sha256_of([sha256_folder(place, pattern) for pattern in ("config.json", PROCESSOR, "*.safetensors")])
+    cropped = ["crop_pct"] * ("crop_pct" in (read_json(place / PROCESSOR) or {}))  # earlier versions passed over it: their features are others
+    return sha256_of([*(sha256_folder(place, pattern) for pattern in ("config.json", PROCESSOR, "*.safetensors")), *cropped])
 
 
 def evens_out(cfg: Config) -> bool:
