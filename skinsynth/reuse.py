@@ -18,14 +18,14 @@ from skinsynth import config as configs
 from skinsynth.errors import UserError
 from skinsynth.files import put_in_place, read_hint, read_json, sha256_or_none, write_json
 from skinsynth.knobs import Config
-from skinsynth.run import RunDir, Task
+from skinsynth.run import CARDS, RunDir, Task
 
 # What a stage reads itself, beside ``seed``; what it needs from other stages is told by their hashes.
 KEYS = {"prepare": ("data.", "prepare."), "encode": ("model.", "encode.", *(f"finetune.{key}" for key in ("method", "concepts", "images", "cache"))),
         "finetune": ("model.", "encode.", "finetune.", "data."), "generate": ("model.", "generate."), "screen": ("model.", "screen."),
         "classify": ("model.", "classify.", "data.")}
 DATASETS = ("latents", "synthetic")  # those that belong to a run
-LEFT = ("submit", "failed", "restarts", "checkpoints", ".*")  # of a job, or of no use to a stage that is done
+LEFT = ("submit", "failed", "restarts", "checkpoints", ".*", *CARDS)  # of a job, of no use to a stage that is done, or written anew by report
 ORIGIN = "taken_from"  # in done.json of a node, and in metrics.json of a seed: the earlier run
 LINKED = (".tar", ".safetensors")  # large, and never written to once they have their name
 

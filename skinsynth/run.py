@@ -35,6 +35,7 @@ from skinsynth.files import birth, is_spare, owner, read_hint, read_json, sha256
 from skinsynth.knobs import Config
 
 SPLITS = ("train", "val", "test")
+CARDS = ("DATASHEET.md", "MODEL_CARD.md")  # beside the synthetic set and beside the weights: what report says of them
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "deepspeed", "submitit", "webdataset", "xformers", "numpy", "opencv-python-headless")
 
 

@@ -72,6 +72,16 @@ def test_what_a_changed_key_leaves_the_same(old: RunDir, drawn: Path, tmp_path: 
     assert reuse.origins(cfg, run) == ({str(old.path): taken} if taken else {})
 
 
+def test_the_cards_are_those_of_the_new_run(old: RunDir, drawn: Path, tmp_path: Path) -> None:
+    """They tell of a run's screening and arms, and its report writes them."""
+    theirs = [old.dataset(old.config(), "synthetic") / "DATASHEET.md", old.weights / "MODEL_CARD.md"]
+    cfg, run = begin(drawn, tmp_path)
+    take_over(cfg, run, old)
+    assert all(path.is_file() for path in theirs)
+    assert not (run.dataset(cfg, "synthetic") / "DATASHEET.md").exists()
+    assert not (run.weights / "MODEL_CARD.md").exists()
+
+
 def test_the_earlier_run_is_only_read_and_may_go(old: RunDir, drawn: Path, tmp_path: Path) -> None:
     before = sha256_folder(old.path), sha256_folder(tmp_path / "shards")
     cfg, run = begin(drawn, tmp_path)

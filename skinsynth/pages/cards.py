@@ -12,7 +12,7 @@ from skinsynth.data import withdrawn
 from skinsynth.files import read_json, write_text
 from skinsynth.knobs import Config
 from skinsynth.pages import origin, screening
-from skinsynth.run import RunDir
+from skinsynth.run import CARDS, RunDir
 
 LICENCES = {  # of the base models that are named in the shipped configurations, and the usual ones, as their hubs say
     "builtin": "Apache-2.0; it has seen drawn lesions only",
@@ -23,7 +23,6 @@ LICENCES = {  # of the base models that are named in the shipped configurations,
     "stabilityai/stable-diffusion-xl-base-1.0": "CreativeML Open RAIL++-M",
     "models/Derm-T2IM.safetensors": "MIT",
 }
-CARDS = ("DATASHEET.md", "MODEL_CARD.md")
 DATA_LICENCE = "not recorded by the run: see where they were downloaded (each image of the ISIC archive names its own)"
 
 
