@@ -24,6 +24,7 @@ from skinsynth.data.images import read_image
 from skinsynth.data.shards import KEY
 from skinsynth.data.verify import verify
 from skinsynth.data.withdrawn import mark
+from skinsynth.doctor import check
 from skinsynth.errors import UserError
 from skinsynth.files import read_json
 from skinsynth.reuse import take_over
@@ -181,6 +182,26 @@ def test_through_the_chain_without_finetuning(folders: dict[str, Path], drawn: P
     take_over(cfg, run, RunDir(tmp_path / "run"), Console(quiet=True))
     assert [node.name for node in nodes(cfg) if not run.is_done(node.name)] == ["report"]
     assert (tmp_path / "shards/again-synthetic/manifest.json").exists()
+
+
+@pytest.mark.parametrize("root", ["", "train/"])
+def test_a_folder_of_one_class_is_read_and_the_other_one_said_to_be_missing(root: str, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+                                                                            ) -> None:
+    source = tmp_path / "source"
+    write_files(source, [f"{root}malignant/1.png", f"{root}malignant/2.png"], {})
+    (source / root / "notes").mkdir()
+    cfg = config.load("configs/demo.yaml", overrides(drawn, tmp_path, **{"data.synthetic": source}))
+    told = next(one for one in check.data(cfg) if one.name == "data.synthetic")
+    assert (told.state, told.found) == ("ok", f"{source}: 2 images, no benign one")
+    run = RunDir(Path(cfg.run))
+    run.create(cfg)
+    external.make_units(cfg, run, Task())
+    assert external.finish(cfg, run)
+    assert f"synthetic images from {source}: 2 (no benign one), of unknown lineage; 0 could not be used" in capsys.readouterr().out
+    assert Dataset.open(run.dataset(cfg, "synthetic")).manifest["classes"] == {"1": 2}
+    write_files(source, [f"{root}nevus/1.png"], {})
+    with pytest.raises(UserError, match=r"nor folders benign and malignant \(or one of them and no other\)"):
+        external.read(source)
 
 
 def test_a_folder_that_cannot_be_used_is_told(drawn: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ The folder, or ``train/`` in it (a Hugging Face imagefolder; other splits are no
 
     metadata.csv or metadata.jsonl    file_name (relative to it, or to images/) or image_name; target, label or benign_malignant, or else the image's
                                       own folder is its label
-    benign/ and malignant/            images, in upper or lower case, or 0/ and 1/
+    benign/ and malignant/            images, in upper or lower case, or 0/ and 1/; or one of them alone, with no other folder of images beside it
 
 Images are JPEG, PNG, TIFF, BMP or WebP, under names of any letters: the samples' keys are made of these.
 """
@@ -62,21 +62,32 @@ def read(folder: Path) -> tuple[list[Row], list[Aside]]:
         if table:
             return _read_table(table)
         labelled = [path for path in inside if path.name.lower() in LABELS and path.is_dir()]
-        if len({LABELS[path.name.lower()] for path in labelled}) == len(CLASSES):
+        if len({LABELS[path.name.lower()] for path in labelled}) == len(CLASSES) or (labelled and not _others(inside, labelled)):
             return _read_labelled(root, labelled)
     have = ", ".join(path.name for path in entries[:SHOWN]) + " ..." * (len(entries) > SHOWN)
-    raise UserError(f"data.synthetic: {folder} has neither {' nor '.join(TABLES)} nor the two folders {' and '.join(CLASSES)}, in it or in train/; "
-                    f"it has: {have or 'nothing'}. Save images of another form (parquet, arrow, archives) as such a folder")
+    raise UserError(f"data.synthetic: {folder} has neither {' nor '.join(TABLES)} nor folders {' and '.join(CLASSES)} (or one of them and no other), "
+                    f"in it or in train/; it has: {have or 'nothing'}. Save images of another form (parquet, arrow, archives) as such a folder")
+
+
+def _others(inside: list[Path], labelled: list[Path]) -> bool:
+    """Whether there are images in more folders than the labelled ones: of ``1`` among others nobody knows that it means malignant."""
+    return any(path.is_dir() and path not in labelled and any(image_files(path)) for path in inside)
+
+
+def lacking(rows: Iterable[Row]) -> str:
+    """Words for the class of which there is no image, empty where there are both."""
+    targets = {row.target for row in rows}
+    return ", ".join(f"no {name} one" for target, name in enumerate(CLASSES) if target not in targets)
 
 
 def _read_labelled(root: Path, folders: list[Path]) -> tuple[list[Row], list[Aside]]:
-    """Raises ``UserError`` where a class has no image."""
+    """Raises ``UserError`` where a folder has no image."""
     entries = [path for folder in folders for path in sorted(folder.iterdir())]
     files = [path for path in entries if path.suffix.lower() in ENDINGS]
     targets = {path: LABELS[path.parent.name.lower()] for path in files}
-    for target, name in enumerate(CLASSES):
-        if target not in targets.values():
-            raise UserError(f"data.synthetic: the folder {name} in {root} holds no image ({', '.join(ENDINGS)})")
+    for folder in folders:
+        if LABELS[folder.name.lower()] not in targets.values():
+            raise UserError(f"data.synthetic: the folder {folder.name} in {root} holds no image ({', '.join(ENDINGS)}): fill it, or delete it")
     keys = _keys(root, files)
     rows = [Row(keys[path], target, diagnosis=CLASSES[target], file=str(path)) for path, target in targets.items() if path.is_file()]
     within = [path for folder in folders for path in image_files(folder) if path.parent != folder]
@@ -186,8 +197,9 @@ def finish(cfg: Config, run: RunDir) -> bool:
         _check_bad(cfg, folder, rows, [*plan["aside"], *(a for unit in range(units) for a in read_json(part_path(folder, unit))["set_aside"])])
         manifest = write_manifest(folder, units, kind="synthetic", lineage=LINEAGE, settings={"size": cfg.prepare.size, "source": cfg.data.synthetic},
                                   class_names=_class_names(rows), not_used=plan["aside"])
-        unused = len(plan["aside"]) + len(manifest["set_aside"])
-        print(f"synthetic images from {cfg.data.synthetic}: {manifest['count']:,}, of unknown lineage; {unused:,} could not be used")
+        unused, none = len(plan["aside"]) + len(manifest["set_aside"]), lacking(rows)
+        print(f"synthetic images from {cfg.data.synthetic}: {manifest['count']:,}{f' ({none})' if none else ''}, of unknown lineage; {unused:,} "
+              "could not be used")
     return True
 
 

@@ -85,7 +85,8 @@ def data(cfg: Config) -> Iterator[Check]:
                     yield Check(WARN, name, isic.without_ids(path))
             elif key == "synthetic":
                 rows, aside = external.read(path)
-                yield Check(OK, name, f"{path}: {len(rows):,} images" + (f", {len(aside):,} that cannot be used" if aside else ""))
+                more = [external.lacking(rows), f"{len(aside):,} that cannot be used" if aside else ""]
+                yield Check(OK, name, ", ".join([f"{path}: {len(rows):,} images", *filter(None, more)]))
             else:
                 yield Check(OK, name, f"{path} is there")
                 if key == "class_data_dir":
