@@ -73,8 +73,9 @@ def models(cfg: Config) -> dict[str, tuple[str, Callable[[], Path | None]]]:
 
 def check_images(cfg: Config, base: Base) -> None:
     """Raises ``UserError`` where a base cannot take images of the configuration's size, if it is to learn or draw any."""
-    if not cfg.data.synthetic:
-        check_size(cfg.prepare.size, *(len(json.loads((base.config / part / "config.json").read_text())["block_out_channels"]) for part in LEVELS))
+    levels = [json.loads((base.config / part / "config.json").read_text()).get("block_out_channels") for part in LEVELS]
+    if all(levels) and not cfg.data.synthetic:  # else diffusers' defaults, which the job knows
+        check_size(cfg.prepare.size, *map(len, levels))
 
 
 def check_size(size: int, vae: int, unet: int) -> None:
