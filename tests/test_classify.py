@@ -351,6 +351,37 @@ def test_a_synthetic_set_that_was_made_anew_is_not_trained_on_unscreened(make: S
     assert run.metrics("classify/hybrid")["seeds"] == [0]
 
 
+def other_bytes(found: dict[str, Any]) -> None:
+    """As ``prepare`` would leave it that was run again on other pixels of the same names."""
+    part = found["shards"][0] if "shards" in found else found
+    part["sha256"] = "0" * 64
+
+
+@pytest.mark.parametrize("kind", ["train", "val", "synthetic"])
+def test_a_checkpoint_of_other_pixels_is_not_gone_on_from(make: Setup, kind: str) -> None:
+    cfg, run = make(steps=4, evaluate_every=2, checkpoint_every=2, warmup_steps=0, seeds="[0]")
+    world, look = World(), Judge.evaluate
+
+    def stop(self: Judge, *arguments: Any, **more: Any) -> None:
+        look(self, *arguments, **more)
+        world.stop = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Judge, "evaluate", stop)
+        with pytest.raises(Stopped):
+            classify(cfg, run, world, "hybrid")
+    for manifest in (False, True):
+        plant(run, cfg, kind, other_bytes, manifest)
+    with pytest.raises(UserError, match=r"(?s)made with another configuration or of other images:\n  images_sha256: .* delete .*checkpoints"):
+        classify(cfg, run, World(), "hybrid")
+    for path in run.node("classify/hybrid").glob("seed-0/checkpoints/*/complete.json"):  # of an earlier version, which did not say
+        found = read_json(path)
+        del found["identity"]["images_sha256"]
+        write_json(path, found)
+    classify(cfg, run, World(), "hybrid")
+    assert run.metrics("classify/hybrid")["seeds"] == [0]
+
+
 def test_what_is_missing_is_named(make: Setup) -> None:
     cfg, run = make()
     plant(run, cfg, "train", lambda part: part["columns"]["target"].__setitem__(0, 2))

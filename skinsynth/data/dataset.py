@@ -20,7 +20,7 @@ from skinsynth.data.codec import decode, from_npy
 from skinsynth.data.places import Places
 from skinsynth.data.shards import INDEX_ALONE, KEY, SHARD, part_path
 from skinsynth.errors import UserError
-from skinsynth.files import read_json, sha256_file
+from skinsynth.files import read_json, sha256_file, sha256_of
 
 HANDLES = 64  # shards of a dataset that are open at once; canonical streams times the shards in a window should fit
 PART = {"shard", "sha256", "keys", "members", "columns"}  # what a part has at least
@@ -99,6 +99,11 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def content_sha256(self) -> str:
+        """Of the bytes of all tars, by their hashes in the manifest: names may stay where images change."""
+        return sha256_of([shard["sha256"] for shard in self.manifest["shards"]])
 
     def read(self, index: int, extension: str) -> bytes:
         """The content of one file of one sample, by its offset: no scan of the tar.

@@ -115,7 +115,7 @@ def identity(cfg: Config, arm: str, seed: int, data: Data) -> dict[str, Any]:
     """What a checkpoint must have been made with. Other arms and seeds may change."""
     found = config.binding(cfg.classify)
     del found["seeds"]
-    return {**found, "arms": {arm: found["arms"][arm]}, "seed": seed, "samples_sha256": data.sha256()}
+    return {**found, "arms": {arm: found["arms"][arm]}, "seed": seed, "samples_sha256": data.sha256(), "images_sha256": data.images_sha256()}
 
 
 def finish(cfg: Config, run: RunDir, arm: str) -> None:

@@ -52,9 +52,9 @@ def finetune(cfg: Config, run: RunDir, world: World) -> None:
     samples = Samples(cfg, run, pipe, base_sha256)
     prompts = plan.examples(cfg, open_dataset(cfg, run, "train") if plan.has_fields(cfg) else None)
     clock.lap("models and data")
-    checkpoints = Checkpoints(run.node(NODE) / "checkpoints", world, {**config.binding(cfg.finetune), "base_sha256": base_sha256,
-                                                                             "samples_sha256": samples.sha256()},
-                              cfg.finetune.keep, cfg.finetune.keep_every)
+    identity = {**config.binding(cfg.finetune), "base_sha256": base_sha256, "samples_sha256": samples.sha256(),
+                "images_sha256": samples.images_sha256()}
+    checkpoints = Checkpoints(run.node(NODE) / "checkpoints", world, identity, cfg.finetune.keep, cfg.finetune.keep_every)
     clock.lap("finding and checking the checkpoint")
     engine = Engine(cfg.finetune, world, model, NODE, checkpoints.found)
     clock.lap("engine and its state")

@@ -20,7 +20,7 @@ from skinsynth.data.decoded import Decoded
 from skinsynth.data.order import Mixture, sample_rng
 from skinsynth.data.stream import Source
 from skinsynth.errors import UserError
-from skinsynth.files import read_json, sha256_file
+from skinsynth.files import read_json, sha256_file, sha256_of
 from skinsynth.knobs import Config, phase_starts
 from skinsynth.knobs import Phase as PhaseKnobs
 from skinsynth.run import RunDir
@@ -133,6 +133,11 @@ class Data:
         """Of the names of all samples that may be drawn."""
         lines = (f"{name} {source.dataset.keys[i]}\n" for name, source in self.sources.items() for i in source.samples)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def images_sha256(self) -> str:
+        """Of the images themselves that are trained and judged on."""
+        used = {source.dataset.folder.name: source.dataset for source in self.sources.values()} | {d.folder.name: d for d in self.splits.values()}
+        return sha256_of({name: dataset.content_sha256 for name, dataset in used.items()})
 
     def batch(self, positions: range) -> Batch:
         """images uint8 (n, 3, side, side), channels last in memory, augmented; target float32 (n, classes): what each class counts, its weight

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+UNSAID = ("images_sha256",)  # what checkpoints of earlier versions do not say of themselves, which go on all the same
 PATIENCE = 120.0  # seconds until rank 0 sees what the other ranks have written, on a file system between nodes
 
 
@@ -146,11 +147,12 @@ class Checkpoints:
 
     def _read(self, path: Path) -> Checkpoint:
         found = read_json(path / "complete.json")
-        theirs, mine = found["identity"], self.identity
+        mine = self.identity
+        theirs = {name: mine[name] for name in UNSAID if name in mine} | found["identity"]
         differing = [f"{k}: {theirs.get(k, '(not set)')} -> {mine.get(k, '(not set)')}" for k in sorted(theirs.keys() | mine.keys())
                      if theirs.get(k) != mine.get(k)]
         if differing:
-            raise UserError(f"checkpoint {path} was made with another configuration:\n  " + "\n  ".join(differing) +
+            raise UserError(f"checkpoint {path} was made with another configuration or of other images:\n  " + "\n  ".join(differing) +
                             f"\ntake another run folder, or delete {self.folder} to begin again")
         log.info("going on from %s (written by %s)", path, found["topology"])
         return Checkpoint(path, found["step"], found["state"], list(found["files"]), found.get("shapes", {}))

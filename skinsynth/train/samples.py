@@ -17,7 +17,7 @@ from skinsynth.data.dataset import BadSample, Dataset
 from skinsynth.data.order import sample_rng
 from skinsynth.data.stream import Source
 from skinsynth.errors import UserError
-from skinsynth.files import read_json
+from skinsynth.files import read_json, sha256_of
 from skinsynth.knobs import Config
 from skinsynth.models import diffusion
 from skinsynth.run import RunDir
@@ -119,6 +119,10 @@ class Samples:
         """Which images with which prompts: a checkpoint of others must not be gone on from."""
         lines = (f"{self.train.keys[i]} {prompt}\n" for s in self.sources for i, prompt in zip(s.samples, s.prompts, strict=True))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def images_sha256(self) -> str:
+        """Of these images themselves, and the views of them that are drawn from; latents differ in their last bits between kinds of devices."""
+        return sha256_of([self.train.content_sha256, self.cfg.encode.flip, self.cfg.encode.crops, self.cfg.encode.crop_scale])
 
     def names(self) -> descent.Names:
         """Those of the images that are trained on, their patients, lesions and groups."""

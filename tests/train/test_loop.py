@@ -287,7 +287,7 @@ def test_damaged_checkpoints_do_not_count_as_those_that_are_kept(tmp_path: Path)
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
     go(tmp_path / "run")
-    with pytest.raises(UserError, match=r"(?s)made with another configuration:\n  lr: 0.001 -> 0.01\n.*delete"):
+    with pytest.raises(UserError, match=r"(?s)made with another configuration or of other images:\n  lr: 0.001 -> 0.01\n.*delete"):
         go(tmp_path / "run", lr=1e-2)
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import Setup
+from conftest import Setup, plant
 from diffusers import DDPMScheduler
 
 from skinsynth.knobs import Concept, Config, Images
@@ -54,6 +54,19 @@ def test_prompts_are_left_out_as_often_as_asked_for(make: Setup) -> None:
     assert 0.2 < np.mean(left_out) < 0.3
     cfg.finetune.caption_dropout = 0.0
     assert not any(torch.equal(text, empty) for text in samples(cfg, run).batch(range(100))["text"])
+
+
+def test_the_same_names_with_other_pixels_or_views_are_other_images(make: Setup) -> None:
+    cfg, run = make()
+    found = samples(cfg, run)
+    names, images = found.sha256(), found.images_sha256()
+    for manifest in (False, True):
+        plant(run, cfg, "train", lambda found: (found["shards"][0] if "shards" in found else found).update(sha256="0" * 64), manifest)
+    after = samples(cfg, run)
+    assert after.sha256() == names
+    others = after.images_sha256()
+    cfg.encode.crops += 1
+    assert len({images, others, after.images_sha256()}) == 3
 
 
 def test_without_a_cache_a_batch_of_large_images_goes_through_the_vae_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
