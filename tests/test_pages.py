@@ -304,6 +304,18 @@ def test_the_limit_of_copies_is_told_as_measured(tmp_path: Path) -> None:
     assert "would be called copies" not in words_of(run)
 
 
+def test_how_many_of_each_class_were_accepted_is_told(made: tuple[Config, RunDir], tmp_path: Path) -> None:
+    """Of a set of which hardly any malignant image was accepted the total says nothing."""
+    cfg, run = armless(tmp_path)
+    none = {"generated": 8, "accepted": 1, "rejected": {"blank": 1, "copy": 2}}
+    run.finish("screen", {**run.metrics("screen"), "classes": {"benign": {**none, "accepted": 11, "generated": 1107}, "malignant": none}}, [])
+    stage.report(cfg, run, Task())
+    assert re.search("accepted, benign ?11 of 1,107 ?accepted, malignant ?1 of 8", words_of(run))
+    sheet = (run.dataset(cfg, "synthetic") / "DATASHEET.md").read_text()
+    assert "| accepted, benign | 11 of 1,107 |\n| accepted, malignant | 1 of 8 |" in sheet
+    assert re.search("accepted, malignant ?1", words_of(made[1])), "an earlier version did not write of how many"
+
+
 def test_a_small_kid_keeps_its_digits_and_its_spread_is_explained(made: tuple[Config, RunDir]) -> None:
     found = {"kid": 0.31, "kid_std": 0.02, "kid_real": 0.00004, "kid_real_std": 0.00031}
     assert [value for _, value in screening.short(found)] == ["0.310 ± 0.020", "0.00004 ± 0.00031"]

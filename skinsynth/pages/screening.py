@@ -31,9 +31,16 @@ class Table:
 def short(found: dict[str, Any]) -> list[tuple[str, str]]:
     """(what, value) of the main figures, rejections by reason among them."""
     rejected = [(f"rejected: {reason}", str(n)) for reason, n in (found.get("rejected") or {}).items() if n]
+    classes = [(f"accepted, {name}", count) for name, count in accepted(found)]
     rows = [(label, _text(key, found[key], found)) for key, label in SHORT.items() if key in found]
     told = [("what trained their generator", "unknown: test images may be among it")] if found.get("lineage") == "unknown" else []
-    return [*rows[:2], *told, *rejected, *rows[2:]]
+    return [*rows[:2], *classes, *told, *rejected, *rows[2:]]
+
+
+def accepted(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """(class, how many images of it were accepted). A run that was screened by an earlier version does not say of how many."""
+    rows = found.get("classes") or found.get("kid_per_class") or {}
+    return [(name, f"{row['accepted']:,}" + (f" of {row['generated']:,}" if "generated" in row else "")) for name, row in rows.items()]
 
 
 def plus_minus(knobs: Screen) -> str:
@@ -70,7 +77,8 @@ def _fates(found: dict[str, Any]) -> Table | None:
     if "generated" not in found:
         return None
     limits, real = found.get("limits", {}), found.get("real_rejected", {})
-    rows: list[tuple[str, ...]] = [("generated", f"{found['generated']:,}", "", ""), ("accepted", f"{found.get('accepted', 0):,}", "", "")]
+    rows: list[tuple[str, ...]] = [("generated", f"{found['generated']:,}", "", ""), ("accepted", f"{found.get('accepted', 0):,}", "", ""),
+                                   *((f"accepted, {name}", count, "", "") for name, count in accepted(found))]
     for reason, count in (found.get("rejected") or {}).items():
         beyond = f"{100 * real[reason]:.1f} %" if reason in real else ""
         rows.append((f"set aside: {reason}", f"{count:,}", beyond, f"{limits[reason]:,.3g}" if limits.get(reason) is not None else ""))

@@ -82,11 +82,11 @@ def copied_share(matches: copies.Matches, limit: float, train: int) -> float:
 
 
 def failures(metrics: dict[str, Any], knobs: Screen) -> list[str]:
-    """Why the set as a whole does not pass; empty where it does."""
-    accepted, generated, rejected, found = metrics["accepted"], metrics["generated"], metrics["rejected"], []
-    if accepted < knobs.min_accepted * generated:
-        why = ", ".join(f"{count} {reason}" for reason, count in rejected.items() if count)
-        found.append(f"only {accepted} of {generated} synthetic images were accepted ({why}), less than screen.min_accepted={knobs.min_accepted}")
+    """Why the set as a whole does not pass; empty where it does. A class that was asked for and has no accepted image never does."""
+    generated, rejected = metrics["generated"], metrics["rejected"]
+    found = _too_few("synthetic images", metrics, knobs.min_accepted, "")
+    for name, row in metrics["classes"].items():
+        found += _too_few(f"{name} images", row, knobs.min_accepted, " of this class") or _none(name, row)
     if knobs.max_copies is not None and rejected["copy"] > knobs.max_copies * generated:
         found.append(f"{rejected['copy']} of {generated} synthetic images are copies of training images, more than screen.max_copies="
                      f"{knobs.max_copies}")
@@ -98,6 +98,23 @@ def failures(metrics: dict[str, Any], knobs: Screen) -> list[str]:
         found.append(f"KID ({metrics['features']}) of the synthetic images is {ratio} times that of real images, more than "
                      f"screen.max_kid_ratio={knobs.max_kid_ratio}")
     return found
+
+
+def _too_few(what: str, row: dict[str, Any], least: float, share_of: str) -> list[str]:
+    if row["accepted"] >= least * row["generated"]:
+        return []
+    return [f"only {row['accepted']} of {row['generated']} {what} were accepted ({_reasons(row)}), less than screen.min_accepted={least}{share_of}"]
+
+
+def _none(name: str, row: dict[str, Any]) -> list[str]:
+    if row["accepted"]:
+        return []
+    return [f"none of {row['generated']} {name} images was accepted ({_reasons(row)})" if row["generated"] else
+            f"there is no {name} image, though some were asked for"]
+
+
+def _reasons(row: dict[str, Any]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in row["rejected"].items() if count)
 
 
 def kid_ratio(kid: float | None, real: float | None, real_std: float | None) -> float | None:

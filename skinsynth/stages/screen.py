@@ -169,6 +169,15 @@ class Verdict:
         counts = Counter(self.reasons)
         return {reason: counts[reason] for reason in gate.REASONS}
 
+    def _classes(self) -> dict[str, Any]:
+        """The same of each class that was asked for, also where no image of it came out."""
+        names, asked = self.synthetic.columns["class"], self.synthetic.manifest.get("class_names", {})
+        counts, found = Counter(zip(names, self.reasons, strict=True)), {}
+        for name in sorted({*names, *(name for name, wanted in asked.items() if wanted["count"])}):
+            rejected = {reason: counts[name, reason] for reason in gate.REASONS}
+            found[name] = {"generated": counts[name, None] + sum(rejected.values()), "accepted": counts[name, None], "rejected": rejected}
+        return found
+
     def _write_rejected(self) -> None:
         columns, keys = self.synthetic.columns, self.synthetic.keys
         samples = [{"key": keys[i], "target": columns["target"][i], "reason": reason,
@@ -193,21 +202,19 @@ class Verdict:
     def _metrics(self) -> dict[str, Any]:
         against = self.evidence.against(self.keep)
         distances = against["distances"]
-        whole, real = distances["all"], distances["real"]
+        whole, real, classes = distances["all"], distances["real"], self._classes()
         metrics = {
-            "generated": len(self.reasons), "accepted": len(self.keep), "rejected": self._counts(), "features": features.space_name(self.cfg),
+            "generated": len(self.reasons), "accepted": len(self.keep), "rejected": self._counts(), "classes": classes,
+            "features": features.space_name(self.cfg),
             "kid": whole["kid"], "kid_std": whole["kid_std"], "kid_real": real["kid"], "kid_real_std": real["kid_std"],
-            "kid_per_class": {name: {"kid": row["kid"], "kid_std": row["kid_std"], "accepted": self._accepted(name)}
+            "kid_per_class": {name: {"kid": row["kid"], "kid_std": row["kid_std"], "accepted": classes[name]["accepted"]}
                               for name, row in distances["per_class"].items()},
             "kid_ratio": gate.kid_ratio(whole["kid"], real["kid"], real["kid_std"]), **against, **self._copy_metrics(),
             "agreement": self.evidence.agreement_metrics(self.measured.agreement, self.keep),
             "limits": self.limits.values, "real_rejected": self._real_rejected(),
             "lineage": "known" if check_lineage(self.parts.sets) else "unknown", "copies_searched": copies_searched(self.parts.sets)}
-        failed = gate.failures(metrics, self.cfg.screen)
+        failed = [failure.why for failure in gate.failures(metrics, self.cfg.screen)]
         return {**metrics, "gate": {"passed": not failed, "failures": failed}}
-
-    def _accepted(self, name: str) -> int:
-        return sum(self.synthetic.columns["class"][i] == name for i in self.keep)
 
     def _copy_metrics(self) -> dict[str, Any]:
         """How well the limit works on known cases: disguised copies of training images, and real images of the test split."""
