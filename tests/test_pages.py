@@ -316,6 +316,57 @@ def test_how_many_of_each_class_were_accepted_is_told(made: tuple[Config, RunDir
     assert re.search("accepted, malignant ?1", words_of(made[1])), "an earlier version did not write of how many"
 
 
+def stop(run: RunDir) -> list[str]:
+    """As if the set had not passed the screening; returns why."""
+    why = ["only 1 of 8 malignant images were accepted (5 <copy>, 2 blank), less than screen.min_accepted=0.2 of this class",
+           "7 of 15 synthetic images are copies of training images, more than screen.max_copies=0.1"]
+    write_json(run.node("screen") / "metrics.json", {**run.metrics("screen"), "gate": {"passed": False, "failures": why}})
+    write_json(run.failed_path("screen"), {"node": "screen", "message": "; ".join(why)})
+    for name in ("done", "accepted"):
+        (run.node("screen") / f"{name}.json").unlink()
+    return why
+
+
+def test_of_a_set_that_did_not_pass_the_evidence_is_shown(tmp_path: Path) -> None:
+    cfg, run = armless(tmp_path)
+    whole, why = run.metrics("screen"), stop(run)
+    stage.report(cfg, run, Task())
+    text = (run.path / "report/index.html").read_text()
+    check_page(text)
+    parts = {part.split('"')[0]: words(f'<h2 id="{part}') for part in text.split("</main>")[0].split('<h2 id="')[1:]}
+    assert f"did not pass the screening, and the set is not used: {'; '.join(why)}." in parts["screening"]
+    for needed in ("set aside: copy2", "planted copies found", "0.310 ± 0.020", "The pairs that look most alike", "0.91, set aside: copy"):
+        assert needed in parts["screening"], needed
+    assert "no screened synthetic images" not in words_of(run)
+    assert parts["images"].count("synthetic, as generated: the set did not pass the screening") == 2
+    assert "screen found that the synthetic images as a set did not pass: no arm is trained on them." in words_of(run)
+    found = read_json(run.path / "report/report.json")["synthetic"]
+    assert (found["accepted"], found["gate"]) == (12, {"passed": False, "failures": why, "used": False})
+    sheet, card = (run.dataset(cfg, "synthetic") / "DATASHEET.md").read_text(), (run.weights / "MODEL_CARD.md").read_text()
+    for needed in ("the set is not used: only 1 of 8 malignant", "| rejected: copy | 2 |", "planted copies found"):
+        assert needed in sheet, needed
+        assert needed in card or needed.startswith("|")
+    assert "accepted.json" not in sheet
+    assert "not screened" not in sheet + card
+    write_json(run.node("screen") / "accepted.json", {"keys": ["syn-0", "syn-1"]})  # with screen.on_fail=warn
+    run.finish("screen", {**whole, "gate": {"passed": False, "failures": why}}, [])
+    stage.report(cfg, run, Task())
+    assert f"was used because the configuration says so: {why[0]}" in words_of(run)
+    assert "as generated: the set" not in words_of(run)
+
+
+def test_a_set_that_did_not_pass_is_told_beside_other_runs_and_not_called_out_of_date(made: tuple[Config, RunDir], tmp_path: Path) -> None:
+    """An earlier set of the run had passed, and its ``done.json`` is left."""
+    cfg, run = make(tmp_path)
+    done = run.done_path("screen").read_text()
+    why = stop(run)
+    run.done_path("screen").write_text(done.replace('"reads": {}', '"reads": {"none": "0"}'))
+    stage.report(cfg, run, Task())
+    assert "screen was done before" not in words_of(run)
+    assert why[0] in words_of(run)
+    assert f"the set is not used: {why[0]}" in words(several.reports([made[1].path, run.path], tmp_path / "out").read_text())
+
+
 def test_a_small_kid_keeps_its_digits_and_its_spread_is_explained(made: tuple[Config, RunDir]) -> None:
     found = {"kid": 0.31, "kid_std": 0.02, "kid_real": 0.00004, "kid_real_std": 0.00031}
     assert [value for _, value in screening.short(found)] == ["0.310 ± 0.020", "0.00004 ± 0.00031"]

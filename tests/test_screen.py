@@ -451,11 +451,13 @@ def test_a_class_of_which_nothing_is_left_keeps_the_set_from_passing(screened: P
     assert metrics["accepted"] >= 0.2 * metrics["generated"]
     assert metrics["classes"]["malignant"] == {"generated": 12, "accepted": 0, "rejected": {**dict.fromkeys(REASONS, 0), "broken": 12}}
     shutil.rmtree(tmp_path / "shards/run-synthetic")
-    write(tmp_path / "shards/run-synthetic", rows[::2], 12, kind="synthetic", class_names=asked)
+    write(tmp_path / "shards/run-synthetic", rows[::2], 6, kind="synthetic", class_names=asked)
+    screen(cfg, run, Task(0, 2))
+    assert not (tmp_path / "run/screen/metrics.json").exists(), "a report would tell of the earlier set that it did not pass"
     with pytest.raises(UserError, match=r"^there is no malignant image, though some were asked for"):
-        screen(cfg, run, Task())
+        screen(cfg, run, Task(1, 2))
     asked["malignant"]["count"] = 0
-    write_manifest(tmp_path / "shards/run-synthetic", 1, kind="synthetic", class_names=asked)
+    write_manifest(tmp_path / "shards/run-synthetic", 2, kind="synthetic", class_names=asked)
     screen(cfg, run, Task())
 
 

@@ -76,6 +76,7 @@ def facts(cfg: Config, run: RunDir, summary: dict[str, Any]) -> dict[str, Any]:
             "made": origin.made(found), "columns": origin.columns(cfg, found), "unknown": origin.unknown(summary),
             "settings": manifest.get("settings", {}), "classes": [(targets.get(t, t), n) for t, n in manifest.get("classes", {}).items()],
             "screen": summary["synthetic"], "screening": screening.short(summary["synthetic"]), "accepted": screening.accepted(summary["synthetic"]),
+            "not_passed": screening.not_passed(summary["synthetic"]), "stopped": screening.stopped(run) is not None,
             "train": summary["data"].get("train", {}),
             "finetune": cfg.finetune, "prompts": _prompts(cfg), "plus_minus": screening.plus_minus(cfg.screen),
             "data_name": cfg.data.name,

@@ -7,7 +7,7 @@ from typing import Any
 from skinsynth.data import withdrawn
 from skinsynth.files import read_json, sha256_file
 from skinsynth.knobs import Config
-from skinsynth.pages import figures, origin
+from skinsynth.pages import figures, origin, screening
 from skinsynth.quality import predictions
 from skinsynth.quality.compare import compare
 from skinsynth.quality.verdict import verdict
@@ -34,9 +34,14 @@ def summary(cfg: Config, run: RunDir) -> dict[str, Any]:
 
 
 def screened(cfg: Config, run: RunDir) -> dict[str, Any]:
-    """What ``screen`` measured, ``lineage`` (known, unknown) always among it."""
-    found = run.metrics("screen")
-    return {"lineage": _descent(cfg, run), **found} if found else {}
+    """What ``screen`` measured, ``lineage`` (known, unknown) always among it; where the set did not pass ``gate`` also has
+    ``used`` (bool)."""
+    stopped = screening.stopped(run)
+    found = stopped or run.metrics("screen")
+    if not found:
+        return {}
+    failed = (found.get("gate") or {}).get("failures")
+    return {"lineage": _descent(cfg, run), **found, **({"gate": {**found["gate"], "used": not stopped}} if failed else {})}
 
 
 def _descent(cfg: Config, run: RunDir) -> str:
@@ -100,7 +105,9 @@ def missing(cfg: Config, run: RunDir) -> list[str]:
         seeded = (f"classify/{arm}/{p.name}" for p in sorted(run.node(f"classify/{arm}").glob("seed-*")))
         found += [f"Arm {arm} has not finished: {has}.", *_why(run, [f"classify/{arm}", *seeded])]
     for stage, what in (("prepare", "the data are not described"), ("screen", "there are no screened synthetic images")):
-        if not run.done_path(stage).is_file():
+        if stage == "screen" and screening.stopped(run):
+            found.append("screen found that the synthetic images as a set did not pass: no arm is trained on them.")
+        elif not run.done_path(stage).is_file():
             found.append(f"{stage} has not finished: {what}.")
         elif _outdated(run, stage):
             found.append(f"{stage} was done before what it reads was made anew, or withdrawn from: its figures are of then. Launch again.")

@@ -102,6 +102,8 @@ def make(parts: Parts, mine: list[Unit], run: RunDir, task: Task) -> None:
     """The parts of this task that are not there: those of training shards first, since all others are searched in their thumbnails."""
     units, total = [unit for unit in mine if not parts.have(unit)], sum(unit.count for unit in mine)
     progress = Progress(run, NODE, task.index, total, "images", total - sum(unit.count for unit in units), sum(unit.count for unit in parts.units))
+    if units:
+        (run.node(NODE) / "metrics.json").unlink(missing_ok=True)  # of another set: what did not pass then would be told of this one
     extractor, limit = _extractor(parts.cfg, run) if units else None, parts.cfg.screen.duplicate
     for unit in units:
         assert extractor is not None
