@@ -126,8 +126,27 @@ def test_unknown_lineage_is_said_of_several_runs_too(made: tuple[Config, RunDir]
     text = " ".join(text.split())
     assert f"{UNKNOWN}. If they were, the figures of run <i>&-2/hybrid may be too good." in text
     assert text.count("30 real, 12 synthetic of unknown lineage") == 1
+    assert ("All trainings of run <i>&-1/hybrid had the same synthetic images, and all of run <i>&-2/hybrid had the same ones among themselves: "
+            "another generator") in text, "each run has its own"
     assert text.count("unknown: test images may be among it") == 1
     assert text.count("The number after ± is the standard deviation over these") == 2
+
+
+def test_the_same_synthetic_images_are_told_by_what_they_are(tmp_path: Path) -> None:
+    """Runs that took them over have them too; an arm that was trained before they were made anew had others."""
+    runs = {}
+    for name, keys, images in (("one", ["syn-0", "syn-1"], "ab-1"), ("reused", ["syn-0", "syn-1"], "ab-2"), ("fewer", ["syn-0"], "ab-1"),
+                               ("others", ["syn-0", "syn-1"], "cd-1"), ("stale", ["syn-0", "syn-1"], "ab-1")):
+        cfg, run = make(tmp_path / name)
+        write_json(run.node("screen") / "accepted.json", {"screened": {"synthetic": images}, "keys": keys})
+        runs[name] = (cfg, run)
+    stale = runs["stale"][1]
+    write_json(stale.done_path("classify/hybrid"), {**read_json(stale.done_path("classify/hybrid")), "needs": {"screen": "another"}})
+    arms = {f"{name}/{arm}": results.arm_facts(cfg, run, arm) for name, (cfg, run) in runs.items() for arm in cfg.classify.arms}
+    assert arms["one/baseline"]["synthetic_sha256"] is None
+    [said] = [line for line in results.with_lineage({"may_not": []}, arms, {})["may_not"] if "same synthetic images" in line]
+    assert said.startswith("All trainings of one/hybrid, reused/hybrid had the same synthetic images, and all of fewer/hybrid had the same ones "
+                           "among themselves, and all of others/hybrid had the same ones among themselves, and all of stale/hybrid had the same ones")
 
 
 def test_known_lineage_is_not_called_unknown(made: tuple[Config, RunDir]) -> None:
