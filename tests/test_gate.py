@@ -106,17 +106,18 @@ def metrics(malignant: int = 30, **more: Any) -> dict[str, Any]:
     (Screen(max_copies=0.29), ["30 of 100 synthetic images are copies of training images, more than screen.max_copies=0.29"]),
     (Screen(max_kid_ratio=4.0), ["KID (dinov2) of the synthetic images is 4.5 times that of real images, more than screen.max_kid_ratio=4.0"])])
 def test_a_set_that_fails_says_why(knobs: Screen, why: list[str]) -> None:
-    assert gate.failures(metrics(), knobs) == why
+    assert [failure.why for failure in gate.failures(metrics(), knobs)] == why
 
 
 def test_a_class_of_which_too_few_are_accepted_keeps_the_set_from_passing() -> None:
     assert gate.failures(metrics(malignant=10), Screen()) == []
-    assert gate.failures(metrics(malignant=9), Screen()) == [
-        "only 9 of 50 malignant images were accepted (31 copy, 10 blank), less than screen.min_accepted=0.2 of this class"]
-    assert gate.failures(metrics(malignant=0), Screen(min_accepted=0)) == ["none of 50 malignant images was accepted (40 copy, 10 blank)"]
+    assert gate.failures(metrics(malignant=9), Screen()) == [gate.Failure(
+        "only 9 of 50 malignant images were accepted (31 copy, 10 blank), less than screen.min_accepted=0.2 of this class", "copy")]
+    assert gate.failures(metrics(malignant=0), Screen(min_accepted=0)) == [
+        gate.Failure("none of 50 malignant images was accepted (40 copy, 10 blank)", "copy")]
     none = {"generated": 0, "accepted": 0, "rejected": {"copy": 0}}
     assert gate.failures(metrics(classes={"benign": metrics()["classes"]["benign"], "malignant": none}), Screen()) == [
-        "there is no malignant image, though some were asked for"]
+        gate.Failure("there is no malignant image, though some were asked for", "broken")]
 
 
 def test_the_ratio_takes_the_spread_where_real_to_real_is_about_zero() -> None:
@@ -124,4 +125,4 @@ def test_the_ratio_takes_the_spread_where_real_to_real_is_about_zero() -> None:
     assert gate.kid_ratio(0.5, 0.25, 0.05) == 2
     assert gate.kid_ratio(None, 0.25, 0.05) is gate.kid_ratio(0.5, 0.25, None) is None
     [told] = gate.failures(metrics(kid_ratio=None), Screen(max_kid_ratio=0.1))
-    assert "is unknown, so screen.max_kid_ratio=0.1 cannot be told" in told
+    assert "is unknown, so screen.max_kid_ratio=0.1 cannot be told" in told.why

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,12 +26,12 @@ from skinsynth.data.withdrawn import mark
 from skinsynth.errors import UserError
 from skinsynth.files import read_json, sha256_file
 from skinsynth.knobs import Config, GeneratedClass
-from skinsynth.quality import copies, spectrum
+from skinsynth.quality import copies, gate, spectrum
 from skinsynth.quality.evidence import choose
 from skinsynth.quality.gate import REASONS
 from skinsynth.quality.parts import Parts
 from skinsynth.run import RunDir, Task
-from skinsynth.stages.screen import copies_searched, screen
+from skinsynth.stages.screen import ADVICE, advice, copies_searched, screen
 
 SIZE = 64
 
@@ -434,6 +436,24 @@ def test_a_set_of_which_nothing_is_left_is_told_not_crashed_on(screened: Path, t
     cfg.screen.on_fail = "warn"
     screen(cfg, run, Task())
     assert run.metrics("screen")["kid"] is None
+
+
+def test_what_to_do_depends_on_what_failed(tmp_path: Path) -> None:
+    cfg, run = settings(tmp_path / "a b")
+    assert set(ADVICE) == {*REASONS, "kid", "kid unknown"}
+    copied = advice(cfg, run, [gate.Failure("...", "copy")])
+    assert "against copy: fewer finetune.steps" in copied
+    assert "precision" not in copied
+    both = advice(cfg, run, [gate.Failure("...", reason) for reason in ("blank", "kid", "blank")])
+    assert "finetune.lr" not in both
+    assert both.count("against blank: more generate.steps") == both.count("against kid: more finetune.steps") == 1
+    command = re.search("'skinsynth (launch .*) KEY=VALUE' makes a new run", both)
+    assert command
+    assert shlex.split(command[1]) == ["launch", f"{run.path}/config.yaml", f"run={run.path}-2", "--reuse", str(run.path)]
+    cfg.generate.weights = "base"
+    assert "take another model.base or other prompts" in advice(cfg, run, [gate.Failure("...", "copy")])
+    cfg.data.synthetic = "theirs"
+    assert "give others as data.synthetic" in advice(cfg, run, [gate.Failure("...", "copy")])
 
 
 def test_a_class_of_which_nothing_is_left_keeps_the_set_from_passing(screened: Path, tmp_path: Path, images: np.ndarray) -> None:

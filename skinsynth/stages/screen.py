@@ -19,6 +19,7 @@ index, which every stage holds that opens it, and beside it 0.2 kB of keys and m
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections import Counter
 from typing import Any
@@ -39,8 +40,16 @@ from skinsynth.run import Progress, RunDir, Task
 
 NODE = "screen"
 PAIRS = 20  # of nearest synthetic and training images that are kept for the eye
-ADVICE = ("Look at {folder}/worst-pairs.png and rejected.json. Many copies: fewer finetune.steps, a lower finetune.lr or more images per concept. "
-          "Many blank or broken: more generate.steps, precision fp32, a lower guidance. To go on all the same: screen.on_fail=warn")
+_LEARN = "more finetune.steps or another generate.guidance; or, where the eye finds these images good, a smaller screen."
+_DRAW = "more generate.steps, generate.precision=fp32 or a lower generate.guidance"
+ADVICE = {  # by the reason of a ``gate.Failure``
+    "broken": _DRAW, "blank": _DRAW, "blur": f"{_LEARN}blur", "frame": f"{_LEARN}frame", "clipped": f"{_LEARN}clipped",
+    "saturated": f"{_LEARN}saturation", "copy": "fewer finetune.steps, a lower finetune.lr or more images per concept",
+    "held-out": "another model.base, since this one seems to know validation or test images",
+    "class": "prompts that tell the classes apart, more finetune.steps, or a lower screen.agreement",
+    "duplicate": "more and other prompts, a lower generate.guidance or fewer finetune.steps",
+    "kid": "more finetune.steps, a model.base that is nearer to the images, or a higher screen.max_kid_ratio",
+    "kid unknown": "more screen.kid_subsets, or no limit (screen.max_kid_ratio=null): too few images have no such figure"}
 
 
 def screen(cfg: Config, run: RunDir, task: Task) -> None:
@@ -90,6 +99,19 @@ def copies_searched(sets: dict[str, Dataset]) -> dict[str, Any]:
     else:
         more = ", among them all that the generator is known to be fine-tuned on"
     return {"images": len(train), "not_searched": missing, "told": f"the run's {len(train):,} training images{more}"}
+
+
+def advice(cfg: Config, run: RunDir, failed: list[gate.Failure]) -> str:
+    """What to look at, what to change, and with which command."""
+    what = [f"against {reason}: {ADVICE[reason]}" for reason in dict.fromkeys(failure.reason for failure in failed)]
+    if cfg.data.synthetic:
+        what = ["the images were made elsewhere: give others as data.synthetic"]
+    elif cfg.generate.weights == "base":
+        what = ["the generator is a published model: take another model.base or other prompts, or fine-tune it (generate.weights=finetuned)"]
+    path, new = shlex.quote(str(run.path)), shlex.quote(f"run={run.path}-2")
+    return (f"'skinsynth report {path}' shows the images, the nearest pairs and the distances; {run.node(NODE) / 'rejected.json'} has each reason. "
+            f"What may help: {'; '.join(what)}. 'skinsynth launch {path}/config.yaml {new} --reuse {path} KEY=VALUE' makes a new run with such a "
+            "change, which takes over the stages before it; the same launch with screen.on_fail=warn goes on all the same")
 
 
 def _up_to_date(run: RunDir, sets: dict[str, Dataset]) -> bool:
@@ -160,12 +182,12 @@ class Verdict:
 
     def _judge(self, metrics: dict[str, Any]) -> None:
         """The set as a whole."""
-        failed = metrics["gate"]["failures"]
+        failed = gate.failures(metrics, self.cfg.screen)
         if failed and self.cfg.screen.on_fail == "stop":
             (self.folder / "accepted.json").unlink(missing_ok=True)  # of an earlier set, perhaps
-            raise UserError("; ".join(failed) + ". " + ADVICE.format(folder=self.folder))
-        for why in failed:
-            print(f"screen: {why}; going on, since screen.on_fail=warn", file=sys.stderr)
+            raise UserError("; ".join(failure.why for failure in failed) + ". " + advice(self.cfg, self.run, failed))
+        for failure in failed:
+            print(f"screen: {failure.why}; going on, since screen.on_fail=warn", file=sys.stderr)
 
     def _counts(self) -> dict[str, int]:
         counts = Counter(self.reasons)
