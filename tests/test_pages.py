@@ -149,6 +149,26 @@ def test_the_same_synthetic_images_are_told_by_what_they_are(tmp_path: Path) -> 
                            "among themselves, and all of others/hybrid had the same ones among themselves, and all of stale/hybrid had the same ones")
 
 
+@pytest.mark.parametrize(("lineage", "told"), [
+    ({"train": None, "group_ids": []}, "no images of this or any other run: a general model as it was published"),
+    ({"train": None, "group_ids": None}, "unknown"),
+    ({"train": None, "group_ids": ["g1"]}, "1 group (patients, lesions or copies)"),
+    ({"train": "isic-train", "group_ids": ["g1", "g2"]}, "isic-train: 2 groups (patients, lesions or copies)"),
+    ({"train": "isic-train", "group_ids": None, "trained_on": {"groups": ["g1", "g2"]}},
+     "isic-train: at least 2 groups (patients, lesions or copies); all of it nobody knows"),
+    ({"train": "isic-train", "group_ids": None}, "isic-train, and nobody knows what else")])
+def test_what_trained_the_generator_is_told_once_and_without_contradiction(tmp_path: Path, lineage: dict[str, object], told: str) -> None:
+    cfg, run = armless(tmp_path)
+    shutil.rmtree(run.node("finetune"))
+    manifest(cfg, run, lineage={"base": "theirs/model", "weights_sha256": "ab", **lineage, "trained_group_ids": lineage["group_ids"]})
+    stage.report(cfg, run, Task())
+    text, sheet = words_of(run), (run.dataset(cfg, "synthetic") / "DATASHEET.md").read_text()
+    assert re.search(f"generator trained on ?{re.escape(told)} ?(method|skinsynth)", text)
+    assert f"| generator trained on | {told} |" in sheet
+    assert not re.search(r"\b0 groups|groups that trained it", text + sheet)
+    assert (UNKNOWN in text) == (lineage["group_ids"] is None)
+
+
 def test_known_lineage_is_not_called_unknown(made: tuple[Config, RunDir]) -> None:
     sheet = (made[1].dataset(made[0], "synthetic") / "DATASHEET.md").read_text()
     assert UNKNOWN not in words_of(made[1]) + " ".join(sheet.split())

@@ -296,7 +296,7 @@ def test_a_generator_of_unknown_origin_is_said_to_be_one(screened: Path, tmp_pat
 
 
 @pytest.mark.parametrize(("lineage", "missing", "told"), [
-    ({"group_ids": []}, 0, "the run's 40 training images, among them all"),
+    ({"group_ids": []}, 0, "the run's 40 training images; the generator is a general model that was fine-tuned on none of these"),
     ({"group_ids": ["g"], "trained_on": {"images": ["train-001"], "groups": ["g"]}}, 0, "among them all"),
     ({"group_ids": ["g"], "trained_on": {"images": ["train-001", "a", "b"], "groups": ["g"]}}, 2, "2 other images that trained the generator"),
     ({"group_ids": ["g"]}, None, "which images trained the generator is not known"),

@@ -96,6 +96,8 @@ def copies_searched(sets: dict[str, Dataset]) -> dict[str, Any]:
         more = "; which images trained the generator is not known, and copies of those that are not among them cannot be found"
     elif missing:
         more = f"; {missing:,} other images that trained the generator were not at hand, and copies of them cannot be found"
+    elif not known["groups"]:
+        more = "; the generator is a general model that was fine-tuned on none of these, and the images that trained it are not at hand"
     else:
         more = ", among them all that the generator is known to be fine-tuned on"
     return {"images": len(train), "not_searched": missing, "told": f"the run's {len(train):,} training images{more}"}
