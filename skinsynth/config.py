@@ -49,12 +49,17 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         UserError: no such file, not YAML, unknown key (with the nearest known one), wrong type, value out of range.
     """
     path = Path(path)
+    if path.is_dir():
+        inside = f", such as {path / 'config.yaml'}" if (path / "config.yaml").is_file() else ""
+        raise UserError(f"configuration {path} is a folder: give a YAML file{inside}")
     if not path.is_file():
         raise UserError(f"configuration {path} does not exist (the shipped ones are in configs/)")
     try:
         raw = OmegaConf.to_container(OmegaConf.load(path))
     except (OmegaConfBaseException, ValueError) as error:
         raise UserError(f"{path}: {_first_line(error)}") from None
+    except OSError as error:
+        raise UserError(f"configuration {path} cannot be read: {error.strerror}") from None
     except Exception as error:  # yaml's own errors have no common base that omegaconf exports
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
@@ -331,12 +336,19 @@ def _names(node: Any) -> bool:
 
 
 def _merge(base: Any, layer: dict[str, Any], where: str) -> Any:
+    for key, value in layer.items():
+        section = getattr(Config(), str(key), None)
+        if is_dataclass(section) and not isinstance(value, dict):
+            raise UserError(f"{where}: {key} is a section, of which keys can be set, not {'null' if value is None else repr(value)}: give one of "
+                            f"them ({key}.{fields(section)[0].name}), or leave it out")
     try:
         return OmegaConf.merge(base, layer)
     except OmegaConfBaseException as error:
         key = (error.full_key or "").replace("class_", "class")
         if type(error).__name__ == "ConfigKeyError":
             raise UserError(f"{where}: unknown key '{key}'{_suggest(key)}") from None
+        if "not Optional" in str(error) or "Incompatible value 'None'" in str(error):
+            raise UserError(f"{where}: {key} cannot be null: give it a value, or leave it out") from None
         raise UserError(f"{where}: {f'{key}: ' if key else ''}{_first_line(error)}") from None
     except TypeError as error:  # a list's item by its number, a list for a mapping
         raise UserError(f"{where}: a value is of another kind than its key's ({_first_line(error)}): give lists as a whole, for example "

@@ -208,7 +208,7 @@ class Screen:
     kid_subsets: int = at_least(50, 1)
     kid_subset_size: int = at_least(100, 2)
     batch: int = at_least(64, 1)
-    min_accepted: float = at_least(0.2, 0, 1)  # the set fails with a smaller share accepted,
+    min_accepted: float = at_least(0.2, 0, 1)  # the set fails with a smaller share accepted, of all or of a class (or none of a class),
     max_copies: float | None = at_least(None, 0, 1)  # with a larger share of copies among the generated,
     max_kid_ratio: float | None = at_least(None, 0)  # or with a KID so many times that of real images to real images, or of its spread
     on_fail: str = free(one_of("stop", "warn"))  # a set that fails stops the chain, or is only told

@@ -104,8 +104,10 @@ class RunDir:
         Cluster keys may change between launches: they change where the work is done, not what comes out.
 
         Raises:
-            UserError: the folder holds another configuration; the differing keys are listed.
+            UserError: the folder holds another configuration; the differing keys are listed. Or it is a file.
         """
+        if self.path.is_file():
+            raise UserError(f"run={self.path} is a file: give the run's folder, which may be a new one")
         if self.config_path.exists():
             found = configs.difference(cfg, self.config())
             if found:

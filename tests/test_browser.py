@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from test_pages import stop
 from test_report import make
 
 from skinsynth.files import write_json
@@ -60,7 +61,7 @@ def look(page: Path, folder: Path, width: int, printed: bool = False) -> tuple[d
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A report with everything, one of a run that is not complete, and one of two runs, as plain files side by side."""
+    """A report with everything, one of a run that is not complete, one of which the set did not pass, and one of two, as plain files side by side."""
     folder = tmp_path_factory.mktemp("browser")
     cfg, run = make(folder / "whole", arms=("real", "half", "more"), strengths=(0.6, 1.0, 1.6))
     stage.report(cfg, run, Task())
@@ -69,13 +70,17 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     broken.done_path("classify/hybrid").unlink()
     write_json(broken.failed_path("classify/hybrid"), {"node": "classify/hybrid", "message": "a/very/long/path/" * 30})
     stage.report(broken_cfg, broken, Task())
-    found = {"whole": run.path / "report/index.html", "broken": broken.path / "report/index.html",
+    stopped_cfg, stopped = make(folder / "stopped")
+    shutil.rmtree(stopped.path / "classify")
+    stop(stopped)
+    stage.report(stopped_cfg, stopped, Task())
+    found = {"stopped": stopped.path / "report/index.html", "whole": run.path / "report/index.html", "broken": broken.path / "report/index.html",
              "several": several.reports([run.path, broken.path], folder / "several")}
     return {name: Path(shutil.copy(path, folder / f"{name}.html")) for name, path in found.items()}
 
 
 @pytest.mark.parametrize("width", [360, 1200])
-@pytest.mark.parametrize(("name", "least"), [("whole", 8), ("broken", 4), ("several", 1)])
+@pytest.mark.parametrize(("name", "least"), [("whole", 8), ("broken", 4), ("stopped", 5), ("several", 1)])
 def test_it_is_seen_as_it_is_meant(pages: dict[str, Path], name: str, least: int, width: int) -> None:
     seen, logged = look(pages[name], pages[name].parent, width)
     assert logged == ""

@@ -97,6 +97,23 @@ def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
     with pytest.raises(UserError, match="expected 'key: value'"):
         config.load(tmp_path / "list.yaml")
+    with pytest.raises(UserError, match=r"is a folder: give a YAML file$"):
+        config.load(tmp_path)
+    (tmp_path / "config.yaml").write_text("seed: 1")
+    with pytest.raises(UserError, match=f"is a folder: give a YAML file, such as {tmp_path}/config.yaml"):
+        config.load(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "told"), [
+    ("finetune: 3", "finetune is a section, of which keys can be set, not 3: give one of them (finetune.steps), or leave it out"),
+    ("finetune:\n  # steps: 3", "finetune is a section, of which keys can be set, not null"), ("data: [1]", "data is a section"),
+    ("run:", "run cannot be null: give it a value, or leave it out"),
+    ("classify: {arms: {a: {sources: }}}", "classify.arms.a.sources cannot be null")])
+def test_a_value_for_a_section_and_none_for_a_key_are_told(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        config.load(tmp_path / "mine.yaml")
+    assert str(caught.value).startswith(f"{tmp_path / 'mine.yaml'}: {told}")
 
 
 def test_difference_leaves_out_what_changes_no_result() -> None:

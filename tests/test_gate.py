@@ -90,17 +90,34 @@ def test_the_share_of_training_images_that_are_copied_counts_each_once() -> None
     assert gate.copied_share(found, 0.7, 50) == 2 / 50
 
 
-def metrics(**more: Any) -> dict[str, Any]:
-    return {"generated": 100, "accepted": 60, "rejected": {"copy": 30, "blank": 10, "blur": 0}, "kid_ratio": 4.5, "features": "dinov2", **more}
+def metrics(malignant: int = 30, **more: Any) -> dict[str, Any]:
+    """Of 100 images, 50 a class, 60 are accepted, ``malignant`` of them so."""
+    classes = {name: {"generated": 50, "accepted": good, "rejected": {"copy": max(0, 40 - good), "blur": 0, "blank": min(10, 50 - good)}}
+               for name, good in (("benign", 60 - malignant), ("malignant", malignant))}
+    return {"generated": 100, "accepted": 60, "rejected": {"copy": 30, "blank": 10, "blur": 0}, "classes": classes, "kid_ratio": 4.5,
+            "features": "dinov2", **more}
 
 
 @pytest.mark.parametrize(("knobs", "why"), [
     (Screen(), []), (Screen(min_accepted=0.6, max_copies=0.3, max_kid_ratio=4.5), []),
-    (Screen(min_accepted=0.61), ["only 60 of 100 synthetic images were accepted (30 copy, 10 blank), less than screen.min_accepted=0.61"]),
+    (Screen(min_accepted=0.61), ["only 60 of 100 synthetic images were accepted (30 copy, 10 blank), less than screen.min_accepted=0.61",
+                                 *(f"only 30 of 50 {name} images were accepted (10 copy, 10 blank), less than screen.min_accepted=0.61 of this class"
+                                   for name in ("benign", "malignant"))]),
     (Screen(max_copies=0.29), ["30 of 100 synthetic images are copies of training images, more than screen.max_copies=0.29"]),
     (Screen(max_kid_ratio=4.0), ["KID (dinov2) of the synthetic images is 4.5 times that of real images, more than screen.max_kid_ratio=4.0"])])
 def test_a_set_that_fails_says_why(knobs: Screen, why: list[str]) -> None:
-    assert gate.failures(metrics(), knobs) == why
+    assert [failure.why for failure in gate.failures(metrics(), knobs)] == why
+
+
+def test_a_class_of_which_too_few_are_accepted_keeps_the_set_from_passing() -> None:
+    assert gate.failures(metrics(malignant=10), Screen()) == []
+    assert gate.failures(metrics(malignant=9), Screen()) == [gate.Failure(
+        "only 9 of 50 malignant images were accepted (31 copy, 10 blank), less than screen.min_accepted=0.2 of this class", "copy")]
+    assert gate.failures(metrics(malignant=0), Screen(min_accepted=0)) == [
+        gate.Failure("none of 50 malignant images was accepted (40 copy, 10 blank)", "copy")]
+    none = {"generated": 0, "accepted": 0, "rejected": {"copy": 0}}
+    assert gate.failures(metrics(classes={"benign": metrics()["classes"]["benign"], "malignant": none}), Screen()) == [
+        gate.Failure("there is no malignant image, though some were asked for", "broken")]
 
 
 def test_the_ratio_takes_the_spread_where_real_to_real_is_about_zero() -> None:
@@ -108,4 +125,4 @@ def test_the_ratio_takes_the_spread_where_real_to_real_is_about_zero() -> None:
     assert gate.kid_ratio(0.5, 0.25, 0.05) == 2
     assert gate.kid_ratio(None, 0.25, 0.05) is gate.kid_ratio(0.5, 0.25, None) is None
     [told] = gate.failures(metrics(kid_ratio=None), Screen(max_kid_ratio=0.1))
-    assert "is unknown, so screen.max_kid_ratio=0.1 cannot be told" in told
+    assert "is unknown, so screen.max_kid_ratio=0.1 cannot be told" in told.why

@@ -126,8 +126,47 @@ def test_unknown_lineage_is_said_of_several_runs_too(made: tuple[Config, RunDir]
     text = " ".join(text.split())
     assert f"{UNKNOWN}. If they were, the figures of run <i>&-2/hybrid may be too good." in text
     assert text.count("30 real, 12 synthetic of unknown lineage") == 1
+    assert ("All trainings of run <i>&-1/hybrid had the same synthetic images, and all of run <i>&-2/hybrid had the same ones among themselves: "
+            "another generator") in text, "each run has its own"
     assert text.count("unknown: test images may be among it") == 1
     assert text.count("The number after ± is the standard deviation over these") == 2
+
+
+def test_the_same_synthetic_images_are_told_by_what_they_are(tmp_path: Path) -> None:
+    """Runs that took them over have them too; an arm that was trained before they were made anew had others."""
+    runs = {}
+    for name, keys, images in (("one", ["syn-0", "syn-1"], "ab-1"), ("reused", ["syn-0", "syn-1"], "ab-2"), ("fewer", ["syn-0"], "ab-1"),
+                               ("others", ["syn-0", "syn-1"], "cd-1"), ("stale", ["syn-0", "syn-1"], "ab-1")):
+        cfg, run = make(tmp_path / name)
+        write_json(run.node("screen") / "accepted.json", {"screened": {"synthetic": images}, "keys": keys})
+        runs[name] = (cfg, run)
+    stale = runs["stale"][1]
+    write_json(stale.done_path("classify/hybrid"), {**read_json(stale.done_path("classify/hybrid")), "needs": {"screen": "another"}})
+    arms = {f"{name}/{arm}": results.arm_facts(cfg, run, arm) for name, (cfg, run) in runs.items() for arm in cfg.classify.arms}
+    assert arms["one/baseline"]["synthetic_sha256"] is None
+    [said] = [line for line in results.with_lineage({"may_not": []}, arms, {})["may_not"] if "same synthetic images" in line]
+    assert said.startswith("All trainings of one/hybrid, reused/hybrid had the same synthetic images, and all of fewer/hybrid had the same ones "
+                           "among themselves, and all of others/hybrid had the same ones among themselves, and all of stale/hybrid had the same ones")
+
+
+@pytest.mark.parametrize(("lineage", "told"), [
+    ({"train": None, "group_ids": []}, "no images of this or any other run: a general model as it was published"),
+    ({"train": None, "group_ids": None}, "unknown"),
+    ({"train": None, "group_ids": ["g1"]}, "1 group (patients, lesions or copies)"),
+    ({"train": "isic-train", "group_ids": ["g1", "g2"]}, "isic-train: 2 groups (patients, lesions or copies)"),
+    ({"train": "isic-train", "group_ids": None, "trained_on": {"groups": ["g1", "g2"]}},
+     "isic-train: at least 2 groups (patients, lesions or copies); all of it nobody knows"),
+    ({"train": "isic-train", "group_ids": None}, "isic-train, and nobody knows what else")])
+def test_what_trained_the_generator_is_told_once_and_without_contradiction(tmp_path: Path, lineage: dict[str, object], told: str) -> None:
+    cfg, run = armless(tmp_path)
+    shutil.rmtree(run.node("finetune"))
+    manifest(cfg, run, lineage={"base": "theirs/model", "weights_sha256": "ab", **lineage, "trained_group_ids": lineage["group_ids"]})
+    stage.report(cfg, run, Task())
+    text, sheet = words_of(run), (run.dataset(cfg, "synthetic") / "DATASHEET.md").read_text()
+    assert re.search(f"generator trained on ?{re.escape(told)} ?(method|skinsynth)", text)
+    assert f"| generator trained on | {told} |" in sheet
+    assert not re.search(r"\b0 groups|groups that trained it", text + sheet)
+    assert (UNKNOWN in text) == (lineage["group_ids"] is None)
 
 
 def test_known_lineage_is_not_called_unknown(made: tuple[Config, RunDir]) -> None:
@@ -302,6 +341,69 @@ def test_the_limit_of_copies_is_told_as_measured(tmp_path: Path) -> None:
     run.finish("screen", {k: v for k, v in run.metrics("screen").items() if k != "copy_false_alarms"}, [])
     stage.report(cfg, run, Task())
     assert "would be called copies" not in words_of(run)
+
+
+def test_how_many_of_each_class_were_accepted_is_told(made: tuple[Config, RunDir], tmp_path: Path) -> None:
+    """Of a set of which hardly any malignant image was accepted the total says nothing."""
+    cfg, run = armless(tmp_path)
+    none = {"generated": 8, "accepted": 1, "rejected": {"blank": 1, "copy": 2}}
+    run.finish("screen", {**run.metrics("screen"), "classes": {"benign": {**none, "accepted": 11, "generated": 1107}, "malignant": none}}, [])
+    stage.report(cfg, run, Task())
+    assert re.search("accepted, benign ?11 of 1,107 ?accepted, malignant ?1 of 8", words_of(run))
+    sheet = (run.dataset(cfg, "synthetic") / "DATASHEET.md").read_text()
+    assert "| accepted, benign | 11 of 1,107 |\n| accepted, malignant | 1 of 8 |" in sheet
+    assert re.search("accepted, malignant ?1", words_of(made[1])), "an earlier version did not write of how many"
+
+
+def stop(run: RunDir) -> list[str]:
+    """As if the set had not passed the screening; returns why."""
+    why = ["only 1 of 8 malignant images were accepted (5 <copy>, 2 blank), less than screen.min_accepted=0.2 of this class",
+           "7 of 15 synthetic images are copies of training images, more than screen.max_copies=0.1"]
+    write_json(run.node("screen") / "metrics.json", {**run.metrics("screen"), "gate": {"passed": False, "failures": why}})
+    write_json(run.failed_path("screen"), {"node": "screen", "message": "; ".join(why)})
+    for name in ("done", "accepted"):
+        (run.node("screen") / f"{name}.json").unlink()
+    return why
+
+
+def test_of_a_set_that_did_not_pass_the_evidence_is_shown(tmp_path: Path) -> None:
+    cfg, run = armless(tmp_path)
+    whole, why = run.metrics("screen"), stop(run)
+    stage.report(cfg, run, Task())
+    text = (run.path / "report/index.html").read_text()
+    check_page(text)
+    parts = {part.split('"')[0]: words(f'<h2 id="{part}') for part in text.split("</main>")[0].split('<h2 id="')[1:]}
+    assert f"did not pass the screening, and the set is not used: {'; '.join(why)}." in parts["screening"]
+    for needed in ("set aside: copy2", "planted copies found", "0.310 ± 0.020", "The pairs that look most alike", "0.91, set aside: copy"):
+        assert needed in parts["screening"], needed
+    assert "no screened synthetic images" not in words_of(run)
+    assert parts["images"].count("synthetic, as generated: the set did not pass the screening") == 2
+    assert "screen found that the synthetic images as a set did not pass: no arm is trained on them." in words_of(run)
+    found = read_json(run.path / "report/report.json")["synthetic"]
+    assert (found["accepted"], found["gate"]) == (12, {"passed": False, "failures": why, "used": False})
+    sheet, card = (run.dataset(cfg, "synthetic") / "DATASHEET.md").read_text(), (run.weights / "MODEL_CARD.md").read_text()
+    for needed in ("the set is not used: only 1 of 8 malignant", "| rejected: copy | 2 |", "planted copies found"):
+        assert needed in sheet, needed
+        assert needed in card or needed.startswith("|")
+    assert "accepted.json" not in sheet
+    assert "not screened" not in sheet + card
+    write_json(run.node("screen") / "accepted.json", {"keys": ["syn-0", "syn-1"]})  # with screen.on_fail=warn
+    run.finish("screen", {**whole, "gate": {"passed": False, "failures": why}}, [])
+    stage.report(cfg, run, Task())
+    assert f"was used because the configuration says so: {why[0]}" in words_of(run)
+    assert "as generated: the set" not in words_of(run)
+
+
+def test_a_set_that_did_not_pass_is_told_beside_other_runs_and_not_called_out_of_date(made: tuple[Config, RunDir], tmp_path: Path) -> None:
+    """An earlier set of the run had passed, and its ``done.json`` is left."""
+    cfg, run = make(tmp_path)
+    done = run.done_path("screen").read_text()
+    why = stop(run)
+    run.done_path("screen").write_text(done.replace('"reads": {}', '"reads": {"none": "0"}'))
+    stage.report(cfg, run, Task())
+    assert "screen was done before" not in words_of(run)
+    assert why[0] in words_of(run)
+    assert f"the set is not used: {why[0]}" in words(several.reports([made[1].path, run.path], tmp_path / "out").read_text())
 
 
 def test_a_small_kid_keeps_its_digits_and_its_spread_is_explained(made: tuple[Config, RunDir]) -> None:

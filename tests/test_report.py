@@ -337,8 +337,8 @@ def test_other_test_images_are_refused_by_name(tmp_path: Path) -> None:
 def test_the_cards_are_filled_and_name_no_place(made: tuple[Config, RunDir]) -> None:
     cfg, run = made
     sheet, card = (run.dataset(cfg, "synthetic") / "DATASHEET.md").read_text(), (run.weights / "MODEL_CARD.md").read_text()
-    for needed in ("Not a medical device", "| images generated | 15 |", "| rejected: copy | 2 |", "a <b>mole</b>", "Apache-2.0",
-                   "hybrid told malignant"):
+    for needed in ("Not a medical device", "| images generated | 15 |", "| accepted, benign | 11 |", "| rejected: copy | 2 |", "a <b>mole</b>",
+                   "Apache-2.0", "hybrid told malignant"):
         assert needed in sheet, needed
     for needed in ("Not a medical device", "ab" * 32, "80 images (40 benign, 40 malignant) of 40 groups", "an unknown number of patients",
                    "planted copies found"):

@@ -385,6 +385,12 @@ def test_a_read_only_folder_is_told(tmp_path: Path) -> None:
         RunDir(blocker / "run").create(Config())
 
 
+def test_a_file_is_no_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"notes.txt is a file: give the run's folder"):
+        launches.launch(config.load("configs/demo.yaml", [f"run={tmp_path / 'notes.txt'}"]), Console(quiet=True))
+
+
 def test_no_run_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is no run folder: config.yaml is missing"):
         RunDir(tmp_path).config()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,11 +26,12 @@ from skinsynth.data.withdrawn import mark
 from skinsynth.errors import UserError
 from skinsynth.files import read_json, sha256_file
 from skinsynth.knobs import Config, GeneratedClass
-from skinsynth.quality import copies, spectrum
+from skinsynth.quality import copies, gate, spectrum
 from skinsynth.quality.evidence import choose
+from skinsynth.quality.gate import REASONS
 from skinsynth.quality.parts import Parts
 from skinsynth.run import RunDir, Task
-from skinsynth.stages.screen import copies_searched, screen
+from skinsynth.stages.screen import ADVICE, advice, copies_searched, screen
 
 SIZE = 64
 
@@ -146,6 +149,8 @@ def test_the_metrics_hold_the_evidence_with_its_sizes(screened: Path) -> None:
     assert metrics["lineage"] == "known"
     assert metrics["copies_searched"]["images"] == 40
     assert metrics["gate"] == {"passed": True, "failures": []}
+    assert {name: row["generated"] for name, row in metrics["classes"].items()} == {"benign": 18, "malignant": 18}
+    assert sum(row["accepted"] for row in metrics["classes"].values()) == metrics["accepted"]
     assert metrics == read_json(screened / "run/screen/metrics.json")
 
 
@@ -291,7 +296,7 @@ def test_a_generator_of_unknown_origin_is_said_to_be_one(screened: Path, tmp_pat
 
 
 @pytest.mark.parametrize(("lineage", "missing", "told"), [
-    ({"group_ids": []}, 0, "the run's 40 training images, among them all"),
+    ({"group_ids": []}, 0, "the run's 40 training images; the generator is a general model that was fine-tuned on none of these"),
     ({"group_ids": ["g"], "trained_on": {"images": ["train-001"], "groups": ["g"]}}, 0, "among them all"),
     ({"group_ids": ["g"], "trained_on": {"images": ["train-001", "a", "b"], "groups": ["g"]}}, 2, "2 other images that trained the generator"),
     ({"group_ids": ["g"]}, None, "which images trained the generator is not known"),
@@ -323,7 +328,7 @@ def test_a_set_that_fails_goes_on_where_it_is_told_to(screened: Path, tmp_path: 
     cfg.screen.on_fail = "warn"
     screen(cfg, run, Task())
     assert "are copies of training images" in capsys.readouterr().err
-    assert len(run.metrics("screen")["gate"]["failures"]) == 2
+    assert len(run.metrics("screen")["gate"]["failures"]) == 4, "of all, of each class, and of copies"
     assert read_json(tmp_path / "run/screen/accepted.json")["count"] == RunDir(screened / "run").metrics("screen")["accepted"]
 
 
@@ -426,8 +431,54 @@ def test_a_set_of_which_nothing_is_left_is_told_not_crashed_on(screened: Path, t
     with pytest.raises(UserError, match="only 0 of 2 synthetic images"):
         screen(cfg, run, Task())
     cfg.screen.min_accepted = 0
+    with pytest.raises(UserError, match=r"none of 1 benign images was accepted \(1 broken\); none of 1 malignant"):
+        screen(cfg, run, Task())
+    cfg.screen.on_fail = "warn"
     screen(cfg, run, Task())
     assert run.metrics("screen")["kid"] is None
+
+
+def test_what_to_do_depends_on_what_failed(tmp_path: Path) -> None:
+    cfg, run = settings(tmp_path / "a b")
+    assert set(ADVICE) == {*REASONS, "kid", "kid unknown"}
+    copied = advice(cfg, run, [gate.Failure("...", "copy")])
+    assert "against copy: fewer finetune.steps" in copied
+    assert "precision" not in copied
+    both = advice(cfg, run, [gate.Failure("...", reason) for reason in ("blank", "kid", "blank")])
+    assert "finetune.lr" not in both
+    assert both.count("against blank: more generate.steps") == both.count("against kid: more finetune.steps") == 1
+    command = re.search("'skinsynth (launch .*) KEY=VALUE' makes a new run", both)
+    assert command
+    assert shlex.split(command[1]) == ["launch", f"{run.path}/config.yaml", f"run={run.path}-2", "--reuse", str(run.path)]
+    cfg.generate.weights = "base"
+    assert "take another model.base or other prompts" in advice(cfg, run, [gate.Failure("...", "copy")])
+    cfg.data.synthetic = "theirs"
+    assert "give others as data.synthetic" in advice(cfg, run, [gate.Failure("...", "copy")])
+
+
+def test_a_class_of_which_nothing_is_left_keeps_the_set_from_passing(screened: Path, tmp_path: Path, images: np.ndarray) -> None:
+    """Of all images half are accepted: a classifier would be trained on synthetic benign ones alone."""
+    shutil.copytree(screened, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "shards/run-synthetic")
+    rows = synthetic([b"x" if i % 2 else encode_jpeg(image, 95) for i, image in enumerate(images[66:90])])
+    asked = {name: {"target": target, "count": 12, "prompts": ["x"]} for target, name in enumerate(("benign", "malignant"))}
+    write(tmp_path / "shards/run-synthetic", rows, 12, kind="synthetic", class_names=asked)
+    cfg, run = settings(tmp_path)
+    with pytest.raises(UserError, match=r"^only 0 of 12 malignant images were accepted \(12 broken\), less than .* of this class"):
+        screen(cfg, run, Task())
+    assert not (tmp_path / "run/screen/accepted.json").exists()
+    metrics = read_json(tmp_path / "run/screen/metrics.json")
+    assert metrics["accepted"] >= 0.2 * metrics["generated"]
+    assert metrics["classes"]["malignant"] == {"generated": 12, "accepted": 0, "rejected": {**dict.fromkeys(REASONS, 0), "broken": 12}}
+    shutil.rmtree(tmp_path / "shards/run-synthetic")
+    write(tmp_path / "shards/run-synthetic", rows[::2], 6, kind="synthetic", class_names=asked)
+    screen(cfg, run, Task(0, 2))
+    assert not (tmp_path / "run/screen/metrics.json").exists(), "a report would tell of the earlier set that it did not pass"
+    with pytest.raises(UserError, match=r"^there is no malignant image, though some were asked for"):
+        screen(cfg, run, Task(1, 2))
+    asked["malignant"]["count"] = 0
+    write_manifest(tmp_path / "shards/run-synthetic", 2, kind="synthetic", class_names=asked)
+    screen(cfg, run, Task())
 
 
 def test_test_images_among_the_synthetic_ones_are_found_whatever_was_done_to_them(screened: Path, tmp_path: Path, images: np.ndarray) -> None:

@@ -34,6 +34,7 @@ def test_a_job_on_no_run_folder_says_so_without_a_traceback(tmp_path: Path) -> N
     assert done.returncode == 1
     assert "config.yaml is missing" in done.stderr
     assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir()), "a name that was misspelt has become a folder"
 
 
 def test_a_wrong_task_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help="From a small, unbalanced set of dermoscopy images to a large, screened one, and to a report that says whether it helped.")
 
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, for example configs/demo.yaml")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to it, for example finetune.steps=200 run=runs/mine")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="changes to it, for example finetune.steps=200 run=runs/mine")]
 
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="run folder, for example runs/isic")]
 DatasetFolder = Annotated[str, typer.Argument(metavar="DATASET", help="dataset folder, for example shards/isic-synthetic")]

@@ -100,7 +100,7 @@ def export(dataset: DatasetFolder, folder: Annotated[str, typer.Argument(metavar
 
 
 @app.command(rich_help_panel="Datasets")
-def regenerate(dataset: DatasetFolder, keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="for example syn-00412907")],
+def regenerate(dataset: DatasetFolder, keys: Annotated[list[str], typer.Argument(metavar="KEY", help="for example syn-00412907")],
                run: Annotated[str | None, typer.Option(metavar="RUN", help="The run that made it; else as the dataset says.")] = None,
                to: Annotated[str, typer.Option(metavar="DIR", help="Where the PNG files go.")] = ".") -> None:
     """Draw images of a dataset once more, from the same weights and seeds, and compare them with the shards. Ends with 1 where one differs.

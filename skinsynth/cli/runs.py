@@ -114,7 +114,7 @@ def logs(run: RunFolder, stage: Stage, task: Annotated[int | None, typer.Option(
 
 @app.command()
 def cancel(run: RunFolder,
-           stage: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="only this one, and what waits for it")] = None) -> None:
+           stage: Annotated[str | None, typer.Argument(metavar="STAGE", help="only this one, and what waits for it")] = None) -> None:
     """Stop a run, or one of its stages: its Slurm jobs, or the local launch. What is done is kept; launch again goes on.
 
     Examples:
@@ -180,7 +180,7 @@ def estimate(config: ConfigFile, overrides: Overrides = None,
 
 
 @app.command()
-def doctor(config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="YAML file; without one only this machine is looked at")] = None,
+def doctor(config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="YAML file; without one only this machine is looked at")] = None,
            overrides: Overrides = None,
            submit: Annotated[bool, typer.Option("--submit", help="Also look at the compute nodes, by one short Slurm job.")] = False,
            wait: Annotated[float, typer.Option(help="Seconds that this job may take, its time in the queue included.")] = 600,
@@ -221,7 +221,7 @@ def doctor(config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help
 
 
 @app.command()
-def report(runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="one run folder, or several to compare")],
+def report(runs: Annotated[list[str], typer.Argument(metavar="RUN", help="one run folder, or several to compare")],
            to: Annotated[str, typer.Option(metavar="DIR", help="Where the page of several runs goes.")] = "comparison") -> None:
     """Write the report of a run as it is now, unfinished or not; or one page that compares several runs.
 

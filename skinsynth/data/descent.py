@@ -74,9 +74,9 @@ def check_withdrawn(lineage: dict[str, Any], home: Path, what: str) -> None:
 
 
 def told(lineage: dict[str, Any]) -> str:
-    """How many groups it descends from, for a reader: ``137``, ``at least 137`` or ``unknown``."""
+    """How many groups it descends from, for a reader: ``137``, ``at least 137``, ``none`` (a general model as it is) or ``unknown``."""
     if lineage.get("group_ids") is not None:
-        return str(len(lineage["group_ids"]))
+        return str(len(lineage["group_ids"]) or "none")
     known = len(trained_on(lineage)["groups"])
     return f"at least {known}" if known else "unknown"
 

@@ -107,7 +107,7 @@ def show(folder: Path, key: str) -> tuple[dict[str, Any], bytes]:
     return {"key": key, **record, "dataset": str(folder), "shard": str(folder / part["shard"]), "offset": offset, "bytes": size,
             **({"made_by": part["made_by"]} if "made_by" in part else {}),
             **({"trained_on": lineage.get("train"), "trained_on_sha256": lineage.get("train_sha256"), "weights_made_by": lineage.get("code"),
-                "trained_on_groups": groups if groups == "unknown" else f"{groups}, listed in {folder / 'manifest.json'} under lineage"}
+                "trained_on_groups": groups if groups in ("unknown", "none") else f"{groups}, listed in {folder / 'manifest.json'} under lineage"}
                if lineage else {})}, jpeg
 
 

@@ -72,9 +72,11 @@ def facts(cfg: Config, run: RunDir, summary: dict[str, Any]) -> dict[str, Any]:
     lineage, targets = origin.lineage(cfg, run), {"0": "benign", "1": "malignant"}
     base = str(lineage.get("base", "unknown"))
     return {"name": run.name, "seed": cfg.seed, "manifest": manifest, "lineage": {**lineage, "base": origin.name(base)}, "origin": found,
-            "made": origin.made(found), "columns": origin.columns(cfg, found), "unknown": origin.unknown(summary),
+            "made": origin.made(found), "trained": origin.trained(found), "columns": origin.columns(cfg, found), "unknown": origin.unknown(summary),
             "settings": manifest.get("settings", {}), "classes": [(targets.get(t, t), n) for t, n in manifest.get("classes", {}).items()],
-            "screen": summary["synthetic"], "screening": screening.short(summary["synthetic"]), "train": summary["data"].get("train", {}),
+            "screen": summary["synthetic"], "screening": screening.short(summary["synthetic"]), "accepted": screening.accepted(summary["synthetic"]),
+            "not_passed": screening.not_passed(summary["synthetic"]), "stopped": screening.stopped(run) is not None,
+            "train": summary["data"].get("train", {}),
             "finetune": cfg.finetune, "prompts": _prompts(cfg), "plus_minus": screening.plus_minus(cfg.screen),
             "data_name": cfg.data.name,
             "metadata": Path(cfg.data.metadata).name if cfg.data.metadata else None, "data_licence": DATA_LICENCE,

@@ -40,6 +40,17 @@ def facts(cfg: Config, run: RunDir) -> dict[str, Any]:
             "source": name(str(settings["source"])) if "source" in settings else None}
 
 
+def trained(origin: dict[str, Any]) -> str:
+    """What the generator was trained on. ``origin``: as ``facts`` gives it."""
+    groups, train = origin.get("groups", "unknown"), origin.get("train")
+    if groups == "none":
+        return train or "no images of this or any other run: a general model as it was published"
+    if groups == "unknown":
+        return f"{train}, and nobody knows what else" if train else "unknown"
+    told = f"{train + ': ' if train else ''}{groups} group{'s' * (groups != '1')} (patients, lesions or copies)"
+    return told if origin["known"] else f"{told}; all of it nobody knows"
+
+
 def unknown(summary: dict[str, Any]) -> str | None:
     """``UNKNOWN`` where it is so: as the set says, or as ``screen`` and the arms noted of one that is gone."""
     noted = [summary["synthetic"].get("lineage"), *(row["lineage"] for row in summary["arms"].values())]

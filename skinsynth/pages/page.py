@@ -79,8 +79,9 @@ def render(cfg: Config, run: RunDir, summary: dict[str, Any]) -> str:
         loss=figures.loss(figures.lines(run.node("finetune") / "metrics.jsonl")), previews=pictures.previews(run),
         prompts=read_hint(run.node("finetune") / "previews/prompts.json") or [], grids=pictures.grids(cfg, run, bad),
         sheets=sheets, all_sheets=all_sheets, pairs=pictures.pairs(cfg, run, bad), bad=bad, plots=pictures.plots(run),
-        screening=screening.tables(summary["synthetic"]), plus_minus=screening.plus_minus(cfg.screen), nodes=nodes,
-        origin=summary["lineage"], made=origin.made(summary["lineage"]), unknown=origin.unknown(summary),
+        screening=screening.tables(summary["synthetic"]), not_passed=screening.not_passed(summary["synthetic"]),
+        stopped=screening.stopped(run) is not None, plus_minus=screening.plus_minus(cfg.screen), nodes=nodes,
+        origin=summary["lineage"], made=origin.made(summary["lineage"]), trained=origin.trained(summary["lineage"]), unknown=origin.unknown(summary),
         config=configs.dump(cfg), provenance=read_json(run.path / "provenance.json") or {}, taken_over=reuse.origins(cfg, run),
         lineage=origin.lineage(cfg, run),
         set_aside=run.metrics("prepare").get("set_aside", {}), steps=steps(cfg))

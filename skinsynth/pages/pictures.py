@@ -14,6 +14,7 @@ from skinsynth.data.dataset import BadSample, Dataset
 from skinsynth.errors import UserError
 from skinsynth.files import read_json
 from skinsynth.knobs import Config
+from skinsynth.pages import screening
 from skinsynth.run import RunDir
 
 CLASSES = {0: "benign", 1: "malignant"}
@@ -51,9 +52,9 @@ def readable(data: Dataset, numbers: Iterable[int], most: int, bad: dict[str, st
 
 
 def grids(cfg: Config, run: RunDir, bad: dict[str, str]) -> list[tuple[str, str, int, str]]:
-    """(class, source, number of images, picture) of the first images of each class: real training images, and accepted synthetic ones. ``bad``: as
-    in ``readable``."""
-    found, accepted = [], set((read_json(run.node("screen") / "accepted.json") or {"keys": []})["keys"])
+    """(class, source, number of images, picture) of the first images of each class: real training images, and accepted synthetic ones, or, of a set
+    that did not pass as a whole and has no list of these, any. ``bad``: as in ``readable``."""
+    found, stopped, accepted = [], screening.stopped(run) is not None, set((read_json(run.node("screen") / "accepted.json") or {"keys": []})["keys"])
     for target, name in CLASSES.items():
         for source, kind in (("real", "train"), ("synthetic", "synthetic")):
             try:
@@ -62,7 +63,7 @@ def grids(cfg: Config, run: RunDir, bad: dict[str, str]) -> list[tuple[str, str,
                 if run.done_path("prepare" if kind == "train" else "screen").is_file():  # else the page says that there are none
                     bad[run.dataset(cfg, kind).name] = str(error)
                 continue
-            chosen = (i for i in data.select({"target": target}) if kind == "train" or data.keys[i] in accepted)
+            chosen = (i for i in data.select({"target": target}) if kind == "train" or stopped or data.keys[i] in accepted)
             images = readable(data, chosen, GRID, bad)
             if images:
                 filled = images + [np.full_like(images[0], 255)] * (-len(images) % COLUMNS)

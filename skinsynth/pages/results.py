@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from skinsynth.data import withdrawn
-from skinsynth.files import read_json, sha256_file
+from skinsynth.files import read_json, sha256_file, sha256_of
 from skinsynth.knobs import Config
-from skinsynth.pages import figures, origin
+from skinsynth.pages import figures, origin, screening
 from skinsynth.quality import predictions
 from skinsynth.quality.compare import compare
 from skinsynth.quality.verdict import verdict
@@ -34,9 +34,14 @@ def summary(cfg: Config, run: RunDir) -> dict[str, Any]:
 
 
 def screened(cfg: Config, run: RunDir) -> dict[str, Any]:
-    """What ``screen`` measured, ``lineage`` (known, unknown) always among it."""
-    found = run.metrics("screen")
-    return {"lineage": _descent(cfg, run), **found} if found else {}
+    """What ``screen`` measured, ``lineage`` (known, unknown) always among it; where the set did not pass ``gate`` also has
+    ``used`` (bool)."""
+    stopped = screening.stopped(run)
+    found = stopped or run.metrics("screen")
+    if not found:
+        return {}
+    failed = (found.get("gate") or {}).get("failures")
+    return {"lineage": _descent(cfg, run), **found, **({"gate": {**found["gate"], "used": not stopped}} if failed else {})}
 
 
 def _descent(cfg: Config, run: RunDir) -> str:
@@ -47,16 +52,27 @@ def arm_facts(cfg: Config, run: RunDir, arm: str) -> dict[str, Any]:
     """What an arm was trained on and how, its seeds one after the other in each list.
 
     ``train_samples``: source -> images. ``mix``: its phases, each with ``share`` of the steps and the ``sources``' weights. ``lineage`` of the
-    synthetic images: known, unknown; None without such. ``steps``, ``chosen_step``. ``epochs``: ``step``, ``epoch``, and the validation images'
-    ``accuracy`` and ``auroc`` of each evaluation.
+    synthetic images: known, unknown; None without such. ``synthetic_sha256``: which these are; None also where nobody knows. ``steps``,
+    ``chosen_step``. ``epochs``: ``step``, ``epoch``, and the validation images' ``accuracy`` and ``auroc`` of each evaluation.
     """
     folders, knobs = predictions.finished(cfg, run, arm).values(), cfg.classify.arms[arm]
     facts, whole = [predictions.seed_facts(run, arm, folder) for folder in folders], sum(part.share for part in knobs.parts) or 1
     told = next((one["lineage"] for one in facts if one.get("lineage")), None) or _descent(cfg, run)
     return {"train_samples": facts[0].get("train_samples", {}), "lineage": told if "synthetic" in knobs.used else None,
+            "synthetic_sha256": _images_sha256(run, arm) if "synthetic" in knobs.used else None,
             "mix": [{"share": round(part.share / whole, 4), "sources": dict(part.sources)} for part in knobs.parts],
             "steps": [one.get("steps") for one in facts], "chosen_step": [one.get("chosen_step") for one in facts],
             "epochs": [[_epoch(row) for row in figures.lines(folder / "epochs.jsonl")] for folder in folders]}
+
+
+def _images_sha256(run: RunDir, arm: str) -> str | None:
+    """Of the shards and of which of their images are accepted: the same in a run that took them over. None for an arm that was trained before they
+    were made anew, and of a run that an earlier version screened."""
+    accepted = read_json(run.node("screen") / "accepted.json") or {}
+    if "screened" not in accepted or _outdated(run, f"classify/{arm}"):
+        return None
+    images, _, _ = accepted["screened"]["synthetic"].partition("-")  # not the manifest's: it names the version of the code
+    return sha256_of([images, accepted["keys"]])
 
 
 def _epoch(row: dict[str, Any]) -> dict[str, Any]:
@@ -67,15 +83,25 @@ def _epoch(row: dict[str, Any]) -> dict[str, Any]:
 def with_lineage(found: dict[str, Any], arms: dict[str, Any], screened: dict[str, Any]) -> dict[str, Any]:
     """The verdict; among what may not be concluded, and first, what it means for the arms that nobody knows what trained the generator, that there
     was one alone, and that real test images look like training images. ``screened``: as the function gives it."""
-    unknown, made = ([arm for arm, row in arms.items() if row["lineage"] in kinds] for kinds in (("unknown",), ("known", "unknown")))
+    unknown, alike_of = [arm for arm, row in arms.items() if row["lineage"] == "unknown"], _by_images(arms)
     lines = [f"{origin.UNKNOWN} If they were, the figures of {', '.join(unknown)} may be too good."] if unknown else []
-    if made:
-        lines.append(f"All trainings of {', '.join(made)} had the same synthetic images: another generator, or other images of it, may turn out "
-                     "otherwise, and that is in no interval.")
+    if alike_of:
+        others = "".join(f", and all of {', '.join(names)} had the same ones among themselves" for names in alike_of[1:])
+        lines.append(f"All trainings of {', '.join(alike_of[0])} had the same synthetic images{others}: another generator, or other images of it, "
+                     "may turn out otherwise, and that is in no interval.")
     if alike := screened.get("copy_false_alarms"):
         lines.append(f"{100 * alike:.1f} % of the real test images look so much like training images that they would be called copies. Where they "
                      "show the same lesion once more, of which the ids know nothing, all arms' figures are too good.")
     return {**found, "may_not": [*lines, *found["may_not"]]}
+
+
+def _by_images(arms: dict[str, Any]) -> list[list[str]]:
+    """The arms that were trained on synthetic images, those together of which it is known that they had the same ones."""
+    found: dict[str, list[str]] = {}
+    for arm, row in arms.items():
+        if row["lineage"]:
+            found.setdefault(row["synthetic_sha256"] or f"of {arm}", []).append(arm)
+    return list(found.values())
 
 
 def unfinished(cfg: Config, run: RunDir) -> dict[str, list[int]]:
@@ -100,7 +126,9 @@ def missing(cfg: Config, run: RunDir) -> list[str]:
         seeded = (f"classify/{arm}/{p.name}" for p in sorted(run.node(f"classify/{arm}").glob("seed-*")))
         found += [f"Arm {arm} has not finished: {has}.", *_why(run, [f"classify/{arm}", *seeded])]
     for stage, what in (("prepare", "the data are not described"), ("screen", "there are no screened synthetic images")):
-        if not run.done_path(stage).is_file():
+        if stage == "screen" and screening.stopped(run):
+            found.append("screen found that the synthetic images as a set did not pass: no arm is trained on them.")
+        elif not run.done_path(stage).is_file():
             found.append(f"{stage} has not finished: {what}.")
         elif _outdated(run, stage):
             found.append(f"{stage} was done before what it reads was made anew, or withdrawn from: its figures are of then. Launch again.")

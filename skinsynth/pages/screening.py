@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from skinsynth.files import read_json
 from skinsynth.knobs import Screen
+from skinsynth.run import RunDir
 
 SHORT = {"generated": "generated", "accepted": "accepted", "kid": "KID, synthetic to real training images",
          "kid_real": "for scale: KID, real held-out to real training images", "copy_planted": "copies planted, of each disguise",
@@ -28,12 +30,35 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
 
+def stopped(run: RunDir) -> dict[str, Any] | None:
+    """What was measured of a set that did not pass as a whole and is not used; None where there is no such."""
+    found = read_json(run.node("screen") / "metrics.json") or {}
+    failed = (found.get("gate") or {}).get("failures")
+    return found if failed and not (run.node("screen") / "accepted.json").is_file() else None
+
+
+def not_passed(found: dict[str, Any]) -> str | None:
+    """That the set as a whole did not pass, with the reasons; None where it did. ``found``: as ``results.screened`` gives it."""
+    gate = found.get("gate") or {}
+    if not gate.get("failures"):
+        return None
+    used = "was used because the configuration says so" if gate.get("used") else "is not used"
+    return f"The synthetic images as a set did not pass the screening, and the set {used}: {'; '.join(gate['failures'])}."
+
+
 def short(found: dict[str, Any]) -> list[tuple[str, str]]:
     """(what, value) of the main figures, rejections by reason among them."""
     rejected = [(f"rejected: {reason}", str(n)) for reason, n in (found.get("rejected") or {}).items() if n]
+    classes = [(f"accepted, {name}", count) for name, count in accepted(found)]
     rows = [(label, _text(key, found[key], found)) for key, label in SHORT.items() if key in found]
     told = [("what trained their generator", "unknown: test images may be among it")] if found.get("lineage") == "unknown" else []
-    return [*rows[:2], *told, *rejected, *rows[2:]]
+    return [*rows[:2], *classes, *told, *rejected, *rows[2:]]
+
+
+def accepted(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """(class, how many images of it were accepted). A run that was screened by an earlier version does not say of how many."""
+    rows = found.get("classes") or found.get("kid_per_class") or {}
+    return [(name, f"{row['accepted']:,}" + (f" of {row['generated']:,}" if "generated" in row else "")) for name, row in rows.items()]
 
 
 def plus_minus(knobs: Screen) -> str:
@@ -70,14 +95,13 @@ def _fates(found: dict[str, Any]) -> Table | None:
     if "generated" not in found:
         return None
     limits, real = found.get("limits", {}), found.get("real_rejected", {})
-    rows: list[tuple[str, ...]] = [("generated", f"{found['generated']:,}", "", ""), ("accepted", f"{found.get('accepted', 0):,}", "", "")]
+    rows: list[tuple[str, ...]] = [("generated", f"{found['generated']:,}", "", ""), ("accepted", f"{found.get('accepted', 0):,}", "", ""),
+                                   *((f"accepted, {name}", count, "", "") for name, count in accepted(found))]
     for reason, count in (found.get("rejected") or {}).items():
         beyond = f"{100 * real[reason]:.1f} %" if reason in real else ""
         rows.append((f"set aside: {reason}", f"{count:,}", beyond, f"{limits[reason]:,.3g}" if limits.get(reason) is not None else ""))
-    failures = (found.get("gate") or {}).get("failures", [])
-    notes = [f"The set as a whole did not pass, and was used because the configuration says so: {failure}." for failure in failures]
     return Table("What became of the synthetic images; beside it the share of real held-out images that the same limit would set aside",
-                 ("what became of them", "synthetic", "real held-out", "limit"), rows, notes)
+                 ("what became of them", "synthetic", "real held-out", "limit"), rows)
 
 
 def _distances(found: dict[str, Any]) -> Table | None:

@@ -92,4 +92,5 @@ def _page(found: list[tuple[str, RunDir, Config]], summary: dict[str, Any]) -> s
         runs={str(run.path): name for name, run, _ in found}, summary=summary, sentence=sentence, metrics=METRICS, main=page.MAIN, spaces=spaces,
         missing=[f"{name}: {line}" for name, run, cfg in found for line in results.missing(cfg, run)], plot=figures.intervals(known, "AUROC"),
         plus_minus={name: screening.plus_minus(cfg.screen) for name, _, cfg in found},
+        not_passed={name: screening.not_passed(row) for name, row in summary["synthetic"].items()},
         screening={name: screening.short(row) for name, row in summary["synthetic"].items()})

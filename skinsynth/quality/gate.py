@@ -81,23 +81,54 @@ def copied_share(matches: copies.Matches, limit: float, train: int) -> float:
     return round(len(np.unique(matches.index[matches.copies(limit)])) / train, 6)
 
 
-def failures(metrics: dict[str, Any], knobs: Screen) -> list[str]:
-    """Why the set as a whole does not pass; empty where it does."""
-    accepted, generated, rejected, found = metrics["accepted"], metrics["generated"], metrics["rejected"], []
-    if accepted < knobs.min_accepted * generated:
-        why = ", ".join(f"{count} {reason}" for reason, count in rejected.items() if count)
-        found.append(f"only {accepted} of {generated} synthetic images were accepted ({why}), less than screen.min_accepted={knobs.min_accepted}")
+@dataclass(frozen=True)
+class Failure:
+    """``why`` a set as a whole does not pass, and the ``reason`` to do something about: of ``REASONS``, or ``kid``."""
+
+    why: str
+    reason: str
+
+
+def failures(metrics: dict[str, Any], knobs: Screen) -> list[Failure]:
+    """Those of the set as a whole; empty where it passes. A class that was asked for and has no accepted image never does."""
+    generated, rejected, features = metrics["generated"], metrics["rejected"], metrics["features"]
+    found = _too_few("synthetic images", metrics, knobs.min_accepted, "")
+    for name, row in metrics["classes"].items():
+        found += _too_few(f"{name} images", row, knobs.min_accepted, " of this class") or _none(name, row)
     if knobs.max_copies is not None and rejected["copy"] > knobs.max_copies * generated:
-        found.append(f"{rejected['copy']} of {generated} synthetic images are copies of training images, more than screen.max_copies="
-                     f"{knobs.max_copies}")
-    ratio = metrics["kid_ratio"]
-    if knobs.max_kid_ratio is not None and ratio is None:
-        found.append(f"KID ({metrics['features']}) of the synthetic images beside that of real ones is unknown, so screen.max_kid_ratio="
-                     f"{knobs.max_kid_ratio} cannot be told: raise screen.kid_subsets, or leave the limit out (too few images have no such figure)")
-    elif knobs.max_kid_ratio is not None and ratio > knobs.max_kid_ratio:
-        found.append(f"KID ({metrics['features']}) of the synthetic images is {ratio} times that of real images, more than "
-                     f"screen.max_kid_ratio={knobs.max_kid_ratio}")
+        found.append(Failure(f"{rejected['copy']} of {generated} synthetic images are copies of training images, more than screen.max_copies="
+                             f"{knobs.max_copies}", "copy"))
+    ratio, limit = metrics["kid_ratio"], knobs.max_kid_ratio
+    if limit is not None and ratio is None:
+        found.append(Failure(f"KID ({features}) of the synthetic images beside that of real ones is unknown, so screen.max_kid_ratio={limit} cannot "
+                             "be told", "kid unknown"))
+    elif limit is not None and ratio > limit:
+        found.append(Failure(f"KID ({features}) of the synthetic images is {ratio} times that of real images, more than screen.max_kid_ratio={limit}",
+                             "kid"))
     return found
+
+
+def _too_few(what: str, row: dict[str, Any], least: float, share_of: str) -> list[Failure]:
+    if row["accepted"] >= least * row["generated"]:
+        return []
+    told, most = _reasons(row)
+    return [Failure(f"only {row['accepted']} of {row['generated']} {what} were accepted ({told}), less than screen.min_accepted={least}{share_of}",
+                    most)]
+
+
+def _none(name: str, row: dict[str, Any]) -> list[Failure]:
+    if row["accepted"]:
+        return []
+    if not row["generated"]:  # those that came out faulty were left out
+        return [Failure(f"there is no {name} image, though some were asked for", "broken")]
+    told, most = _reasons(row)
+    return [Failure(f"none of {row['generated']} {name} images was accepted ({told})", most)]
+
+
+def _reasons(row: dict[str, Any]) -> tuple[str, str]:
+    """All with their counts, and that which set most images aside."""
+    rejected = row["rejected"]
+    return ", ".join(f"{count} {reason}" for reason, count in rejected.items() if count), max(rejected, key=rejected.__getitem__)
 
 
 def kid_ratio(kid: float | None, real: float | None, real_std: float | None) -> float | None:

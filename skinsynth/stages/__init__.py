@@ -58,8 +58,9 @@ def run_node(node: str, path: str, task: Task = WHOLE) -> int:
         print(f"\n{node} failed: {message}", file=sys.stderr)
         if not isinstance(error, UserError | OSError):
             traceback.print_exc()
-        with contextlib.suppress(OSError):  # the disk is full, or the folder is not ours: stderr has it
-            write_json(run.failed_path(node, task.index), {"node": node, "message": message})
+        if run.config_path.is_file():  # else it is no run folder, and would become one that looks like it
+            with contextlib.suppress(OSError):  # the disk is full, or the folder is not ours: stderr has it
+                write_json(run.failed_path(node, task.index), {"node": node, "message": message})
         return FAILED
     return OK
 

@@ -19,6 +19,7 @@ index, which every stage holds that opens it, and beside it 0.2 kB of keys and m
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections import Counter
 from typing import Any
@@ -39,8 +40,16 @@ from skinsynth.run import Progress, RunDir, Task
 
 NODE = "screen"
 PAIRS = 20  # of nearest synthetic and training images that are kept for the eye
-ADVICE = ("Look at {folder}/worst-pairs.png and rejected.json. Many copies: fewer finetune.steps, a lower finetune.lr or more images per concept. "
-          "Many blank or broken: more generate.steps, precision fp32, a lower guidance. To go on all the same: screen.on_fail=warn")
+_LEARN = "more finetune.steps or another generate.guidance; or, where the eye finds these images good, a smaller screen."
+_DRAW = "more generate.steps, generate.precision=fp32 or a lower generate.guidance"
+ADVICE = {  # by the reason of a ``gate.Failure``
+    "broken": _DRAW, "blank": _DRAW, "blur": f"{_LEARN}blur", "frame": f"{_LEARN}frame", "clipped": f"{_LEARN}clipped",
+    "saturated": f"{_LEARN}saturation", "copy": "fewer finetune.steps, a lower finetune.lr or more images per concept",
+    "held-out": "another model.base, since this one seems to know validation or test images",
+    "class": "prompts that tell the classes apart, more finetune.steps, or a lower screen.agreement",
+    "duplicate": "more and other prompts, a lower generate.guidance or fewer finetune.steps",
+    "kid": "more finetune.steps, a model.base that is nearer to the images, or a higher screen.max_kid_ratio",
+    "kid unknown": "more screen.kid_subsets, or no limit (screen.max_kid_ratio=null): too few images have no such figure"}
 
 
 def screen(cfg: Config, run: RunDir, task: Task) -> None:
@@ -87,9 +96,24 @@ def copies_searched(sets: dict[str, Dataset]) -> dict[str, Any]:
         more = "; which images trained the generator is not known, and copies of those that are not among them cannot be found"
     elif missing:
         more = f"; {missing:,} other images that trained the generator were not at hand, and copies of them cannot be found"
+    elif not known["groups"]:
+        more = "; the generator is a general model that was fine-tuned on none of these, and the images that trained it are not at hand"
     else:
         more = ", among them all that the generator is known to be fine-tuned on"
     return {"images": len(train), "not_searched": missing, "told": f"the run's {len(train):,} training images{more}"}
+
+
+def advice(cfg: Config, run: RunDir, failed: list[gate.Failure]) -> str:
+    """What to look at, what to change, and with which command."""
+    what = [f"against {reason}: {ADVICE[reason]}" for reason in dict.fromkeys(failure.reason for failure in failed)]
+    if cfg.data.synthetic:
+        what = ["the images were made elsewhere: give others as data.synthetic"]
+    elif cfg.generate.weights == "base":
+        what = ["the generator is a published model: take another model.base or other prompts, or fine-tune it (generate.weights=finetuned)"]
+    path, new = shlex.quote(str(run.path)), shlex.quote(f"run={run.path}-2")
+    return (f"'skinsynth report {path}' shows the images, the nearest pairs and the distances; {run.node(NODE) / 'rejected.json'} has each reason. "
+            f"What may help: {'; '.join(what)}. 'skinsynth launch {path}/config.yaml {new} --reuse {path} KEY=VALUE' makes a new run with such a "
+            "change, which takes over the stages before it; the same launch with screen.on_fail=warn goes on all the same")
 
 
 def _up_to_date(run: RunDir, sets: dict[str, Dataset]) -> bool:
@@ -102,6 +126,8 @@ def make(parts: Parts, mine: list[Unit], run: RunDir, task: Task) -> None:
     """The parts of this task that are not there: those of training shards first, since all others are searched in their thumbnails."""
     units, total = [unit for unit in mine if not parts.have(unit)], sum(unit.count for unit in mine)
     progress = Progress(run, NODE, task.index, total, "images", total - sum(unit.count for unit in units), sum(unit.count for unit in parts.units))
+    if units:
+        (run.node(NODE) / "metrics.json").unlink(missing_ok=True)  # of another set: what did not pass then would be told of this one
     extractor, limit = _extractor(parts.cfg, run) if units else None, parts.cfg.screen.duplicate
     for unit in units:
         assert extractor is not None
@@ -158,16 +184,25 @@ class Verdict:
 
     def _judge(self, metrics: dict[str, Any]) -> None:
         """The set as a whole."""
-        failed = metrics["gate"]["failures"]
+        failed = gate.failures(metrics, self.cfg.screen)
         if failed and self.cfg.screen.on_fail == "stop":
             (self.folder / "accepted.json").unlink(missing_ok=True)  # of an earlier set, perhaps
-            raise UserError("; ".join(failed) + ". " + ADVICE.format(folder=self.folder))
-        for why in failed:
-            print(f"screen: {why}; going on, since screen.on_fail=warn", file=sys.stderr)
+            raise UserError("; ".join(failure.why for failure in failed) + ". " + advice(self.cfg, self.run, failed))
+        for failure in failed:
+            print(f"screen: {failure.why}; going on, since screen.on_fail=warn", file=sys.stderr)
 
     def _counts(self) -> dict[str, int]:
         counts = Counter(self.reasons)
         return {reason: counts[reason] for reason in gate.REASONS}
+
+    def _classes(self) -> dict[str, Any]:
+        """The same of each class that was asked for, also where no image of it came out."""
+        names, asked = self.synthetic.columns["class"], self.synthetic.manifest.get("class_names", {})
+        counts, found = Counter(zip(names, self.reasons, strict=True)), {}
+        for name in sorted({*names, *(name for name, wanted in asked.items() if wanted["count"])}):
+            rejected = {reason: counts[name, reason] for reason in gate.REASONS}
+            found[name] = {"generated": counts[name, None] + sum(rejected.values()), "accepted": counts[name, None], "rejected": rejected}
+        return found
 
     def _write_rejected(self) -> None:
         columns, keys = self.synthetic.columns, self.synthetic.keys
@@ -193,21 +228,19 @@ class Verdict:
     def _metrics(self) -> dict[str, Any]:
         against = self.evidence.against(self.keep)
         distances = against["distances"]
-        whole, real = distances["all"], distances["real"]
+        whole, real, classes = distances["all"], distances["real"], self._classes()
         metrics = {
-            "generated": len(self.reasons), "accepted": len(self.keep), "rejected": self._counts(), "features": features.space_name(self.cfg),
+            "generated": len(self.reasons), "accepted": len(self.keep), "rejected": self._counts(), "classes": classes,
+            "features": features.space_name(self.cfg),
             "kid": whole["kid"], "kid_std": whole["kid_std"], "kid_real": real["kid"], "kid_real_std": real["kid_std"],
-            "kid_per_class": {name: {"kid": row["kid"], "kid_std": row["kid_std"], "accepted": self._accepted(name)}
+            "kid_per_class": {name: {"kid": row["kid"], "kid_std": row["kid_std"], "accepted": classes[name]["accepted"]}
                               for name, row in distances["per_class"].items()},
             "kid_ratio": gate.kid_ratio(whole["kid"], real["kid"], real["kid_std"]), **against, **self._copy_metrics(),
             "agreement": self.evidence.agreement_metrics(self.measured.agreement, self.keep),
             "limits": self.limits.values, "real_rejected": self._real_rejected(),
             "lineage": "known" if check_lineage(self.parts.sets) else "unknown", "copies_searched": copies_searched(self.parts.sets)}
-        failed = gate.failures(metrics, self.cfg.screen)
+        failed = [failure.why for failure in gate.failures(metrics, self.cfg.screen)]
         return {**metrics, "gate": {"passed": not failed, "failures": failed}}
-
-    def _accepted(self, name: str) -> int:
-        return sum(self.synthetic.columns["class"][i] == name for i in self.keep)
 
     def _copy_metrics(self) -> dict[str, Any]:
         """How well the limit works on known cases: disguised copies of training images, and real images of the test split."""
